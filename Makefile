@@ -1,0 +1,73 @@
+# `make experiment` trains the quickstart model, `make test` runs what CI runs; each installs what it needs first.
+
+PYTHON ?= python3
+# Parameters of the experiment, e.g. make experiment ARGS="-p encoder swinv2 -p epochs 3"
+ARGS ?=
+# Further options of pytest, e.g. make test PYTEST_ARGS="-k losses"
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp's name holds a checksum of everything that decides what is installed.
+STAMP := $(VENV)/.installed-$(shell cat constraints.txt settings.ini setup.py | cksum | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.PHONY: $(VENV) help setup experiment test test-all chapters clean-nbs readme lab hooks constraints
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+
+setup: $(STAMP)  ## create .venv and install the pinned packages (every other target does this where it is needed)
+
+$(STAMP):
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)
+	@echo "setup: installing the pinned packages (the first time a few minutes and about 6 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]' || \
+	  { echo "setup: pip could not install the packages (its message is above); the same command tries again"; exit 1; }
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "setup: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "setup: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experiment ARGS="-p encoder swinv2"
+	@mkdir -p outputs
+	@result=outputs/run_experiment.$$(date +%Y%m%d-%H%M%S).ipynb; \
+	$(BIN)/papermill -k python3 nbs/run_experiment.ipynb $$result $(ARGS) || \
+	  { echo "The run failed; the notebook with the error: $$result"; exit 1; }; \
+	echo "Result notebook: $$result"; \
+	$(BIN)/python .ci/last_line.py $$result
+
+test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+	  $(PYTEST_ARGS) nbs/[0-9]*.ipynb tests
+
+test-all: PYTEST_ARGS += --slow
+test-all: test  ## the same and the slow tests
+
+chapters: $(STAMP)  ## clean the notebooks and export the package
+	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_export
+
+clean-nbs: $(STAMP)  ## clean the notebooks only
+	@$(BIN)/nbdev_clean
+
+readme: $(STAMP)  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python .ci/readme.py > README.md.new && mv README.md.new README.md || { rm -f README.md.new; exit 1; }
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+hooks: $(STAMP)  ## install the pre-commit hooks
+	@$(BIN)/pre-commit install
+
+constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
+	@rm -rf $(VENV)-constraints
+	@$(PYTHON) -m venv $(VENV)-constraints
+	@$(VENV)-constraints/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 '.[dev]'
+	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+	@rm -rf $(VENV)-constraints

@@ -1,0 +1,39 @@
+"""Fixtures of the tests, and the skips of what this machine cannot run."""
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get('CRACKSEG_DATA') or ROOT.parent / 'shared' / 'data')
+
+matplotlib.use('Agg')
+hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile('repeatable')
+
+
+def has_cuda():
+    import torch
+    return torch.cuda.is_available()
+
+
+NEEDS = {
+    'real_data': (DATA.is_dir, 'no real photos: CRACKSEG_DATA names no folder'),
+    'gpu': (has_cuda, 'no CUDA device'),
+    'slurm': (lambda: shutil.which('sbatch'), 'no SLURM (sbatch)'),
+    'browser': (lambda: shutil.which('chromium') or shutil.which('google-chrome'), 'no Chromium'),
+}
+
+
+def pytest_runtest_setup(item):
+    for marker, (available, reason) in NEEDS.items():
+        if item.get_closest_marker(marker) and not available(): pytest.skip(reason)
+
+
+@pytest.fixture
+def data_folder():
+    "The folder of the real photos; its tests are marked `real_data`."
+    return DATA

@@ -1,0 +1,352 @@
+"Parity of the losses with torch, torchvision and segmentation-models-pytorch, and their properties on random cases."
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, TverskyLoss
+from segmentation_models_pytorch.losses._functional import softmax_focal_loss_with_logits
+from torchvision.ops import sigmoid_focal_loss
+
+from crackseg_nb.core import VOID, CrackSegError
+from crackseg_nb.losses import LOSSES, LossConfig, create_loss, loss_settings
+
+NUM_CASES = 200
+BINARY = [name for name in LOSSES if name not in ('ce', 'ce_dice')]
+MULTI = [name for name in LOSSES if name not in ('bce', 'bce_dice')]
+ALL = [(name, 1) for name in BINARY] + [(name, 3) for name in MULTI]
+
+
+def random_case(seed, num_channels=1, num_images=None, dtype=torch.float64, scale=None, void=True):
+    "Return logits (B, C, H, W) and target (B, H, W), sometimes with void, empty images and saturated logits."
+    generator = np.random.default_rng([seed, num_channels])
+    shape = (num_images or int(generator.integers(1, 4)), int(generator.integers(2, 12)), int(generator.integers(2, 12)))
+    scale = scale or generator.choice([0.5, 3, 20])
+    logits = generator.normal(size=(shape[0], num_channels, *shape[1:])) * scale
+    target = generator.integers(0, max(2, num_channels), shape)
+    if generator.random() < 0.3:
+        target[generator.integers(shape[0])] = 0
+    if void:
+        target[generator.random(shape) < generator.choice([0, 0.2, 0.7])] = VOID
+    return torch.tensor(logits, dtype=dtype), torch.tensor(target)
+
+
+def close(found, expected, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+def value_and_gradient(loss, logits, target, normalizers=None):
+    variable = logits.clone().requires_grad_()
+    value = loss(variable, target, normalizers)
+    return value.detach(), torch.autograd.grad(value, variable)[0]
+
+
+# ---------------------------------------------------------------- parity
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_binary_cross_entropy_equals_torch(dtype):
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, dtype=dtype)
+        valid, factor = target != VOID, 1 + seed % 5
+        if valid.any():
+            expected = F.binary_cross_entropy_with_logits(logits[:, 0][valid], target[valid].to(dtype), pos_weight=torch.tensor(float(factor)))
+            close(create_loss('bce', pos_weight=factor)(logits, target), expected)
+
+
+def test_cross_entropy_equals_torch_in_value_and_gradient():
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, num_channels=2 + seed % 4)
+        weights = np.random.default_rng(seed).uniform(0.1, 3, logits.shape[1]).tolist() if seed % 2 else None
+        if (target == VOID).all():
+            continue
+        reference = functools.partial(F.cross_entropy, weight=weights and torch.tensor(weights).double(), ignore_index=VOID)
+        expected, gradient = value_and_gradient(lambda first, second, _: reference(first, second), logits, target)
+        found, found_gradient = value_and_gradient(create_loss('ce', class_weights=weights), logits, target)
+        close(found, expected)
+        close(found_gradient, gradient)
+
+
+def test_focal_equals_torchvision_and_smp():
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed)
+        generator = np.random.default_rng(seed)
+        alpha, gamma = round(generator.uniform(0, 1), 3), float(generator.choice([0, 1, 2, 3.5]))
+        valid = target != VOID
+        if not valid.any():
+            continue
+        found, gradient = value_and_gradient(create_loss('focal', alpha=alpha, gamma=gamma), logits, target)
+        variable = logits.clone().requires_grad_()
+        expected = sigmoid_focal_loss(variable[:, 0][valid], target[valid].double(), alpha=alpha, gamma=gamma, reduction='mean')
+        close(found, expected)
+        close(gradient, torch.autograd.grad(expected, variable)[0])
+        close(found, FocalLoss('binary', alpha=alpha, gamma=gamma, ignore_index=VOID)(logits, target))
+
+
+def test_softmax_focal_equals_smp_functional_and_two_channels_equal_one():
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, num_channels=2 + seed % 4, scale=3)
+        gamma, valid = 0.5 * (seed % 6), target != VOID
+        if not valid.any():
+            continue
+        expected = softmax_focal_loss_with_logits(logits.movedim(1, -1)[valid], target[valid], gamma=gamma)
+        close(create_loss('focal', alpha=None, gamma=gamma)(logits, target), expected)
+        logits, target = random_case(seed)
+        close(create_loss('focal', gamma=gamma)(torch.cat([0 * logits, logits], 1), target), create_loss('focal', gamma=gamma)(logits, target))
+
+
+def test_focal_without_focus_is_half_the_cross_entropy():
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed)
+        close(create_loss('focal', alpha=0.5, gamma=0)(logits, target), create_loss('bce')(logits, target) / 2)
+
+
+@pytest.mark.parametrize('smooth', [0.0, 1.0])
+def test_dice_and_tversky_equal_smp_on_one_image(smooth):
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, num_images=1)
+        alpha, beta = np.random.default_rng(seed).uniform(0.1, 1, 2).tolist()
+        close(create_loss('dice', smooth=smooth)(logits, target), DiceLoss('binary', smooth=smooth, ignore_index=VOID)(logits, target))
+        close(create_loss('dice', smooth=smooth)(logits, target), create_loss('tversky', alpha=0.5, beta=0.5, smooth=smooth)(logits, target), 0)
+        close(create_loss('tversky', alpha=alpha, beta=beta, smooth=smooth)(logits, target),
+              TverskyLoss('binary', smooth=smooth, ignore_index=VOID, alpha=alpha, beta=beta)(logits, target))
+
+
+def test_dice_over_classes_equals_smp_where_all_classes_occur():
+    num_compared = 0
+    for seed in range(3 * NUM_CASES):
+        logits, target = random_case(seed, num_channels=3, num_images=1)
+        if set(target.unique().tolist()) - {VOID} == {0, 1, 2}:
+            num_compared += 1
+            close(create_loss('dice', smooth=0)(logits, target), DiceLoss('multiclass', ignore_index=VOID)(logits, target))
+    assert num_compared > NUM_CASES
+
+
+def slow_tversky(logits, target, alpha, beta, smooth, count_absent):
+    "The same in numpy, image by image, class by class."
+    probability = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+    values = []
+    for image in range(len(target)):
+        valid, scores = (target[image] != VOID).numpy(), []
+        for channel in range(logits.shape[1]):
+            p = probability[image, channel].numpy()[valid]
+            t = (target[image].numpy()[valid] == (1 if logits.shape[1] == 1 else channel)).astype(float)
+            if t.sum() or count_absent:
+                tp, fp, fn = (p * t).sum(), (p * (1 - t)).sum(), ((1 - p) * t).sum()
+                scores.append(1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth))
+        if valid.any():
+            values.append(np.mean(scores) if scores else 0.0)
+    return np.mean(values) if values else 0.0
+
+
+@pytest.mark.parametrize('num_channels', [1, 4])
+@pytest.mark.parametrize('count_absent', [False, True])
+def test_tversky_equals_a_slow_version(num_channels, count_absent):
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, num_channels)
+        alpha, beta, smooth = np.random.default_rng(seed).uniform(0.1, 2, 3).tolist()
+        settings = dict(alpha=alpha, beta=beta, smooth=smooth, count_absent=count_absent)
+        close(create_loss('tversky', **settings)(logits, target), slow_tversky(logits, target, **settings))
+
+
+def slow_boundary(logits, target):
+    "Kervadec et al.'s one_hot2dist and einsum, over valid pixels."
+    probability = (logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1:]).numpy()
+    total = 0.0
+    for image in range(len(target)):
+        for channel in range(probability.shape[1]):
+            positive = target[image].numpy() == channel + 1
+            if positive.any() and not positive.all():
+                distance = distance_transform_edt(~positive) * ~positive - (distance_transform_edt(positive) - 1) * positive
+                total += (probability[image, channel] * distance)[target[image].numpy() != VOID].sum()
+    return total / probability.shape[1] / max(1, (target != VOID).sum().item())
+
+
+@pytest.mark.parametrize('num_channels', [1, 3])
+def test_boundary_equals_a_slow_version(num_channels):
+    for seed in range(NUM_CASES):
+        logits, target = random_case(seed, num_channels)
+        close(create_loss('boundary')(logits, target), slow_boundary(logits, target))
+
+
+def test_published_compounds():
+    for seed in range(20):
+        logits, target = random_case(seed)
+        close(create_loss('focal_dice')(logits, target),
+              0.6 * create_loss('focal', alpha=0.25, gamma=2)(logits, target) + 0.4 * create_loss('dice')(logits, target))
+        close(create_loss('bce_dice')(logits, target), 0.5 * create_loss('bce')(logits, target) + 0.5 * create_loss('dice')(logits, target))
+        close(create_loss('dice_boundary')(logits, target), create_loss('dice')(logits, target) + 0.01 * create_loss('boundary')(logits, target))
+
+
+# ---------------------------------------------------------------- properties, for every loss
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_void_changes_nothing_and_gets_no_gradient(name, num_channels):
+    loss = create_loss(name)
+    for seed in range(NUM_CASES // 4):
+        logits, target = random_case(seed, num_channels)
+        void = (target == VOID)[:, None].expand_as(logits)
+        value, gradient = value_and_gradient(loss, logits, target)
+        assert (gradient[void] == 0).all()
+        for filler in (1e4, -7.0, float('nan'), float('inf')):
+            changed, changed_gradient = value_and_gradient(loss, logits.masked_fill(void, filler), target)
+            assert torch.equal(changed, value) and torch.equal(changed_gradient, gradient)
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_padding_with_void_changes_nothing(name, num_channels):
+    if 'boundary' in name:
+        pytest.skip('a crack that fills the canvas has no contour until void is put around it')
+    for seed in range(20):
+        logits, target = random_case(seed, num_channels)
+        close(create_loss(name)(F.pad(logits, (1, 3, 2, 0), value=5.0), F.pad(target, (1, 3, 2, 0), value=VOID)), create_loss(name)(logits, target), 1e-12)
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+@pytest.mark.parametrize('num_images', [0, 1, 3])
+def test_nothing_but_void_is_zero(name, num_channels, num_images):
+    logits = torch.randn(num_images, num_channels, 5, 4)
+    value, gradient = value_and_gradient(create_loss(name), logits, torch.full((num_images, 5, 4), VOID, dtype=torch.uint8))
+    assert value == 0 and not gradient.any() and gradient.isfinite().all()
+    assert not create_loss(name).normalizers(torch.full((num_images, 5, 4), VOID, dtype=torch.uint8)).any()
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_accumulated_gradients_equal_the_large_batch(name, num_channels):
+    settings = {'class_weights': [0.3, 1.7, 2.2][:max(2, num_channels)]} if 'class_weights' in loss_settings(name) else {}
+    loss = create_loss(name, **settings)
+    tolerance = 1e-6 if settings else 1e-12  # sums of class weights are rounded to float32, counts of pixels are exact
+    for seed in range(8):
+        logits, target = random_case(seed, num_channels, num_images=7)
+        target[seed % 7] = VOID
+        target[(seed + 3) % 7, 1:] = VOID
+        value, gradient = value_and_gradient(loss, logits, target)
+        for sizes in ([3, 3, 1], [1] * 7, [2, 5]):
+            chunks = list(zip(logits.split(sizes), target.split(sizes)))
+            total = sum(loss.normalizers(part) for _, part in chunks)
+            parts = [value_and_gradient(loss, *chunk, total) for chunk in chunks]
+            close(sum(part[0] for part in parts), value, tolerance)
+            close(torch.cat([part[1] for part in parts]), gradient, tolerance)
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_analytic_gradients(name, num_channels):
+    logits, target = random_case(3, num_channels, num_images=2, scale=2)
+    loss = create_loss(name)
+    logits, target = logits[..., :4, :4].clone().requires_grad_(), target[..., :4, :4]
+    assert (target == 1).any() and (target == VOID).any()
+    assert torch.autograd.gradcheck(lambda variable: loss(variable, target), logits)
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_saturated_logits_stay_finite(name, num_channels):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for seed in range(10):
+            logits, target = random_case(seed, num_channels, dtype=torch.float32)
+            logits = (logits.sign() * 100).to(dtype)
+            for settings in ([{}, dict(gamma=0.5), dict(gamma=0)] if 'gamma' in loss_settings(name) else [{}]):
+                value, gradient = value_and_gradient(create_loss(name, **settings), logits, target)
+                assert value.isfinite() and gradient.isfinite().all() and value.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_does_not_lower_the_precision(name, num_channels, dtype):
+    logits, target = random_case(5, num_channels, num_images=2, dtype=torch.float32)
+    with torch.autocast('cpu', dtype=dtype):
+        found = create_loss(name)(logits, target)
+    assert torch.equal(found, create_loss(name)(logits, target)) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_dtype_of_the_target_and_normalizers(name, num_channels):
+    logits, target = random_case(6, num_channels, num_images=2)
+    expected = create_loss(name)(logits, target)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(create_loss(name)(logits, target.to(dtype)), expected)
+    if num_channels == 1:
+        plain = target == 1
+        assert torch.equal(create_loss(name)(logits, plain), create_loss(name)(logits, plain.long()))
+    loss = create_loss(name)
+    assert loss.sums(logits, target).shape == loss.normalizers(target).shape == loss.weights.shape
+    close((loss.weights * loss.sums(logits, target) / loss.normalizers(target)).sum(), expected)
+
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_better_predictions_cost_less(name, num_channels):
+    "A sharper right answer never costs more, and the wrong answer costs more than the right one."
+    target = torch.zeros(2, 16, 16, dtype=torch.long)
+    target[:, 5:9], target[:, :, :2] = 1, VOID
+    if num_channels == 3:
+        target[:, 12:] = 2
+    ids = target.clamp(max=2)
+    right = (ids == 1)[:, None].float() * 2 - 1 if num_channels == 1 else F.one_hot(ids, 3).movedim(-1, 1).float() * 2 - 1
+    costs = [create_loss(name)(scale * right, target).item() for scale in (-5, -1, 0, 1, 5)]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_class_ids_beyond_the_classes_are_refused(name, num_channels):
+    logits, target = random_case(1, num_channels, num_images=2, void=False)
+    for beyond in (max(2, num_channels), 254, -1, 256):
+        wrong = target.clone()
+        wrong[1, 0, 1] = beyond
+        for _ in range(2):
+            with pytest.raises(CrackSegError, match=f'found class id {beyond},') as error:
+                create_loss(name)(logits, wrong)
+            assert '\n' not in str(error.value)
+
+
+def test_wrong_input_gets_one_line():
+    logits, target = torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).long()
+    for call, text in [
+        (lambda: create_loss('bce')(logits, target[:1]), 'target: found shape'),
+        (lambda: create_loss('bce')(logits, target[:, None]), 'target: found shape'),
+        (lambda: create_loss('bce')(logits[0], target), 'logits: found'),
+        (lambda: create_loss('bce')(logits.long(), target), 'logits: found'),
+        (lambda: create_loss('bce')(logits, target.float()), 'expected class ids'),
+        (lambda: create_loss('ce')(logits, target), 'take bce'),
+        (lambda: create_loss('bce_dice')(logits.expand(2, 3, 4, 4), target), 'take ce'),
+        (lambda: create_loss('ce', class_weights=[1, 1, 1])(logits.expand(2, 2, 4, 4), target), 'expected 2'),
+        (lambda: create_loss('focal', gamma='two'), 'focal.gamma'),
+        (lambda: create_loss('focal', gamma=-1), 'focal.gamma'),
+        (lambda: create_loss('dice', smoth=1), "did you mean 'smooth'"),
+        (lambda: create_loss('dise'), "did you mean 'dice'"),
+        (lambda: create_loss('boundary', weights=[2]), 'expected none'),
+        (lambda: LossConfig('focal_dice', dict(gama=2)), "did you mean 'gamma'"),
+    ]:
+        with pytest.raises(CrackSegError) as error:
+            call()
+        assert text in str(error.value) and '\n' not in str(error.value)
+
+
+def test_losses_leave_no_trace_in_checkpoints():
+    for name in LOSSES:
+        assert not create_loss(name).state_dict() and not list(create_loss(name).parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name, num_channels', ALL)
+def test_gpu_agrees_with_cpu_without_waiting(name, num_channels):
+    logits, target = random_case(2, num_channels, num_images=3, dtype=torch.float32, scale=3)
+    expected, gradient = value_and_gradient(create_loss(name), logits, target)
+    loss = create_loss(name).cuda()
+    logits, target = logits.cuda(), target.cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        value_and_gradient(loss, logits, target)  # the first batch may wait
+        if 'boundary' not in name:
+            torch.cuda.set_sync_debug_mode('error')
+        found, found_gradient = value_and_gradient(loss, logits, target)
+        wrong, _ = value_and_gradient(loss, logits, target.masked_fill(target == 1, 77))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+        torch.use_deterministic_algorithms(False)
+    close(found.cpu(), expected, 1e-5)
+    close(found_gradient.cpu(), gradient, 1e-5)
+    assert wrong.isnan()
+    with pytest.raises(CrackSegError, match='found class id 77'):
+        create_loss(name).cuda()(logits, target.masked_fill(target == 1, 77))
