@@ -28,7 +28,7 @@ $(STAMP):
 	@touch $@
 
 $(VENV):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "setup: $(PYTHON) is missing or older than 3.11; name another: make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "setup: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }

@@ -29,12 +29,14 @@ def rewrite_links(text: str) -> str:
 def make_readme(index: Path) -> str:
     "Convert the notebook `index` to the text of README.md."
     notebook = nbformat.read(index, as_version=4)
+    notebook.metadata['language_info'] = {'name': 'python'}
     notebook.cells = [cell for cell in notebook.cells if cell.source.strip() and not HIDDEN.search(cell.source)]
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = rewrite_links(FRONTMATTER.sub('', cell.source))
         else: cell.source = DIRECTIVE.sub('', cell.source)
     text, resources = MarkdownExporter().from_notebook_node(notebook)
-    if resources['outputs']: sys.exit(f'{index.name}: a cell shows a picture; save it under nbs/images and link it in a markdown cell')
+    if resources['outputs']:
+        sys.exit(f'{index.name}: a cell shows a picture; save it under nbs/images and link it in a markdown cell')
     note = '<!-- Generated from nbs/index.ipynb by `make readme`. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 

@@ -328,7 +328,7 @@ def test_losses_leave_no_trace_in_checkpoints():
         assert not create_loss(name).state_dict() and not list(create_loss(name).parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('name, num_channels', ALL)
 def test_gpu_agrees_with_cpu_without_waiting(name, num_channels):
     logits, target = random_case(2, num_channels, num_images=3, dtype=torch.float32, scale=3)

@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import binary_f1_score, binary_jacca
 from torchmetrics.functional.segmentation import dice_score
 
 from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.metrics import PROTOCOL, SCORES, THRESHOLDS, BinaryMetrics, ConfusionMatrix
+from crackseg_nb.metrics import PROTOCOL, SCORES, THRESHOLDS, BinaryMetrics, ConfusionMatrix, count_keys, count_sorted
 
 NUM_CASES = 200
 REFERENCES = dict(iou=binary_jaccard_index, f1=binary_f1_score, dice=binary_f1_score, precision=binary_precision, recall=binary_recall)
@@ -102,6 +102,7 @@ def test_equal_to_torchmetrics():
                     assert getattr(line, key) == pytest.approx(function(image_positive, image_target, ignore_index=VOID).item(), abs=1e-6)
 
 
+@pytest.mark.filterwarnings('ignore:dice_score')
 def test_streaming_torchmetrics_and_its_dice():
     reference, metrics = BinaryJaccardIndex(ignore_index=VOID), BinaryMetrics()
     for seed in range(NUM_CASES):
@@ -276,7 +277,16 @@ def test_confusion_matrix_mistakes():
             confusion.compute()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_counting_by_sorting_equals_counting_by_bins():
+    for seed in range(NUM_CASES):
+        generator = np.random.default_rng(seed)
+        length = int(generator.integers(1, 50))
+        keys = torch.tensor(generator.integers(0, generator.integers(1, 60), int(generator.integers(0, 400))))
+        expected = [int((keys == k).sum()) for k in range(length)]
+        assert count_keys(keys, length).tolist() == count_sorted(keys, length).tolist() == expected
+
+
+@pytest.mark.gpu
 def test_gpu_agrees_with_cpu_without_waiting():
     probability, target = random_case(3)
     expected = measured(probability, target)

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'UNKNOWN', 'ENCODINGS', 'EXPECTED', 'PICTURES', 'MASK_WORDS', 'SOURCES', 'IMAGE_FOLDERS', 'MASK_FOLDERS',
-           'SPLIT_WORDS', 'test_names', 'CROP_NUMBER', 'REACH', 'COLOUR_JUMP', 'Sample', 'Source', 'open_picture',
-           'to_rgb', 'read_image', 'palette_values', 'colour_values', 'plane_values', 'mask_values', 'value_table',
+           'SPLIT_WORDS', 'CROP_NUMBER', 'REACH', 'COLOUR_JUMP', 'Sample', 'Source', 'some', 'open_picture', 'to_rgb',
+           'read_image', 'palette_values', 'colour_values', 'plane_values', 'mask_values', 'value_table',
            'matlab_values', 'raw_values', 'read_mask', 'MaskFacts', 'image_size', 'look_at', 'in_threads',
-           'raise_first', 'tell_encoding', 'scan_masks', 'files_below', 'pair_files', 'some', 'pair_folders', 'Reader',
+           'raise_first', 'tell_encoding', 'scan_masks', 'files_below', 'pair_files', 'pair_folders', 'Reader',
            'subfolder', 'split_of', 'group_of', 'folder_pairs', 'read_folder', 'check_folder', 'read_source',
            'read_deepcrack', 'read_crackforest', 'Tile', 'unit', 'describe_tile', 'touch', 'photo_numbers',
            'read_unified360']
 
 # %% ../../nbs/02_data.sources.ipynb #493bf26c
+import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,8 +56,14 @@ class Source:
         groups = len({sample.group for sample in self.samples})
         return f"Source({self.name!r}, {len(self)} images, {groups} groups, masks {self.mask_encoding!r})"
 
+# %% ../../nbs/02_data.sources.ipynb #b641c2a7
+def some(items, limit: int = 3) -> str:
+    "Return the first few items as text."
+    return ", ".join(str(item) for item in items[:limit]) + (", ..." if len(items) > limit else "")
+
 # %% ../../nbs/02_data.sources.ipynb #47430854
 MAX_PIXELS = 80_000_000  # largest picture that is decoded
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns beyond the limit above
 
 def open_picture(path,  # file of any format that Pillow reads
                  use: Callable,  # gets the opened Pillow image, returns the result
@@ -101,7 +109,7 @@ def palette_values(picture: Image.Image) -> np.ndarray:
 
 # %% ../../nbs/02_data.sources.ipynb #af7bbcb1
 def colour_values(picture: Image.Image) -> np.ndarray:
-    "Return the grey plane of an RGB or grey picture with or without alpha; raise ValueError where colour or alpha vary."
+    "Return the grey plane of an RGB or grey picture with or without alpha; raise CrackSegError where colour or alpha vary."
     planes = np.asarray(picture.convert("RGBA"))
     tolerance = 32 if picture.format == "JPEG" else 0  # JPEG's ringing is coloured
     spread = planes[..., :3].max(-1).astype(int) - planes[..., :3].min(-1)
@@ -121,9 +129,9 @@ def plane_values(picture: Image.Image) -> np.ndarray:
     if picture.mode in ("RGB", "RGBA", "LA"): return colour_values(picture)
     values = np.asarray(picture)
     values = np.where(values == 65535, 255, values)
-    if picture.mode.startswith("I") and values.min() >= 0 and values.max() <= 255: return values.astype(np.uint8)
-    found = ", ".join(f"{value:g}" for value in np.unique(values)[-3:])
-    raise CrackSegError(f"found values such as {found} ({picture.mode}), expected 0 and 1, 0 and 255, or 0 and 65535")
+    if values.ndim == 2 and np.isin(values, np.arange(256)).all(): return values.astype(np.uint8)
+    raise CrackSegError(f"found values such as {np.unique(values)[-1]:g} ({picture.mode}), expected 0 and 1, 0 and 255, "
+                        "or 0 and 65535")
 
 # %% ../../nbs/02_data.sources.ipynb #4cd823c0
 def mask_values(path) -> np.ndarray:
@@ -153,14 +161,15 @@ EXPECTED = {"ids": "0, 1 and 255 (void)", "0/255": "0 and 255", "threshold": "an
 def matlab_values(path) -> np.ndarray:
     "Read the segmentation of a CrackForest `groundTruth/*.mat` file as uint8 (H, W)."
     try:
-        values = loadmat(path)["groundTruth"][0, 0]["Segmentation"]
-        if values.ndim == 2 and values.size: return values.astype(np.uint8)
+        values = loadmat(path, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
+        if values.ndim == 2 and values.size and values.max() <= 255: return values.astype(np.uint8)
     except FileNotFoundError as error:
         raise CrackSegError(f"{path}: no such file; expected a MATLAB file") from error
     except Exception as error:  # the MATLAB reader raises nearly anything on damaged files
         raise CrackSegError(f"{path}: found no readable ground truth ({type(error).__name__}), expected a MATLAB file "
                             "with groundTruth.Segmentation") from error
-    raise CrackSegError(f"{path}: found a ground truth of shape {values.shape}, expected a plane (height, width)")
+    raise CrackSegError(f"{path}: found a ground truth of shape {values.shape} with values up to {values.max(initial=0)}, "
+                        "expected a plane (height, width) of 1, 2, 3 and 4")
 
 # %% ../../nbs/02_data.sources.ipynb #d17eed21
 def raw_values(path, encoding: str = "auto") -> np.ndarray:
@@ -176,8 +185,7 @@ def read_mask(path,  # mask file
     values = raw_values(path, encoding)
     mask = table[values]
     if (unknown := values[mask == UNKNOWN]).size:
-        found = ", ".join(str(value) for value in np.unique(unknown)[:5])
-        raise CrackSegError(f"{path}: found mask values {found}, expected {EXPECTED[encoding]}")
+        raise CrackSegError(f"{path}: found mask values {some(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}")
     return mask
 
 # %% ../../nbs/02_data.sources.ipynb #c716c99a
@@ -205,19 +213,21 @@ def look_at(sample: Sample, encoding: str) -> MaskFacts:
         raise CrackSegError(f"{sample.mask}: found a mask of {values.shape[1]}x{values.shape[0]} for an image of "
                             f"{size[0]}x{size[1]} ({sample.image.name}){hint}, expected equal sizes")
     counts = np.bincount(values.ravel(), minlength=256)
-    return MaskFacts(frozenset(np.flatnonzero(counts).tolist()), sample.mask.suffix.lower() in (".jpg", ".jpeg"), turned)
+    with open(sample.mask, "rb") as handle: is_jpeg = handle.read(3) == b"\xff\xd8\xff"  # whatever its suffix says
+    return MaskFacts(frozenset(np.flatnonzero(counts).tolist()), is_jpeg, turned)
 
 # %% ../../nbs/02_data.sources.ipynb #4cac9a41
 def in_threads(function: Callable,  # called with one item
                items: list,
-               title: str,  # of the progress bar, which appears after two seconds
+               title: str,  # of the progress bar, shown from 100 items on
               ) -> list:
     "Map `function` over `items` in threads; return results in order, a CrackSegError in the place of each that raised one."
     def guarded(item):
         try: return function(item)
         except CrackSegError as error: return error
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        return list(tqdm(pool.map(guarded, items), total=len(items), desc=title, delay=2, leave=False))
+        few = len(items) < 100
+        return list(tqdm(pool.map(guarded, items), total=len(items), desc=title, disable=few, delay=1, leave=False))
 
 # %% ../../nbs/02_data.sources.ipynb #c381c17d
 def raise_first(results: list) -> None:
@@ -230,13 +240,15 @@ def raise_first(results: list) -> None:
 def tell_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
     "Return the encoding that explains the masks of all samples; raise CrackSegError naming a file that fits none."
     if any(fact.is_jpeg for fact in facts):
-        highest = max(max(fact.values) for fact in facts)
-        if highest >= 128 or highest == 0: return "threshold"
-        raise CrackSegError(f"{samples[0].mask.parent}: found JPEG masks with values up to {highest}, expected 0 and 255")
+        highest = max(max(fact.values) for fact in facts if fact.is_jpeg)
+        ids = any(1 in fact.values for fact in facts if not fact.is_jpeg)
+        if (highest >= 128 or highest == 0) and not ids: return "threshold"
+        found = "others with class ids" if ids else f"values up to {highest}"
+        raise CrackSegError(f"{samples[0].mask.parent}: found JPEG masks and {found}, expected JPEG masks of 0 and 255 only")
     for sample, fact in zip(samples, facts):
         if unknown := sorted(fact.values - {0, 1, 255}):
-            found = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
-            raise CrackSegError(f"{sample.mask}: found mask values {found}, expected 0 and 1, 0 and 255, or 0, 1 and 255 (void)")
+            raise CrackSegError(f"{sample.mask}: found mask values {some(unknown, 5)}, expected 0 and 1, 0 and 255, "
+                                "or 0, 1 and 255 (void)")
     ids = [sample for sample, fact in zip(samples, facts) if 1 in fact.values]
     full = [sample for sample, fact in zip(samples, facts) if 255 in fact.values]
     if ids and full and not set(ids) & set(full):
@@ -254,8 +266,9 @@ def scan_masks(samples: list[Sample],
     raise_first(facts)
     if encoding == "auto": encoding = tell_encoding(samples, facts)
     known = set(np.flatnonzero(ENCODINGS[encoding] != UNKNOWN).tolist())
-    raise_first([CrackSegError(f"{sample.mask}: found mask values {sorted(fact.values - known)[:5]}, expected {EXPECTED[encoding]}")
-                 for sample, fact in zip(samples, facts) if fact.values - known])
+    odd = [(sample.mask, sorted(fact.values - known)) for sample, fact in zip(samples, facts) if fact.values - known]
+    raise_first([CrackSegError(f"{mask}: found mask values {some(values, 5)}, expected {EXPECTED[encoding]}")
+                 for mask, values in odd])
     notes = []
     if encoding == "threshold": notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
     if encoding == "ids" and any(VOID in fact.values for fact in facts): notes.append("mask value 255 means void")
@@ -264,14 +277,16 @@ def scan_masks(samples: list[Sample],
 
 # %% ../../nbs/02_data.sources.ipynb #83c7719e
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-MASK_WORDS = re.compile(r"[-_. ]?(mask|masks|label|labels|lab|gt|groundtruth|annotation|annot|seg|segmentation)$", re.IGNORECASE)
+MASK_WORDS = re.compile(r"[-_. ](mask|masks|label|labels|lab|gt|groundtruth|annotation|annot|seg|segmentation)$", re.IGNORECASE)
 
 def files_below(folder: Path, suffixes: set[str] = PICTURES) -> dict[str, Path]:
     "Return the files below `folder` by relative name without suffix; raise CrackSegError if two share a name."
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file(): continue
-        key = path.relative_to(folder).with_suffix("").as_posix()
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
+        if path.suffix.lower() not in suffixes or hidden or not path.is_file(): continue
+        key = inside.with_suffix("").as_posix()
         if key in found: raise CrackSegError(f"{path}: found a second file of this name beside {found[key].name}, expected one")
         found[key] = path
     return found
@@ -287,16 +302,12 @@ def pair_files(images: dict[str, Path],  # relative name -> image
     for key, image in images.items():
         candidates = [masks[key]] if key in masks else bare.get(key, [])
         if len(candidates) > 1:
-            raise CrackSegError(f"{image}: found {len(candidates)} masks ({', '.join(path.name for path in candidates)}), expected one")
+            raise CrackSegError(f"{image}: found {len(candidates)} masks ({some([path.name for path in candidates])}), expected one")
         if candidates: pairs[key] = (image, candidates[0])
     used = {mask for _, mask in pairs.values()}
     return pairs, [key for key in images if key not in pairs], [key for key, path in masks.items() if path not in used]
 
 # %% ../../nbs/02_data.sources.ipynb #ae442498
-def some(names: list[str], limit: int = 3) -> str:
-    "Return the first few names as text."
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
 def pair_folders(image_folder: Path, mask_folder: Path, mask_suffixes: set[str] = PICTURES,
                  unlabelled: bool = False,  # the data set is known to hold images without masks
                 ) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
@@ -339,14 +350,14 @@ def split_of(name: str) -> str | None:
     "Return the published split that a relative name such as `training/001` tells, or None."
     return next((SPLIT_WORDS[part.lower()] for part in Path(name).parts[:-1] if part.lower() in SPLIT_WORDS), None)
 
-test_names = ("training/001", "001", "site/Val/001")
-
 # %% ../../nbs/02_data.sources.ipynb #7ed7b1d0
 def group_of(name: str, pattern: str | None) -> str | None:
-    "Return the group that a regular expression finds in a name (its first parenthesis), or None where it finds nothing."
+    "Return what a regular expression finds in a name (its first parenthesis), split folders aside, or None."
     if not pattern: return None
-    try: match = re.search(pattern, name)
-    except re.error as error:
+    *folders, stem = Path(name).parts
+    place = "/".join([part for part in folders if part.lower() not in SPLIT_WORDS] + [stem])
+    try: match = re.search(pattern, place)
+    except (re.error, TypeError) as error:
         raise CrackSegError(f"group_pattern: found {pattern!r} ({error}), expected a regular expression") from error
     return match and (match.group(1) if match.re.groups else match.group(0))
 
@@ -358,7 +369,8 @@ def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
     found = [(prefix, subfolder(place, IMAGE_FOLDERS), subfolder(place, MASK_FOLDERS)) for prefix, place in places]
     for prefix, images, masks in found:
         if images and not masks:
-            raise CrackSegError(f"{images.parent}: found {images.name}/ but no folder of masks, expected {SOURCES['folder'].layout}")
+            raise CrackSegError(f"{images.parent}: found {images.name}/ but no folder of masks, "
+                                f"expected {SOURCES['folder'].layout}")
     return [places for places in found if places[1] and places[2]]
 
 # %% ../../nbs/02_data.sources.ipynb #121975dc
@@ -399,6 +411,9 @@ def read_source(name: str,  # a key of SOURCES
                ) -> Source:
     "Read a data set; raise CrackSegError, one line, if a file or the layout is not as expected."
     reader = SOURCES[choose("data", name, SOURCES)]
+    known = list(inspect.signature(reader.read).parameters)[1:]
+    if unknown := [key for key in options if key not in known]:
+        raise CrackSegError(f"{name}: found the option {unknown[0]!r}, expected {' or '.join(known) or 'no options'}")
     root = check_folder(name, data_dir)
     try: samples, notes = reader.read(root, **options)
     except OSError as error:
@@ -418,7 +433,8 @@ def read_deepcrack(root: Path) -> tuple[list[Sample], list[str]]:
     for split in ("train", "test"):
         image_folder, mask_folder = root/f"{split}_img", root/f"{split}_lab"
         for folder in (image_folder, mask_folder):
-            if not folder.is_dir(): raise CrackSegError(f"{folder}: no such folder; expected {SOURCES['DeepCrack'].layout}")
+            layout = SOURCES["DeepCrack"].layout
+            if not folder.is_dir(): raise CrackSegError(f"{folder}: no such folder; expected {layout}")
         pairs, more = pair_folders(image_folder, mask_folder)
         samples += [Sample(f"{split}/{key}", *paths, CROP_NUMBER.sub("", key), split) for key, paths in pairs.items()]
         notes += more
@@ -431,7 +447,8 @@ def read_crackforest(root: Path) -> tuple[list[Sample], list[str]]:
     "Read CrackForest as published: `image/*.jpg` and `groundTruth/*.mat`; images without a label are skipped and noted."
     image_folder, mask_folder = subfolder(root, ("image", "images")), subfolder(root, ("groundtruth",))
     if not image_folder or not mask_folder:
-        raise CrackSegError(f"{root}: found no {'groundTruth/' if image_folder else 'image/'} in it; expected {SOURCES['CrackForest'].layout}")
+        lacking = "groundTruth/" if image_folder else "image/"
+        raise CrackSegError(f"{root}: found no {lacking} in it; expected {SOURCES['CrackForest'].layout}")
     pairs, notes = pair_folders(image_folder, mask_folder, {".mat"}, unlabelled=True)
     return [Sample(key, *paths, group=key) for key, paths in pairs.items()], notes
 

@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'Splits', 'pick_groups', 'carve', 'check_fractions', 'published_parts', 'make_splits', 'crossing_groups',
            'thumbnail', 'orientations', 'similar', 'detail', 'same_detail', 'NearDuplicate', 'find_near_duplicates',
            'read_thumbnails', 'FileFacts', 'read_facts', 'fingerprint_from', 'fingerprint', 'Audit', 'summarise',
-           'border_findings', 'balance_warnings', 'audit', 'duplicate_warnings']
+           'border_findings', 'balance_warnings', 'read_all', 'duplicate_warnings', 'audit']
 
 # %% ../../nbs/02b_data.splits.ipynb #f286c12f
 from collections import Counter
@@ -34,18 +34,20 @@ class Splits:
     class_names: tuple[str, ...] = ("background", "crack")
     mask_encoding: str = "ids"
     notes: list[str] = field(default_factory=list)
-    near_duplicates: "list[NearDuplicate] | None" = field(default=None, compare=False, repr=False)  # None: not looked for yet
+    near_duplicates: "list[NearDuplicate] | None" = field(default=None, init=False, compare=False)  # None: not looked for
 
     def __getitem__(self, split: str) -> list[Sample]: return dict(self)[split]
 
-    def __iter__(self) -> Iterator[tuple[str, list[Sample]]]: return iter([(split, getattr(self, split)) for split in SPLITS])
+    def __iter__(self) -> Iterator[tuple[str, list[Sample]]]:
+        return iter([(split, getattr(self, split)) for split in SPLITS])
 
     def items(self) -> list[tuple[str, list[Sample]]]: return list(self)
 
     @property
     def lengths(self) -> dict[str, int]: return {split: len(samples) for split, samples in self}
 
-    def __repr__(self) -> str: return f"Splits({self.source!r}, " + ", ".join(f"{split} {size}" for split, size in self.lengths.items()) + ")"
+    def __repr__(self) -> str:
+        return f"Splits({self.source!r}, {', '.join(f'{split} {size}' for split, size in self.lengths.items())})"
 
     @property
     def overlapping_test_names(self) -> list[str]:
@@ -61,9 +63,11 @@ def pick_groups(sizes: list[int],  # images per group, in shuffled order
                 leave: int = 0,  # groups that must be left over
                ) -> list[int]:
     "Return indices of groups whose sizes sum as close to `target` as can be, at least one, leaving at least `leave`."
+    limit = target + max(sizes)  # no larger sum can be the nearest
     reachable = [1]
-    for size in sizes: reachable.append(reachable[-1] | reachable[-1] << size)
-    best = min((total for total in range(1, sum(sizes) + 1) if reachable[-1] >> total & 1), key=lambda total: (abs(total - target), total))
+    for size in sizes: reachable.append((reachable[-1] | reachable[-1] << size) & (2 << limit) - 1)
+    sums = (total for total in range(1, limit + 1) if reachable[-1] >> total & 1)
+    best = min(sums, key=lambda total: (abs(total - target), total))
     picked = []
     for index in reversed(range(len(sizes))):
         if best >= sizes[index] and reachable[index] >> (best - sizes[index]) & 1:
@@ -78,12 +82,13 @@ def carve(samples: list[Sample],
           seed: int,
           leave: int,  # groups that must be left over
          ) -> tuple[list[Sample], list[Sample]]:
-    "Take whole groups of about `target` images out of `samples`; return (taken, rest); the order of `samples` is irrelevant."
+    "Take whole groups of about `target` images; return (taken, rest); the order of `samples` does not matter."
     sizes = Counter(sample.group for sample in samples)
     groups = sorted(sizes)
     np.random.default_rng(seed).shuffle(groups)
     taken = {groups[index] for index in pick_groups([sizes[group] for group in groups], target, leave)}
-    return [sample for sample in samples if sample.group in taken], [sample for sample in samples if sample.group not in taken]
+    return ([sample for sample in samples if sample.group in taken],
+            [sample for sample in samples if sample.group not in taken])
 
 # %% ../../nbs/02b_data.splits.ipynb #ef154939
 def check_fractions(fractions) -> dict[str, float]:
@@ -93,7 +98,8 @@ def check_fractions(fractions) -> dict[str, float]:
         raise CrackSegError(f"fractions: found {fractions!r}, {expected}")
     values = [check_number("fractions", value, float) for value in fractions]
     if sum(values) > 1 + 1e-6:
-        raise CrackSegError(f"fractions: found {tuple(values)}, splits of {100 * sum(values):.0f} % of the data, larger than the data; {expected}")
+        raise CrackSegError(f"fractions: found {tuple(values)}, splits of {100 * sum(values):.0f} % of the data, "
+                            f"larger than the data; {expected}")
     if min(values) <= 0 or sum(values) < 1 - 1e-6: raise CrackSegError(f"fractions: found {tuple(values)}, {expected}")
     return dict(zip(SPLITS, values))
 
@@ -103,7 +109,8 @@ def published_parts(source: Source) -> tuple[dict[str, list[Sample]], list[Sampl
     parts = {split: [sample for sample in source.samples if sample.split == split] for split in SPLITS}
     loose = [sample for sample in source.samples if sample.split is None]
     if loose and any(parts.values()):
-        raise CrackSegError(f"{source.name}: found {len(loose)} images outside the published splits ({some([sample.name for sample in loose])}), "
+        names = some([sample.name for sample in loose])
+        raise CrackSegError(f"{source.name}: found {len(loose)} images outside the published splits ({names}), "
                             "expected a published split for all or for none")
     pool = loose or parts["train"]
     if not pool: raise CrackSegError(f"{source.name}: found {len(source)} images but none for training, expected some")
@@ -111,7 +118,7 @@ def published_parts(source: Source) -> tuple[dict[str, list[Sample]], list[Sampl
 
 # %% ../../nbs/02b_data.splits.ipynb #31be7c09
 def make_splits(source: Source,
-                fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),  # train, val, test; of a published split only what it lacks counts
+                fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),  # train, val, test; a published split goes before
                 seed: int = 42,
                ) -> Splits:
     "Split a source by groups, keeping what its authors published; raise CrackSegError if a split would be empty."
@@ -120,15 +127,17 @@ def make_splits(source: Source,
     missing = [split for split in ("test", "val") if not parts[split]]
     groups, images = len({sample.group for sample in rest}), len(rest)
     if groups < len(missing) + 1:
-        raise CrackSegError(f"splits: found {images} images in {groups} groups of {source.name!r} to fill train, {' and '.join(missing)}, "
-                            f"expected at least {len(missing) + 1} groups, or a split would be empty (a group never crosses splits)")
+        raise CrackSegError(f"splits: found {images} images in {groups} groups of {source.name!r} to fill "
+                            f"{', '.join(['train', *missing])}, expected at least {len(missing) + 1} groups, or a split would be "
+                            "empty (a group never crosses splits)")
     total = share["train"] + sum(share[split] for split in missing)
     for done, split in enumerate(missing, start=1):
         target = max(1, round(images * share[split] / total))
         parts[split], rest = carve(rest, target, seed_for("splits", seed, split), leave=len(missing) - done + 1)
     parts["train"] = rest
     parts = {split: sorted(samples, key=lambda sample: sample.name) for split, samples in parts.items()}
-    return Splits(**parts, source=source.name, class_names=source.class_names, mask_encoding=source.mask_encoding, notes=list(source.notes))
+    return Splits(**parts, source=source.name, class_names=source.class_names, mask_encoding=source.mask_encoding,
+                  notes=list(source.notes))
 
 # %% ../../nbs/02b_data.splits.ipynb #cdfa4273
 def crossing_groups(splits: Splits) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -230,10 +239,11 @@ def read_facts(sample: Sample, mask_encoding: str) -> FileFacts:
     small = unit(thumbnail(sample.image, 32)).reshape(32, 32)
     mask = read_mask(sample.mask, mask_encoding)
     if mask.shape != size[::-1]:
-        raise CrackSegError(f"{sample.mask}: found a mask of {mask.shape[1]}x{mask.shape[0]} for an image of {size[0]}x{size[1]} "
-                            f"({sample.image.name}), expected equal sizes")
+        raise CrackSegError(f"{sample.mask}: found a mask of {mask.shape[1]}x{mask.shape[0]} for an image of "
+                            f"{size[0]}x{size[1]} ({sample.image.name}), expected equal sizes")
     crack, void = int((mask == 1).sum()), int((mask == VOID).sum())
-    return FileFacts((sha256_file(sample.image), sha256_file(sample.mask)), size, (mask.size - crack - void, crack, void), small)
+    digests = (sha256_file(sample.image), sha256_file(sample.mask))
+    return FileFacts(digests, size, (mask.size - crack - void, crack, void), small)
 
 # %% ../../nbs/02b_data.splits.ipynb #19a20268
 def fingerprint_from(splits: Splits, digests: dict[str, list[tuple[str, str]]]) -> str:
@@ -303,32 +313,43 @@ def balance_warnings(table: pd.DataFrame) -> list[str]:
     "Return warnings about splits without cracks and about masks that look inverted."
     warnings = [f"{split}: no image shows a crack" for split, row in table.iterrows() if row["images"] == row["without crack"] > 0]
     share = float((table["crack %"] * table["images"]).sum() / max(table["images"].sum(), 1))
-    if share > 50: warnings.append(f"cracks fill {share:.0f} % of the pixels on average: the masks may be inverted (expected: background 0)")
+    if share > 50:
+        warnings.append(f"cracks fill {share:.0f} % of the pixels on average: the masks may be inverted (background is 0)")
     return warnings
 
 # %% ../../nbs/02b_data.splits.ipynb #f82ff6d7
+def read_all(splits: Splits) -> tuple[dict[str, list[tuple[Sample, FileFacts]]], list[str]]:
+    "Read the files of all splits; return what was found by split, and the errors."
+    read = partial(read_facts, mask_encoding=splits.mask_encoding)
+    found, errors = {}, []
+    for split, samples in splits:
+        results = list(zip(samples, in_threads(read, samples, f"audit {split}")))
+        found[split] = [(sample, facts) for sample, facts in results if isinstance(facts, FileFacts)]
+        errors += [str(error) for _, error in results if isinstance(error, CrackSegError)]
+    return found, errors
+
+# %% ../../nbs/02b_data.splits.ipynb #2983189a
+def duplicate_warnings(pairs: list[NearDuplicate], limit: int = 10) -> list[str]:
+    "Return a line for each of the first `limit` near duplicates, and one that counts the rest."
+    lines = [f"{pair.split} image {pair.name} nearly repeats {pair.other_split} image {pair.other} "
+             f"(r = {pair.correlation:.3f})" for pair in pairs[:limit]]
+    return lines + ([f"{len(pairs) - limit} more near duplicates"] if len(pairs) > limit else [])
+
+# %% ../../nbs/02b_data.splits.ipynb #19fdb6ce
 def audit(splits: Splits,
           near_duplicates: bool = True,  # compare images across splits
          ) -> Audit:
-    "Read every file of the splits once and report; also stores near duplicates in `splits`."
+    "Read every file of the splits once and report; near duplicates are also kept in `splits`."
+    found, errors = read_all(splits)
+    facts = {split: [fact for _, fact in pairs] for split, pairs in found.items()}
+    rows = {split: summarise([sample for sample, _ in pairs], facts[split]) for split, pairs in found.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
     problems, warnings = border_findings(splits)
-    read = partial(read_facts, mask_encoding=splits.mask_encoding)
-    results = {split: in_threads(read, samples, f"audit {split}") for split, samples in splits}
-    broken = [str(result) for found in results.values() for result in found if isinstance(result, CrackSegError)]
-    good = {split: [(sample, fact) for sample, fact in zip(samples, results[split]) if isinstance(fact, FileFacts)] for split, samples in splits}
-    table = pd.DataFrame({split: summarise([sample for sample, _ in pairs], [fact for _, fact in pairs]) for split, pairs in good.items()}).T
-    warnings += balance_warnings(table)
-    result = Audit(table, broken + problems, warnings, list(splits.notes))
-    if broken: return result  # the rest needs all files
-    facts = {split: [fact for _, fact in pairs] for split, pairs in good.items()}
-    result.fingerprint = fingerprint_from(splits, {split: [fact.digests for fact in found] for split, found in facts.items()})
-    thumbnails = {split: np.stack([fact.thumbnail for fact in found]) if found else np.zeros((0, 32, 32)) for split, found in facts.items()}
+    report = Audit(table, errors + problems, warnings + balance_warnings(table), list(splits.notes))
+    if errors: return report  # the rest needs all files
+    report.fingerprint = fingerprint_from(splits, {split: [fact.digests for fact in part] for split, part in facts.items()})
+    thumbnails = {split: np.array([fact.thumbnail for fact in part]) for split, part in facts.items()}
     splits.near_duplicates = find_near_duplicates(splits, thumbnails) if near_duplicates else []
-    result.warnings += duplicate_warnings(splits.near_duplicates)
-    result.overlapping_test_names = splits.overlapping_test_names
-    return result
-
-def duplicate_warnings(pairs: list[NearDuplicate], limit: int = 10) -> list[str]:
-    "Return a line for each of the first `limit` near duplicates, and one that counts the rest."
-    lines = [f"{pair.split} image {pair.name} nearly repeats {pair.other_split} image {pair.other} (r = {pair.correlation:.3f})" for pair in pairs[:limit]]
-    return lines + ([f"{len(pairs) - limit} more near duplicates"] if len(pairs) > limit else [])
+    report.warnings += duplicate_warnings(splits.near_duplicates)
+    report.overlapping_test_names = splits.overlapping_test_names
+    return report
