@@ -22,7 +22,7 @@ setup: $(STAMP)  ## create .venv and install the pinned packages (every other ta
 $(STAMP):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)
 	@echo "setup: installing the pinned packages (the first time a few minutes and about 6 GB)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]' || \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]' || \
 	  { echo "setup: pip could not install the packages (its message is above); the same command tries again"; exit 1; }
 	@rm -f $(VENV)/.installed-*
 	@touch $@
@@ -37,7 +37,7 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 	@mkdir -p outputs
 	@result=outputs/run_experiment.$$(date +%Y%m%d-%H%M%S).ipynb; \
 	$(BIN)/papermill -k python3 nbs/run_experiment.ipynb $$result $(ARGS) || \
-	  { echo "The run failed; the notebook with the error: $$result"; exit 1; }; \
+	  { test ! -f $$result || echo "The run failed; the notebook with the error: $$result"; exit 1; }; \
 	echo "Result notebook: $$result"; \
 	$(BIN)/python .ci/last_line.py $$result
 
@@ -67,7 +67,7 @@ hooks: $(STAMP)  ## install the pre-commit hooks
 constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
 	@rm -rf $(VENV)-constraints
 	@$(PYTHON) -m venv $(VENV)-constraints
-	@$(VENV)-constraints/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 '.[dev]'
+	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev]'
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints

@@ -231,9 +231,8 @@ def test_truncated_image_is_found_before_training(tmp_path, suffix):
 @pytest.mark.parametrize("size", [(9000, 9000), (14_000, 14_000)])
 def test_decompression_bomb(tmp_path, size, recwarn):
     Image.new("1", size).save(tmp_path/"bomb.png")
-    started = time.perf_counter()
     one_line(lambda: read_image(tmp_path/"bomb.png"), "pixels, expected at most 80 million")
-    assert time.perf_counter() - started < 0.5 and not recwarn.list
+    assert not recwarn.list
 
 
 def test_noise_is_no_image(tmp_path):

@@ -45,10 +45,12 @@ def mild_warps() -> list:
 def mild_colours() -> list:
     "Return changes of light, tint, noise, sharpness and shadow under which a faint crack can still be seen."
     soften = [A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.3, 0.8), p=1), A.MotionBlur(blur_limit=(3, 3), p=1)]
+    shadow = A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 1), shadow_dimension=4,
+                            shadow_intensity_range=(0.2, 0.45), p=0.2)
     return [A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.6),
             A.RandomGamma(gamma_limit=(80, 125), p=0.3),
             A.HueSaturationValue(hue_shift_limit=8, sat_shift_limit=20, val_shift_limit=0, p=0.3),
-            A.RandomShadow(shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 1), shadow_intensity_range=(0.2, 0.45), p=0.2),
+            shadow,
             A.OneOf(soften, p=0.2),
             A.GaussNoise(std_range=(0.01, 0.04), per_channel=False, p=0.3)]
 

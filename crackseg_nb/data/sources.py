@@ -277,7 +277,7 @@ def scan_masks(samples: list[Sample],
 
 # %% ../../nbs/02_data.sources.ipynb #83c7719e
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-MASK_WORDS = re.compile(r"[-_. ](mask|masks|label|labels|lab|gt|groundtruth|annotation|annot|seg|segmentation)$", re.IGNORECASE)
+MASK_WORDS = re.compile(r"[-_. ](masks?|labels?|lab|gt|groundtruth|annot|annotation|seg|segmentation)$", re.IGNORECASE)
 
 def files_below(folder: Path, suffixes: set[str] = PICTURES) -> dict[str, Path]:
     "Return the files below `folder` by relative name without suffix; raise CrackSegError if two share a name."
@@ -287,7 +287,8 @@ def files_below(folder: Path, suffixes: set[str] = PICTURES) -> dict[str, Path]:
         hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
         if path.suffix.lower() not in suffixes or hidden or not path.is_file(): continue
         key = inside.with_suffix("").as_posix()
-        if key in found: raise CrackSegError(f"{path}: found a second file of this name beside {found[key].name}, expected one")
+        if key in found:
+            raise CrackSegError(f"{path}: found a second file of this name beside {found[key].name}, expected one")
         found[key] = path
     return found
 
@@ -302,7 +303,8 @@ def pair_files(images: dict[str, Path],  # relative name -> image
     for key, image in images.items():
         candidates = [masks[key]] if key in masks else bare.get(key, [])
         if len(candidates) > 1:
-            raise CrackSegError(f"{image}: found {len(candidates)} masks ({some([path.name for path in candidates])}), expected one")
+            names = some([path.name for path in candidates])
+            raise CrackSegError(f"{image}: found {len(candidates)} masks ({names}), expected one")
         if candidates: pairs[key] = (image, candidates[0])
     used = {mask for _, mask in pairs.values()}
     return pairs, [key for key in images if key not in pairs], [key for key, path in masks.items() if path not in used]
@@ -417,7 +419,8 @@ def read_source(name: str,  # a key of SOURCES
     root = check_folder(name, data_dir)
     try: samples, notes = reader.read(root, **options)
     except OSError as error:
-        raise CrackSegError(f"{error.filename or root}: cannot read it ({error.strerror}), expected {reader.layout}") from error
+        place = error.filename or root
+        raise CrackSegError(f"{place}: cannot read it ({error.strerror}), expected {reader.layout}") from error
     if not samples: raise CrackSegError(f"{root}: found no images of {name!r}, expected {reader.layout}")
     samples = sorted(samples, key=lambda sample: sample.name)
     encoding = reader.encoding if mask_encoding == "auto" else mask_encoding
@@ -508,7 +511,8 @@ def read_unified360(root: Path) -> tuple[list[Sample], list[str]]:
         raise CrackSegError(f"{root}: found no images/ and masks/ in it; expected {SOURCES['unified360'].layout}")
     pairs, notes = pair_folders(image_folder, mask_folder)
     if named := [key for key in pairs if not key.isdecimal()]:
-        raise CrackSegError(f"{image_folder}: found the name {named[0]!r}, expected numbers only (read other names as 'folder')")
+        raise CrackSegError(f"{image_folder}: found the name {named[0]!r}, expected numbers only (read other names as "
+                            "'folder')")
     keys = sorted(pairs, key=int)
     tiles = in_threads(describe_tile, [pairs[key][0] for key in keys], "tiles")
     raise_first(tiles)

@@ -128,8 +128,8 @@ def make_splits(source: Source,
     groups, images = len({sample.group for sample in rest}), len(rest)
     if groups < len(missing) + 1:
         raise CrackSegError(f"splits: found {images} images in {groups} groups of {source.name!r} to fill "
-                            f"{', '.join(['train', *missing])}, expected at least {len(missing) + 1} groups, or a split would be "
-                            "empty (a group never crosses splits)")
+                            f"{', '.join(['train', *missing])}, expected at least {len(missing) + 1} groups, or a split "
+                            "would be empty (a group never crosses splits)")
     total = share["train"] + sum(share[split] for split in missing)
     for done, split in enumerate(missing, start=1):
         target = max(1, round(images * share[split] / total))
@@ -204,7 +204,7 @@ class NearDuplicate:
     correlation: float
 
 def find_near_duplicates(splits: Splits,
-                         thumbnails: dict[str, np.ndarray] | None = None,  # by split, (N, 32, 32); read from the files by default
+                         thumbnails: dict[str, np.ndarray] | None = None,  # by split, (N, 32, 32); read from the files if None
                          threshold: float = 0.99,  # of the correlation of thumbnails
                         ) -> list[NearDuplicate]:
     "Find images of validation and test that nearly repeat one of an earlier split."
@@ -301,7 +301,8 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     if twice := [name for name, count in counts.items() if count > 1]:
         problems.append(f"splits: found {len(twice)} samples more than once ({some(twice)}), expected each once")
     own, published = crossing_groups(splits)
-    if own: problems.append(f"splits: found {len(own)} groups in more than one split ({some(list(own))}), expected each in one")
+    if own:
+        problems.append(f"splits: found {len(own)} groups in more than one split ({some(list(own))}), expected each in one")
     tested = {sample.name for sample in splits.test}
     names = [name for members in published.values() for name in members if name in tested]
     warnings = [f"{len(published)} groups cross the published border ({some(sorted(published), 10)}); test images concerned: "
@@ -311,7 +312,8 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
 # %% ../../nbs/02b_data.splits.ipynb #f035da3f
 def balance_warnings(table: pd.DataFrame) -> list[str]:
     "Return warnings about splits without cracks and about masks that look inverted."
-    warnings = [f"{split}: no image shows a crack" for split, row in table.iterrows() if row["images"] == row["without crack"] > 0]
+    warnings = [f"{split}: no image shows a crack" for split, row in table.iterrows()
+                if row["images"] == row["without crack"] > 0]
     share = float((table["crack %"] * table["images"]).sum() / max(table["images"].sum(), 1))
     if share > 50:
         warnings.append(f"cracks fill {share:.0f} % of the pixels on average: the masks may be inverted (background is 0)")

@@ -63,7 +63,7 @@ def asphalt(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray
     value += np.float32(0.3 * contrast) * np.clip(stones - np.float32(1.2), 0, 1.2)
     value -= np.float32(0.35 * contrast) * np.clip(voids - np.float32(1.1), 0, 1.2)
     for scale, strength in ((70, 0.07), (24, 0.04)): value += np.float32(strength) * smooth_noise(generator, size, scale)
-    warmth = np.float32(generator.uniform(-0.03, 0.04)) + 0.03 * smooth_noise(generator, size, 2 * grain)
+    warmth = np.float32(generator.uniform(-0.03, 0.04)) + 0.02 * smooth_noise(generator, size, 2 * grain)
     tint = np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth], -1)
     return value[..., None] * tint * np.float32(generator.uniform(0.27, 0.48))
 
@@ -86,9 +86,10 @@ def draw_strokes(size: tuple[int, int], strokes: list[Stroke]) -> tuple[np.ndarr
     height, width = size
     canvas = np.zeros((height * FINE, width * FINE), np.uint8)
     for stroke in strokes:
-        # The last factor 8 gives OpenCV three bits below the pixel.
+        # The last factor 8 gives OpenCV three bits below the pixel. Its lines are an odd number of
+        # pixels wide, one more than an even thickness; so a width is true to a quarter of a pixel, and on average.
         points = np.rint(((stroke.points + 0.5) * FINE - 0.5) * 8).astype(int).tolist()
-        thickness = np.maximum(np.rint(stroke.width * FINE), 1).astype(int).tolist()
+        thickness = np.maximum(2 * np.floor(stroke.width * FINE / 2), 1).astype(int).tolist()
         strength = np.rint(np.clip(stroke.strength, 0.01, 1) * 255).astype(int).tolist()
         for start, end, thick, value in zip(points, points[1:], thickness[1:], strength[1:]):
             cv2.line(canvas, start, end, value, thick, cv2.LINE_8, 3)
@@ -132,10 +133,11 @@ def crack_stroke(generator: np.random.Generator,
     count = len(points)
     to_tip = np.arange(count)[::-1] * STEP
     if taper_start: to_tip = np.minimum(to_tip, to_tip[::-1])
-    tip = np.clip(to_tip / (10 + 3 * width), 0, 1)
-    profile = width * np.exp(0.28 * random_line(generator, count, 15) + 0.13 * generator.standard_normal(count))
+    tip = np.clip(to_tip / (12 + 6 * width), 0, 1)
+    profile = width * np.exp(0.28 * random_line(generator, count, 15) + 0.08 * generator.standard_normal(count))
     fade = 1 / (1 + np.exp(-4 * (random_line(generator, count, 22) + 1.1)))
-    strength = generator.uniform(0.62, 1) * (0.15 + 0.85 * fade) * (0.45 + 0.55 * tip)
+    strength = generator.uniform(0.55, 1) * (0.15 + 0.85 * fade) * (0.45 + 0.55 * tip)
+    strength = strength ** (2 / (2 + np.maximum(width - 2, 0)))  # a wide crack is deep
     return Stroke(points, np.clip(profile * tip ** 0.6, *limits), strength)
 
 # %% ../../nbs/01_data.synthetic.ipynb #41e81d78
@@ -149,7 +151,7 @@ def grow_crack(generator: np.random.Generator,
     "Return a crack and its branches; thin branches come first, so that the stem is drawn over them."
     stem, length = crack_stroke(generator, points, width, limits, taper_start), len(points) * STEP
     strokes = []
-    for _ in range(generator.poisson(length / 75) if depth else 0):
+    for _ in range(generator.poisson(min(length / 90, 4)) if depth else 0):
         origin = int(generator.integers(1, len(points) - 1))
         ahead = points[min(origin + 6, len(points) - 1)] - points[max(origin - 6, 0)]
         heading = math.atan2(ahead[1], ahead[0]) + generator.choice([-1, 1]) * generator.uniform(0.4, 1.2)
@@ -182,7 +184,7 @@ class SyntheticConfig:
     "Describe the images; raise CrackSegError for values that make no sense."
     surfaces: tuple[str, ...] = ('concrete', 'asphalt')  # drawn with equal chance
     crack_width: tuple[float, float] = (1.0, 12.0)  # smallest and largest width in pixels
-    crack_fraction: tuple[float, float] = (0.025, 0.09)  # share of the pixels that cracks aim to cover
+    crack_fraction: tuple[float, float] = (0.02, 0.08)  # share of the pixels that cracks aim to cover
     empty_probability: float = 0.1  # share of images without a crack
     distractors: tuple[str, ...] = DISTRACTOR_NAMES  # what looks like a crack and is none
     distractor_probability: float = 0.4  # chance of each of the places for a distractor: two per 128 pixels of side
@@ -207,11 +209,11 @@ def place_cracks(generator: np.random.Generator, size: tuple[int, int], config: 
     strokes, covered = [], 0.0
     while covered < 0.85 * wanted and len(strokes) < 20 + side:
         typical = math.exp(generator.uniform(math.log(low), math.log(high)))
-        typical = max(low, min(typical, 1.3 * (wanted - covered) / side))
-        heading, length = generator.uniform(0, 2 * math.pi), side * generator.uniform(0.5, 1.4)
+        typical = max(low, min(typical, 1.1 * (wanted - covered) / side))
+        heading, length = generator.uniform(0, 2 * math.pi), side * generator.uniform(0.5, 1.4) + 8 * typical
         middle = generator.uniform((0, 0), (width, height))
         start = middle - length / 2 * np.array([math.cos(heading), math.sin(heading)])
-        grown = grow_crack(generator, wander(generator, start, heading, length), typical, config.crack_width)
+        grown = grow_crack(generator, wander(generator, start, heading, length, 1.2 / (1 + typical / 12)), typical, config.crack_width)
         for stroke in grown:
             inside = ((stroke.points >= 0) & (stroke.points < (width, height))).all(1)
             covered += 0.8 * STEP * stroke.width[inside].sum()  # paths fold, and strokes overlap
@@ -365,7 +367,8 @@ LITTER: dict[str, Callable] = {'wire': wire, 'grass': grass, 'leaf': leaf}
 def stain(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     "Return `image` with an oil, water or rust stain."
     size = image.shape[:2]
-    field = smooth_noise(generator, size, generator.uniform(20, 70)) + 0.25 * smooth_noise(generator, size, 8)
+    field = smooth_noise(generator, size, generator.uniform(20, 70)) + 0.3 * smooth_noise(generator, size, 8)
+    field += 0.15 * smooth_noise(generator, size, 2)
     alpha = 1 / (1 + np.exp(-(field - generator.uniform(0.3, 1.2)) / generator.uniform(0.08, 0.3))).astype(np.float32)
     dark = generator.uniform(0.1, 0.35) * alpha + generator.uniform(0, 0.6) * alpha * (1 - alpha)
     rust = np.array([0.7, 1, 1.25] if generator.random() < 0.25 else [1, 1, 1], np.float32)
@@ -382,7 +385,7 @@ def shadow(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     kind = generator.choice(['house', 'pole', 'leaves'], p=[0.45, 0.3, 0.25])
     if kind == 'house': field = distance + generator.uniform(0, 4) * smooth_noise(generator, size, 30)
     elif kind == 'pole': field = generator.uniform(2, 14) - np.abs(distance)
-    else: field = 9 * (smooth_noise(generator, size, generator.uniform(14, 30)) - 0.2)
+    else: field = 10 * smooth_noise(generator, size, generator.uniform(30, 60)) + 6 * smooth_noise(generator, size, 9) - 5
     shade = 1 / (1 + np.exp(-np.clip(field / softness, -30, 30)))
     return 1 - np.float32(generator.uniform(0.25, 0.55)) * shade[..., None] * np.array([1, 0.98, 0.92], np.float32)
 
@@ -459,8 +462,8 @@ def find_synthetic(root: Path,
     "Return whether `root` already holds these images; raise CrackSegError if it holds anything else."
     if not root.exists(): return False
     if not root.is_dir(): raise CrackSegError(f'{root}: found a file, expected a folder for synthetic images')
-    if not (root/MANIFEST).is_file():
-        found = sorted(path.name for path in root.iterdir() if not path.name.startswith('.'))
+    found = sorted(path.name for path in root.iterdir() if not path.name.startswith('.'))
+    if not (root/MANIFEST).is_file():  # looked up after the listing: another process may be starting here
         if not found: return False
         raise CrackSegError(f'{root}: found {", ".join(found[:3])} but no {MANIFEST}, expected an empty folder or one written before')
     manifest = read_yaml(root/MANIFEST)
@@ -476,10 +479,10 @@ def find_synthetic(root: Path,
 
 # %% ../../nbs/01_data.synthetic.ipynb #cf5a731c
 def remove_strays(root: Path, num_images: int) -> None:
-    "Remove numbered images and temporary files that an interrupted writing with other settings left in `root`."
+    "Remove numbered images that an interrupted writing with other settings left in `root`."
     wanted = {path for pair in pair_paths(root, num_images) for path in pair}
     for path in [*(root/'images').iterdir(), *(root/'masks').iterdir()]:
-        if path not in wanted and re.fullmatch(r'\d{4,}\.png|\.\d{4,}\.png\..*', path.name): path.unlink(missing_ok=True)
+        if path not in wanted and re.fullmatch(r'\d{4,}\.png', path.name): path.unlink(missing_ok=True)
 
 # %% ../../nbs/01_data.synthetic.ipynb #0abcc31b
 def write_synthetic(root,  # folder to fill; made if it is missing
@@ -495,8 +498,9 @@ def write_synthetic(root,  # folder to fill; made if it is missing
     settings = to_plain(dict(generator='crackseg_nb.data.synthetic', version=GENERATOR_VERSION, num_images=num_images,
                              size=size, seed=seed, config=asdict(config)))
     if find_synthetic(root, settings): return root
-    for folder in ('images', 'masks'): (root/folder).mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     write_yaml(root/MANIFEST, {**settings, 'complete': False})
+    for folder in ('images', 'masks'): (root/folder).mkdir(exist_ok=True)
     for index, (image_path, mask_path) in enumerate(tqdm(pair_paths(root, num_images), desc='synthetic images', disable=not progress)):
         image, mask = synthesize(seed_for(seed, 'synthetic image', index), size, config)
         write_png(image_path, image)
