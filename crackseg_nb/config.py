@@ -148,10 +148,7 @@ RECIPES = {
         data="synthetic", synthetic_images=240, image_size=128, encoder="swinv2_tiny", pretrained="false", prior=0.05, drop_path_rate=0.0,
         loss="focal_dice", lr=5e-4, weight_decay=0.05, scheduler="onecycle", clip_norm=1.0, epochs=16, batch_size=8, accumulation=1,
         eval_batch_size=8, patience=0, checkpoint_every=0, gradient_checkpointing=False, augmentation="basic")),
-    "swinv2_hybrid_360": Recipe("the published SwinV2 hybrid at 360x360, for pretrained weights", PUBLISHED_360),
-    "swinv2_hybrid_scratch": Recipe("the same model and loss with a schedule for training from scratch", {
-        **PUBLISHED_360, "pretrained": "false", "prior": 0.05, "lr": 5e-4, "weight_decay": 0.05, "scheduler": "onecycle", "clip_norm": 1.0,
-        "epochs": 40, "gradient_checkpointing": False}),
+    "swinv2_hybrid_360": Recipe("the published SwinV2 hybrid at 360x360", PUBLISHED_360),
 }
 
 # %% ../nbs/17_config.ipynb #d90e03b1
