@@ -6,6 +6,8 @@ ARGS ?=
 # Further options of pytest, e.g. make test PYTEST_ARGS="-k losses"
 PYTEST_ARGS ?=
 
+# torchvision bounds torch from below only, so the pair that belongs together is named when versions are resolved anew.
+TORCH := torch==2.14.1 torchvision==0.29.2
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp's name holds a checksum of everything that decides what is installed.
@@ -67,7 +69,7 @@ hooks: $(STAMP)  ## install the pre-commit hooks
 constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
 	@rm -rf $(VENV)-constraints
 	@$(PYTHON) -m venv $(VENV)-constraints
-	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev]'
+	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev]' $(TORCH)
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints

@@ -41,7 +41,7 @@ class Pixels(NamedTuple):
     logits: Tensor  # `(B, C, H, W)`, float32 or float64, zero under void
     target: Tensor  # `(B, H, W)`, int64, zero under void
     valid: Tensor  # `(B, H, W)`, bool: False under void
-    wrong: Tensor  # `()`, bool: whether an id is beyond the classes (such pixels hold 0 in `target`)
+    wrong: Tensor  # `()`, bool: whether an id is beyond the classes
 
 
 def prepare(logits: Tensor, target: Tensor) -> Pixels:
@@ -51,7 +51,7 @@ def prepare(logits: Tensor, target: Tensor) -> Pixels:
     valid = ids != VOID
     wrong = valid & ((ids < 0) | (ids >= max(2, logits.shape[1])))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~valid[:, None], 0)
-    return Pixels(logits, ids.masked_fill(~valid | wrong, 0), valid, wrong.any())
+    return Pixels(logits, ids.masked_fill(~valid, 0), valid, wrong.any())
 
 # %% ../nbs/11_losses.ipynb #8f688a9a
 class Loss(nn.Module):

@@ -170,6 +170,11 @@ def test_boundary_equals_a_slow_version(num_channels):
         close(create_loss('boundary')(logits, target), slow_boundary(logits, target))
 
 
+def test_boundary_without_a_contour_is_zero():
+    for target in (torch.zeros(1, 6, 6), torch.ones(1, 6, 6)):
+        assert create_loss('boundary')(torch.randn(1, 1, 6, 6), target.long()) == 0
+
+
 def test_published_compounds():
     for seed in range(20):
         logits, target = random_case(seed)
@@ -254,9 +259,10 @@ def test_saturated_logits_stay_finite(name, num_channels):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_does_not_lower_the_precision(name, num_channels, dtype):
     logits, target = random_case(5, num_channels, num_images=2, dtype=torch.float32)
-    with torch.autocast('cpu', dtype=dtype):
-        found = create_loss(name)(logits, target)
-    assert torch.equal(found, create_loss(name)(logits, target)) and found.dtype == torch.float32
+    for given in (logits, logits.to(dtype)):  # a model under autocast hands over half precision
+        with torch.autocast('cpu', dtype=dtype):
+            found = create_loss(name)(given, target)
+        assert torch.equal(found, create_loss(name)(given.float(), target)) and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize('name, num_channels', ALL)
