@@ -37,6 +37,7 @@ class DataConfig:
     preload: str = "auto"  # keep decoded images in memory: auto (if they fit), true or false
     num_workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
     synthetic_images: int = 240  # how many synthetic images to make
+    synthetic_width: tuple[float, float] = (1.0, 12.0)  # narrowest and widest synthetic crack, in pixels
 
     def __post_init__(self):
         choose("data", self.data, ("synthetic", *SOURCES))
@@ -145,8 +146,8 @@ PUBLISHED_360 = dict(
 # %% ../nbs/17_config.ipynb #0ca3e111
 RECIPES = {
     "quickstart": Recipe("a small SwinV2 hybrid on synthetic cracks, in minutes on a CPU", dict(
-        data="synthetic", synthetic_images=240, image_size=128, encoder="swinv2_tiny", pretrained="false", prior=0.05, drop_path_rate=0.0,
-        loss="focal_dice", lr=5e-4, weight_decay=0.05, scheduler="onecycle", clip_norm=1.0, epochs=16, batch_size=8, accumulation=1,
+        data="synthetic", synthetic_images=240, synthetic_width=(3.0, 12.0), image_size=128, encoder="swinv2_tiny", pretrained="false", prior=0.05, drop_path_rate=0.0,
+        loss="focal_dice", lr=1e-3, weight_decay=0.05, scheduler="onecycle", clip_norm=1.0, epochs=14, batch_size=8, accumulation=1,
         eval_batch_size=8, patience=0, checkpoint_every=0, gradient_checkpointing=False, augmentation="basic")),
     "swinv2_hybrid_360": Recipe("the published SwinV2 hybrid at 360x360", PUBLISHED_360),
 }

@@ -30,11 +30,11 @@ from .data.augment import create_augmentation
 from .data.dataset import CrackDataset, create_loader
 from .data.sources import read_source
 from .data.splits import audit, make_splits
-from .data.synthetic import write_synthetic
+from .data.synthetic import SyntheticConfig, write_synthetic
 from .metrics import PROTOCOL, BinaryMetrics
 from .models.registry import count_parameters, create_model
 from .pictures import Case
-from .training.checkpoint import latest_checkpoint, load_checkpoint
+from .training.checkpoint import load_checkpoint
 from .training.trainer import Trainer, evaluate, fit
 
 # %% ../nbs/17b_experiment.ipynb #8aeaf922
@@ -95,8 +95,11 @@ def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
     if data.data != "synthetic": return read_source(data.data, data.data_dir or None)
-    root = outputs_folder(config.run.outputs)/"synthetic"/f"{data.image_size}px-{data.synthetic_images}-seed{config.run.seed}"
-    write_synthetic(root, data.synthetic_images, (data.image_size, data.image_size), seed=config.run.seed, progress=True)
+    low, high = data.synthetic_width
+    name = f"{data.image_size}px-{data.synthetic_images}-width{low:g}-{high:g}-seed{config.run.seed}"
+    root = outputs_folder(config.run.outputs)/"synthetic"/name
+    write_synthetic(root, data.synthetic_images, (data.image_size, data.image_size), config.run.seed,
+                    SyntheticConfig(crack_width=data.synthetic_width), progress=True)
     return read_source("folder", root)
 
 # %% ../nbs/17b_experiment.ipynb #8813d9b6
@@ -156,9 +159,7 @@ def train(self: Experiment,
     seed_everything(config.run.seed)
     self.trainer = Trainer(self.model, config.loss.create(), self.loaders["train"], self.loaders["val"], config.train, config.optim,
                            self.folder, self.device, on_epoch)
-    name = latest_checkpoint(self.folder/"checkpoints")
-    if name: logger.info("resuming from checkpoint %s", name)
-    history = fit(self.trainer, load_checkpoint(self.folder/"checkpoints", name) if name else None)
+    history = fit(self.trainer)
     if self.trainer.best.epoch:
         self.trainer.accelerator.unwrap_model(self.trainer.model).load_state_dict(load_checkpoint(self.folder/"checkpoints", "best").model_state)
         logger.info("best epoch: %d, val IoU %.4f", self.trainer.best.epoch, self.trainer.best.value)
@@ -268,7 +269,7 @@ def finish(self: Experiment) -> RunFolder:
     write_text(self.folder/"analysis_report.txt", write_report(self))
     write_yaml(self.folder/"final_results.yaml", self.results)
     self.folder.mark("done")
-    logger.info("results: %s", display_path(self.folder/"final_results.yaml"))
+    logger.info("done: %s/final_results.yaml", self.folder.run_id)
     return self.folder
 
 # %% ../nbs/17b_experiment.ipynb #d2db8fa8

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import psutil
 import torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -140,19 +141,6 @@ class CrackDataset(Dataset):
             self.store = ImageStore(self.samples, mask_encoding, self.source_sizes, self.resize, progress)
             logger.info("preload: %d images take %.2f GiB of memory", len(self), bytes_needed(self.source_sizes) / 2**30)
 
-    @property
-    def source_sizes(self) -> list[tuple[int, int]]:
-        "(height, width) of every image before augmentation."
-        if self.resize: return [self.resize] * len(self)
-        if self.known_sizes is None: self.known_sizes = read_sizes(self.samples, self.progress)
-        return self.known_sizes
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        "(height, width) of every item."
-        fitted = self.augmentation and self.augmentation.image_size
-        return [fitted] * len(self) if fitted else self.source_sizes
-
     def __len__(self) -> int: return len(self.samples)
 
     def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,6 +154,20 @@ class CrackDataset(Dataset):
         image, mask = self.pair(index)
         if self.augmentation: image, mask = self.augmentation(image, mask, seed_for(self.seed, epoch, index))
         return {"image": normalize(image), "mask": torch.from_numpy(np.array(mask)), "index": int(index)}
+
+# %% ../../nbs/04_data.dataset.ipynb #b86c28ff
+@patch(as_prop=True)
+def source_sizes(self: CrackDataset) -> list[tuple[int, int]]:
+    "(height, width) of every image before augmentation."
+    if self.resize: return [self.resize] * len(self)
+    if self.known_sizes is None: self.known_sizes = read_sizes(self.samples, self.progress)
+    return self.known_sizes
+
+@patch(as_prop=True)
+def sizes(self: CrackDataset) -> list[tuple[int, int]]:
+    "(height, width) of every item."
+    fitted = self.augmentation and self.augmentation.image_size
+    return [fitted] * len(self) if fitted else self.source_sizes
 
 # %% ../../nbs/04_data.dataset.ipynb #4c2e4098
 class EpochSampler:
