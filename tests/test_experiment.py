@@ -25,10 +25,10 @@ NOTEBOOK = ROOT / 'nbs' / 'run_experiment.ipynb'
 TINY = dict(synthetic_images=12, image_size=32, epochs=1, batch_size=4, device='cpu', amp='off')
 
 
-def papermill(folder, **parameters):
-    "Run the notebook with `folder` as working directory; return the process and the executed notebook."
+def papermill(folder, source=NOTEBOOK, **parameters):
+    "Run the notebook `source` with `folder` as working directory; return the process and the executed notebook."
     words = [word for name, value in parameters.items() for word in ('-p', name, str(value))]
-    done = subprocess.run([sys.executable, '-m', 'papermill', str(NOTEBOOK), 'result.ipynb', '-k', 'python3', '--no-progress-bar', *words],
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(source), 'result.ipynb', '-k', 'python3', '--no-progress-bar', *words],
                           cwd=folder, capture_output=True, text=True, timeout=300)
     return done, json.loads((folder / 'result.ipynb').read_text('utf-8')) if (folder / 'result.ipynb').exists() else None
 
@@ -87,7 +87,19 @@ def test_a_failing_run_leaves_its_error_and_no_results(tmp_path):
     assert not (folder / 'final_results.yaml').exists()
 
 
-def test_a_run_whose_kernel_stops_between_cells_is_marked_failed(tmp_path):
+def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
+    notebook = json.loads(NOTEBOOK.read_text('utf-8'))
+    cell = next(cell for cell in notebook['cells'] if 'show_class_balance' in ''.join(cell['source']))
+    cell['source'] = 'raise RuntimeError("no picture")'
+    (tmp_path / 'source.ipynb').write_text(json.dumps(notebook))
+    done, executed = papermill(tmp_path, tmp_path / 'source.ipynb', outputs='made', **TINY)
+    assert done.returncode != 0 and error_of(executed) == 'RuntimeError: no picture'
+    folder = only_run(tmp_path / 'made')
+    assert folder.state == 'failed' and 'before the run was finished' in folder.status['error']
+    assert not (folder / 'final_results.yaml').exists()
+
+
+def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
     code = (f'from crackseg_nb.config import configure; from crackseg_nb.experiment import Experiment\n'
             f'experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise SystemExit(3)')
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3
