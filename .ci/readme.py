@@ -15,6 +15,7 @@ INDEX = Path(__file__).resolve().parents[1] / 'nbs' / 'index.ipynb'
 FENCED = re.compile(r'(^```.*?^```)', re.M | re.S)
 FRONTMATTER = re.compile(r'\A---\n.*?^---\n', re.M | re.S)
 HIDDEN = re.compile(r'^#\s*\|\s*(hide|include:\s*false)\s*$', re.M)
+NO_ECHO = re.compile(r'^#\s*\|\s*echo:\s*false\s*$', re.M)
 DIRECTIVE = re.compile(r'^(#\s*\|.*|# NBVAL_\w+)\n?', re.M)
 LINK = re.compile(r'''(\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s]+)''')
 
@@ -26,11 +27,18 @@ def rewrite_links(text: str) -> str:
     return ''.join(part if FENCED.match(part) else LINK.sub(from_root, part) for part in parts)
 
 
+def only_output(cell):
+    "Return a markdown cell with the printed text of a code `cell`."
+    printed = ''.join(output.get('text', '') for output in cell.outputs)
+    return nbformat.v4.new_markdown_cell(f'```text\n{printed.rstrip()}\n```')
+
+
 def make_readme(index: Path) -> str:
     "Convert the notebook `index` to the text of README.md."
     notebook = nbformat.read(index, as_version=4)
     notebook.metadata['language_info'] = {'name': 'python'}
     notebook.cells = [cell for cell in notebook.cells if cell.source.strip() and not HIDDEN.search(cell.source)]
+    notebook.cells = [only_output(cell) if NO_ECHO.search(cell.source) else cell for cell in notebook.cells]
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = rewrite_links(FRONTMATTER.sub('', cell.source))
         else: cell.source = DIRECTIVE.sub('', cell.source)
