@@ -17,7 +17,7 @@ from typing import Any
 # %% ../nbs/17_config.ipynb #0880e6ba
 from .core import CrackSegError, check_number, choose, read_yaml
 from .data.augment import AUGMENTATIONS
-from .data.sources import SOURCES
+from .data.sources import ENCODINGS, SOURCES
 from .losses import LOSSES, LossConfig, loss_settings
 from .models.registry import MODELS
 from .training.optim import OptimConfig
@@ -29,6 +29,8 @@ class DataConfig:
     "Describe the images of a run and how they are prepared."
     data: str = "synthetic"  # synthetic, or a published layout: folder, DeepCrack, CrackForest, unified360
     data_dir: str = ""  # the data's folder; not needed for synthetic
+    mask_encoding: str = "auto"  # what mask values mean: auto (told from all masks), ids, 0/255, or threshold (grey masks at 128)
+    group_pattern: str = ""  # folder only: regular expression whose first group names an image's photo
     image_size: int = 360  # pixels on a side of a training image
     fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
     eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize
@@ -42,7 +44,7 @@ class DataConfig:
     def __post_init__(self):
         choose("data", self.data, ("synthetic", *SOURCES))
         for name, choices in dict(fit=("crop", "resize"), eval_fit=("native", "resize"), augmentation=AUGMENTATIONS,
-                                  preload=("auto", "true", "false")).items(): choose(name, getattr(self, name), choices)
+                                  mask_encoding=("auto", *ENCODINGS), preload=("auto", "true", "false")).items(): choose(name, getattr(self, name), choices)
         for name, low in dict(image_size=32, num_workers=0, synthetic_images=4).items():
             setattr(self, name, check_number(name, getattr(self, name), int, low=low))
 

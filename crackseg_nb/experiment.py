@@ -94,7 +94,8 @@ class Experiment:
 def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
-    if data.data != "synthetic": return read_source(data.data, data.data_dir or None)
+    options = {"group_pattern": data.group_pattern} if data.group_pattern else {}
+    if data.data != "synthetic": return read_source(data.data, data.data_dir or None, data.mask_encoding, **options)
     low, high = data.synthetic_width
     name = f"{data.image_size}px-{data.synthetic_images}-width{low:g}-{high:g}-seed{config.run.seed}"
     root = outputs_folder(config.run.outputs)/"synthetic"/name

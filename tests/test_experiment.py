@@ -137,7 +137,7 @@ def test_another_seed_is_another_run(tiny_run, tmp_path):
 
 def test_results_equal_the_kept_predictions(tiny_run):
     "The table of images is recomputed from the probability maps and masks on disk."
-    table = pd.read_csv(tiny_run.folder / 'predictions' / 'per_image.csv')
+    table = pd.read_csv(tiny_run.folder / 'predictions' / 'per_image.csv', dtype={'name': str})
     masks = {sample.name: sample.mask for sample in tiny_run.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
