@@ -56,8 +56,8 @@ def choose(parameter: str,  # name shown in the error
     choices = list(choices)
     if found in choices: return found
     close = nearest(found, choices)
-    hint = f"; did you mean {close!r}?" if close else ""
-    raise CrackSegError(f"{parameter}: found {found!r}, expected one of {', '.join(map(str, choices))}{hint}")
+    hint = f" (did you mean {close!r}?)" if close else ""
+    raise CrackSegError(f"{parameter}: found {found!r}{hint}, expected one of {', '.join(map(str, choices))}")
 
 # %% ../nbs/00_core.ipynb #ed019f99
 def check_number(parameter: str,  # name shown in the error
@@ -104,8 +104,7 @@ def get_device(name: str = "auto") -> torch.device:
     "Return the torch device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU."
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": return torch.device(next(kind for kind, found in available.items() if found))
-    kind = choose("device", str(name).split(":")[0], available)
-    if not available[kind]:
+    if not available[choose("device", name, ("auto", *available))]:
         raise CrackSegError(f"device: found {name!r}, but this machine has none; expected "
                             f"{' or '.join(kind for kind, found in available.items() if found)}")
     return torch.device(name)

@@ -55,6 +55,8 @@ def step(method):
     "Let a method of Experiment mark the run as failed when it raises, KeyboardInterrupt included."
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
+        if self.folder.status["state"] == "done":
+            raise CrackSegError(f"{self.folder.run_id}: found a finished run, expected a new Experiment")
         try: return method(self, *args, **kwargs)
         except BaseException as error:
             self.fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
@@ -101,7 +103,9 @@ def find_source(config: ExperimentConfig):
     root = outputs_folder(config.run.outputs)/"synthetic"/name
     write_synthetic(root, data.synthetic_images, (data.image_size, data.image_size), config.run.seed,
                     SyntheticConfig(crack_width=data.synthetic_width), progress=True)
-    return read_source("folder", root)
+    source = read_source("folder", root)
+    source.name = "synthetic"
+    return source
 
 # %% ../nbs/17b_experiment.ipynb #8813d9b6
 def make_datasets(config: ExperimentConfig, splits) -> dict[str, CrackDataset]:
@@ -147,6 +151,9 @@ def build_model(self: Experiment) -> None:
                                                 "data": {"source": self.source.name, "fingerprint": self.audit.fingerprint,
                                                          "images": self.splits.lengths, "notes": self.audit.notes,
                                                          "warnings": self.audit.warnings}})
+    if self.model.weights["requested"] == "auto":  # a repetition has to begin with the same weights
+        config.model_settings["pretrained"] = "false" if self.model.weights["loaded"] == "from scratch" else "true"
+        write_yaml(self.folder/"config.yaml", config_to_dict(config))
     logger.info("model: %s, %s parameters, weights: %s", config.model, f"{self.parameters['total']:,}", self.model.weights["loaded"])
 
 # %% ../nbs/17b_experiment.ipynb #4ec09c6f
@@ -220,7 +227,8 @@ def collect_results(experiment: Experiment) -> dict:
     return {
         "test": {"num_images": scores["num_images"], "threshold": experiment.threshold, "pooled": scores["pooled"], "per_image": scores["per_image"]},
         "test_at_0.5": {kind: experiment.test_metrics.compute(0.5)[kind] for kind in ("pooled", "per_image")},
-        **({"test_without_overlap": {name: rest[name] for name in ("num_images", "pooled", "per_image")}, "overlapping_test_images": overlapping} if rest else {}),
+        **({"test_without_overlap": {name: rest[name] for name in ("num_images", "pooled", "per_image")}} if rest else {}),
+        **({"overlapping_test_images": overlapping} if overlapping else {}),
         "val": {kind: experiment.val_metrics.compute(experiment.threshold)[kind] for kind in ("pooled", "per_image")},
         "protocol": {"epoch": trainer.best.epoch, "epochs_trained": trainer.epoch,
                      "epoch_rule": "highest pooled IoU at threshold 0.5 on the validation images",
@@ -243,7 +251,7 @@ def read_training(history: pd.DataFrame) -> list[str]:
     if last - best < max(1, len(history) // 10): lines.append("It is among the last ones: more epochs may help.")
     rose = history["val_loss"].iloc[-1] > 1.1 * history["val_loss"][lowest] and history["train_loss"].iloc[-1] < history["train_loss"][lowest]
     lines.append(f"The validation loss rose by more than 10 % after epoch {lowest + 1} while the training loss fell: the model overfits." if rose
-                 else "The validation loss does not rise while the training loss falls: no overfitting is seen.")
+                 else "The validation loss does not end more than 10 % above its lowest value while the training loss falls: no strong overfitting is seen.")
     return lines
 
 # %% ../nbs/17b_experiment.ipynb #c76d307e

@@ -263,6 +263,7 @@ class WeightedSum(Loss):
         if len(parts) != len(weights) or not parts:
             raise CrackSegError(f'weights: found {len(weights)}, expected {max(1, len(parts))}, one per loss')
         weights = [check_number('weights', weight, float, low=0) for weight in weights]
+        if not any(weights): raise CrackSegError('weights: found only zeros, expected at least one above 0')
         super().__init__([weight * inner for part, weight in zip(parts, weights) for inner in part.weights.tolist()])
         self.parts = nn.ModuleList(parts)
 

@@ -178,7 +178,12 @@ def expect_failure(tmp_path, words, **parameters):
     (dict(synthetic_images=4, fractions='0.98,0.01,0.01', batch_size=9), ('batch_size',)),
     (dict(pretrained='imagenet'), ('pretrained', 'no file imagenet')),
     (dict(data='folder'), ('data_dir',)),
-    (dict(run_name='../elsewhere'), ('run_id',)),
+    (dict(run_name='../elsewhere'), ('run_name',)),
+    (dict(data_dir='photos'), ('data_dir', 'synthetic')),
+    (dict(loss='ce'), ('loss',)),
+    (dict(decoder_channels='0,32,16'), ('decoder_channels: found 0',)),
+    (dict(focal_weight=0, dice_weight=0), ('weights',)),
+    (dict(device='gpu'), ('device',)),
 ])
 def test_a_wrong_value_gets_one_line(tmp_path, parameters, words): expect_failure(tmp_path, words, **parameters)
 

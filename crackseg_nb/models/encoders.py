@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SWINV2_ENCODERS', 'PATCH', 'pad_to_multiple', 'SwinV2Encoder', 'hub_reason', 'load_weights_file', 'load_hub_weights',
-           'load_pretrained']
+           'check_pretrained', 'load_pretrained']
 
 # %% ../../nbs/05b_models.encoders.ipynb #dd056502
 import os
@@ -100,18 +100,27 @@ def load_hub_weights(encoder: SwinV2Encoder) -> str:
     return repository
 
 # %% ../../nbs/05b_models.encoders.ipynb #eff5ac2b
+def check_pretrained(pretrained: str | bool) -> str:
+    "Return the choice as text; raise CrackSegError unless it is auto, true, false or an existing file."
+    choice = str(pretrained).strip()
+    if choice.lower() in ("auto", "true", "false"): return choice.lower()
+    if not Path(choice).expanduser().is_file():
+        raise CrackSegError(f"pretrained: found no file {choice}, expected auto, true, false or a safetensors file")
+    return choice
+
+# %% ../../nbs/05b_models.encoders.ipynb #b6005d4e
 def load_pretrained(encoder: SwinV2Encoder,
                     pretrained: str | bool = "auto",  # auto, true, false, or a path to a safetensors file
                    ) -> dict:
     "Load what `pretrained` asks for and return `{requested, loaded}`; `loaded` names the source or says `from scratch`."
-    choice = str(pretrained).strip()
+    choice = check_pretrained(pretrained)
     loaded = "from scratch"
-    if choice.lower() == "true": loaded = load_hub_weights(encoder)
-    elif choice.lower() == "auto":
+    if choice == "true": loaded = load_hub_weights(encoder)
+    elif choice == "auto":
         try: loaded = load_hub_weights(encoder)
         except CrackSegError as error:
             logger.warning("TRAINING FROM SCRATCH, although pretrained weights were wished for. %s", error)
-    elif choice.lower() != "false":
+    elif choice != "false":
         load_weights_file(encoder, choice)
         loaded = str(Path(choice).expanduser())
     return {"requested": choice, "loaded": loaded}

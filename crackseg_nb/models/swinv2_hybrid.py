@@ -16,7 +16,7 @@ from torch import nn
 # %% ../../nbs/06_models.swinv2_hybrid.ipynb #4c356cb5
 from ..core import CrackSegError, check_number, choose
 from ..layers import ASPP, CBAM, conv_norm_relu
-from .encoders import SWINV2_ENCODERS, SwinV2Encoder, load_pretrained, pad_to_multiple
+from .encoders import SWINV2_ENCODERS, SwinV2Encoder, check_pretrained, load_pretrained, pad_to_multiple
 
 # %% ../../nbs/06_models.swinv2_hybrid.ipynb #78b43b6e
 @dataclass
@@ -41,8 +41,11 @@ class SwinV2HybridConfig:
         for name, low in (("image_size", 32), ("num_classes", 1), ("aspp_channels", 1), ("cbam_reduction", 1)):
             setattr(self, name, check_number(name, getattr(self, name), int, low=low))
         for name in ("aspp_dropout", "drop_path_rate", "prior"): check_number(name, getattr(self, name), float, 0, 0.99)
-        if len(self.decoder_channels) != 3:
-            raise CrackSegError(f"decoder_channels: found {self.decoder_channels!r}, expected three widths")
+        check_pretrained(self.pretrained)
+        for name in ("aspp_rates", "decoder_channels"):
+            for number in getattr(self, name): check_number(name, number, int, low=1)
+        if len(self.decoder_channels) != 3: raise CrackSegError(f"decoder_channels: found {self.decoder_channels!r}, expected three widths")
+        if not self.aspp_rates: raise CrackSegError("aspp_rates: found none, expected at least one, such as 1,6,12,18")
 
 # %% ../../nbs/06_models.swinv2_hybrid.ipynb #faf4d782
 class DecoderBlock(nn.Module):

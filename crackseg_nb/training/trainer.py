@@ -36,14 +36,14 @@ from .optim import OptimConfig, create_optimizer, create_scheduler
 @dataclass
 class TrainConfig:
     "Describe how a model is trained; the defaults are those of the published SwinV2 experiment."
-    epochs: int = 100  # 0 evaluates only
+    epochs: int = 100  # 0 evaluates the model as it is built
     batch_size: int = 2  # images that go through the model at once
     accumulation: int = 8  # batches per optimiser step
     eval_batch_size: int = 4
     amp: str = "auto"  # auto, bf16, fp16 or off
     clip_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
     patience: int = 20  # epochs without a better val_iou before training stops; 0 never stops
-    checkpoint_every: int = 5  # epochs between checkpoints that can be resumed; 0 keeps the best weights only
+    checkpoint_every: int = 5  # epochs between full training states; 0 keeps the best weights only
     gradient_checkpointing: bool = True
     empty_cache_every: int = 100  # optimiser steps between clearings of the device's memory cache; 0 never
     channels_last: bool = True  # memory layout that convolutions prefer
@@ -219,7 +219,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.scheduler.load_state_dict(state["scheduler"])
     if trainer.accelerator.scaler is not None: trainer.accelerator.scaler.load_state_dict(state["scaler"])
     restore_rng_state(state["rng"])
-    trainer.best = BestSoFar(**state["best"])
+    trainer.best = BestSoFar(**{**state["best"], "patience": trainer.config.patience})
     trainer.epoch, trainer.history, trainer.performance = state["epoch"], list(state["history"]), list(state["performance"])
 
 # %% ../../nbs/16_training.trainer.ipynb #9c8395a1
@@ -243,9 +243,10 @@ def write_scalars(writer: SummaryWriter, row: dict, performance: dict) -> None:
         if scalar: writer.add_scalar(f"{part}/{scalar}", value, row["epoch"])
 
 # %% ../../nbs/16_training.trainer.ipynb #8eddc908
-def validation_row(trainer: Trainer, train_loss: float) -> dict:
+def validation_row(trainer: Trainer, train_loss: float,
+                   rate: float,  # learning rate at the epoch's first step
+                  ) -> dict:
     "Evaluate on the validation images and return the epoch's row of `history.csv`."
-    rate = trainer.scheduler.get_last_lr()[0]
     metrics, val_loss = evaluate(trainer.model, trainer.val_loader, trainer.accelerator, trainer.criterion)
     scores = metrics.compute(0.5)
     return {"epoch": trainer.epoch, "train_loss": train_loss, "train_learning_rate": rate, "val_loss": val_loss,
@@ -256,11 +257,11 @@ def validation_row(trainer: Trainer, train_loss: float) -> dict:
 def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter) -> bool:
     "Train, validate, record and save one epoch; return whether training is over."
     monitor.reset()
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), trainer.scheduler.get_last_lr()[-1]
     train_loss = train_epoch(trainer)
     seconds = time.perf_counter() - start
     trainer.epoch += 1
-    trainer.history.append(validation_row(trainer, train_loss))
+    trainer.history.append(validation_row(trainer, train_loss, rate))
     row = trainer.history[-1]
     images = len(trainer.train_loader.dataset)
     trainer.performance.append({"epoch": trainer.epoch, "train_seconds": round(seconds, 3), "images_per_second": round(images / seconds, 3),
