@@ -187,11 +187,11 @@ def project_root() -> Path | None:
 
 # %% ../nbs/00_core.ipynb #ce36ed3e
 def git_state(root: Path | None = None) -> dict:
-    "Return the commit of the checkout at `root` and whether tracked files differ from it; empty where git knows nothing."
+    "Return the commit of the checkout at `root` and whether tracked files, outputs aside, differ from it; empty without git."
     def git(*words):
         command = ["git", "-C", str(root or project_root() or "."), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    try: return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    try: return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno", "--", ".", ":!outputs"))}
     except (OSError, subprocess.SubprocessError): return {}
 
 # %% ../nbs/00_core.ipynb #8d39bb5a

@@ -147,8 +147,12 @@ def test_results_equal_the_kept_predictions(tiny_run):
         assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
 
 
-def test_zero_epochs_evaluate_only(tmp_path):
-    done = run(configure(**{**TINY, 'epochs': 0}, outputs=str(tmp_path)))
+def test_zero_epochs_evaluate_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    done = run(configure(**{**TINY, 'epochs': 0}, pretrained='auto', outputs=str(tmp_path)))
+    # What was really loaded is written down, and a repetition asks for just that.
+    assert read_yaml(done.folder / 'environment.yaml')['weights'] == {'requested': 'auto', 'loaded': 'from scratch'}
+    assert read_yaml(done.folder / 'config.yaml')['model']['pretrained'] == 'false'
     results = read_yaml(done.folder / 'final_results.yaml')
     assert results['protocol']['epoch'] == 0 and results['protocol']['epochs_trained'] == 0
     assert done.folder.state == 'done' and not (done.folder / 'checkpoints' / 'best.json').exists()
