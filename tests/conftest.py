@@ -37,3 +37,13 @@ def pytest_runtest_setup(item):
 def data_folder():
     "The folder of the real photos; its tests are marked `real_data`."
     return DATA
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Keep thousands of tiny operations from waiting for a second thread on a busy machine."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

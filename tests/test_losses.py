@@ -19,13 +19,7 @@ MULTI = [name for name in LOSSES if name not in ('bce', 'bce_dice')]
 ALL = [(name, 1) for name in BINARY] + [(name, 3) for name in MULTI]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Keep thousands of tiny operations from waiting for a second thread on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def random_case(seed, num_channels=1, num_images=None, dtype=torch.float64, scale=None, void=True):

@@ -13,13 +13,7 @@ NUM_CASES = 200
 REFERENCES = dict(iou=binary_jaccard_index, f1=binary_f1_score, dice=binary_f1_score, precision=binary_precision, recall=binary_recall)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Keep thousands of tiny operations from waiting for a second thread on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def random_case(seed, dtype=torch.float32):
