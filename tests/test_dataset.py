@@ -1,6 +1,11 @@
-"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, little shared memory, bad files."""
+"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, little shared memory, bad files,
+workers that die or hang."""
 import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from PIL import Image
 
 from crackseg_nb.core import CrackSegError
 from crackseg_nb.data import dataset as dataset_module
+from crackseg_nb.data import sources as sources_module
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
 from crackseg_nb.data.dataset import CrackDataset, EpochSampler, Loader, SameSizeBatches, create_loader
 from crackseg_nb.data.sources import read_source
@@ -160,3 +166,95 @@ def test_turned_photos_keep_their_masks(source, tmp_path):
     for preload in (False, True):
         dataset = CrackDataset([sample], 'ids', preload=preload, progress=False)
         assert dataset.sizes == [(60, 40)] and dataset[0]['image'].shape == (3, 60, 40)
+
+
+class Faulty(CrackDataset):
+    'Do something to the worker that reads image 5, once for each file in the folder `faults`.'
+    def __getitem__(self, key):
+        fault = next(self.faults.iterdir(), None)
+        if key[1] == 5 and fault:
+            fault.unlink()
+            if fault.name == 'sleep': time.sleep(60)
+            else: os.kill(os.getpid(), getattr(signal, fault.name))
+        return super().__getitem__(key)
+
+
+def faulty_loader(source, faults, num_workers=2, **settings):
+    dataset = Faulty(source.samples, source.mask_encoding, create_augmentation('crack', 64), seed=3, progress=False)
+    dataset.faults = faults
+    faults.mkdir()
+    return create_loader(dataset, 4, train=True, seed=3, num_workers=num_workers, **settings)
+
+
+@pytest.mark.parametrize('fault, found', [('SIGKILL', 'num_workers: worker process [0-9]+ was ended by the system .killed by signal 9., often for lack of memory'),
+                                          ('SIGBUS', 'num_workers: .*killed by signal 7.*lack of shared memory'),
+                                          ('sleep', 'num_workers: no batch came for 1 seconds')])
+def test_a_lost_worker_is_one_line_and_the_loader_works_again(source, tmp_path, fault, found):
+    loader = faulty_loader(source, tmp_path/'faults', timeout=1)
+    (tmp_path/'faults'/fault).touch()
+    started = time.monotonic()
+    with pytest.raises(CrackSegError, match=f'^{found}') as caught: list(loader)
+    assert '\n' not in str(caught.value) and time.monotonic() - started < 4
+    assert contents(loader) == contents(make_loader(source))
+    loader.stop_workers()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_ends_between_two_batches_is_named_where_the_news_arrives(source, tmp_path):
+    loader = faulty_loader(source, tmp_path/'faults')
+    with pytest.raises(CrackSegError, match='^num_workers: worker process .*killed by signal 9'), loader.named_faults():
+        next(iter(loader))
+        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+        for _ in range(100): time.sleep(0.1)  # torch's signal handler raises here
+    assert contents(loader) == contents(make_loader(source))
+
+
+def test_a_worker_that_ends_between_two_epochs_is_replaced(source, tmp_path):
+    loader = faulty_loader(source, tmp_path/'faults')
+    list(loader)
+    try:
+        os.kill(loader._iterator._workers[1].pid, signal.SIGKILL)
+        for _ in range(20): time.sleep(0.1)
+    except RuntimeError: pass
+    assert contents(loader) == contents(make_loader(source))
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='the sender of a signal is unknown here')
+def test_workers_outlive_the_signals_that_a_cluster_sends_to_all(source):
+    loader = make_loader(source, num_workers=2)
+    found = []
+    for batch in loader:
+        found.append(tuple(batch[name].numpy().tobytes() for name in ('index', 'image', 'mask')))
+        if len(found) < 2: continue  # the second worker may still be starting
+        for worker in loader._iterator._workers:
+            for name in ('TERM', 'USR1'): subprocess.run(['kill', f'-{name}', str(worker.pid)], check=True)
+        time.sleep(0.2)
+    assert found == contents(make_loader(source))
+    started = time.monotonic()
+    loader.stop_workers()
+    assert not multiprocessing.active_children() and time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_a_disk_that_fails_is_one_line_naming_the_file(source, monkeypatch, num_workers):
+    def fail(*arguments, **settings): raise OSError(5, 'Input/output error')
+    loader = make_loader(source, num_workers, preload=False)
+    loader.dataset.sizes  # reads headers
+    monkeypatch.setattr(sources_module.Image, 'open', fail)
+    with pytest.raises(CrackSegError, match='^/.*Input/output error') as caught: list(loader)
+    assert '\n' not in str(caught.value)
+    monkeypatch.undo()
+    loader.stop_workers()
+    assert contents(loader) == contents(make_loader(source))
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_processes_share_windows_with_workers_and_after_a_stop(source, world):
+    def indices(loader, step): return [index for batch in loader.batch_sampler.window(step) for _, index in batch]
+    alone = make_loader(source, accumulation=2)
+    for position in (0, 1):
+        parts = [make_loader(source, 2, accumulation=2, rank=rank, world=world, position=position) for rank in range(world)]
+        seen = [[int(index) for batch in part for index in batch['index']] for part in parts]
+        assert sorted(sum(seen, [])) == sorted(sum((indices(alone, step) for step in range(position, 2)), []))
+        assert seen == [sum((indices(part, step) for step in range(position, 2)), []) for part in parts]
+    assert make_loader(source, timeout=5).timeout == 0  # without workers there is nothing to wait for

@@ -5,13 +5,19 @@
 # %% auto #0
 __all__ = ['MEAN', 'DEVIATION', 'NORMALIZED', 'SHARED_MEMORY', 'PRELOAD_SHARE', 'normalize', 'denormalize', 'read_pair',
            'in_order', 'read_sizes', 'bytes_needed', 'can_share', 'ImageStore', 'decide_preload', 'CrackDataset',
-           'EpochSampler', 'SameSizeBatches', 'start_worker', 'Loader', 'create_loader', 'class_balance']
+           'EpochSampler', 'SameSizeBatches', 'heed_parent_only', 'start_worker', 'ended_workers', 'describe_fault',
+           'Loader', 'create_loader', 'class_balance']
 
 # %% ../../nbs/04_data.dataset.ipynb #a521490d
+import multiprocessing
 import os
 import random
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -171,89 +177,184 @@ def sizes(self: CrackDataset) -> list[tuple[int, int]]:
 
 # %% ../../nbs/04_data.dataset.ipynb #4c2e4098
 class EpochSampler:
-    "Deal batches of `(epoch, index)` in an order that is a function of the seed and the epoch."
+    "Deal batches of `(epoch, index)`, window by window, in an order that is a function of the seed and the epoch."
     drop_last = False
 
-    def __init__(self, num_samples: int, batch_size: int, shuffle: bool = True, seed: int = 0):
+    def __init__(self, num_samples: int,
+                 batch_size: int,  # images that go through the model at once
+                 accumulation: int = 1,  # batches of one window, all processes together
+                 shuffle: bool = True, seed: int = 0,
+                 rank: int = 0, world: int = 1,  # which of how many processes this one is
+                ):
         self.num_samples = check_number("num_samples", num_samples, int, low=1)
         self.batch_size = check_number("batch_size", batch_size, int, low=1)
+        self.window_size = self.batch_size * check_number("accumulation", accumulation, int, low=1)
+        self.windows_per_epoch = -(-self.num_samples // self.window_size)
+        self.world = check_number("world", world, int, low=1)
+        self.rank = check_number("rank", rank, int, low=0, high=self.world - 1)
         self.shuffle, self.seed, self.epoch, self.position = shuffle, seed, 0, 0
+        self.drawn = None, None  # the epoch whose order was drawn last, and that order
 
     def set_epoch(self, epoch: int) -> None:
-        "Choose the epoch that the next iteration deals; another epoch starts at its first batch."
+        "Choose the epoch that the next iteration deals; another epoch starts at its first window."
         if epoch != self.epoch: self.epoch, self.position = check_number("epoch", epoch, int, low=0), 0
 
-    def set_position(self, batches_done: int) -> None:
-        "Let the next iteration of this epoch, and only that one, leave out the batches that were done before."
-        self.position = check_number("batches_done", batches_done, int, low=0, high=len(self))
+    def set_position(self, steps_done: int) -> None:
+        "Let the next iteration of this epoch, and only that one, leave out the windows that were done before."
+        self.position = check_number("steps_done", steps_done, int, low=0, high=self.windows_per_epoch)
 
     def order(self) -> np.ndarray:
         "Return the epoch's order of indices."
         if not self.shuffle: return np.arange(self.num_samples)
-        return np.random.default_rng(seed_for("order", self.seed, self.epoch)).permutation(self.num_samples)
+        if self.drawn[0] != self.epoch:
+            generator = np.random.default_rng(seed_for("order", self.seed, self.epoch))
+            self.drawn = self.epoch, generator.permutation(self.num_samples)
+        return self.drawn[1]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # A generator, so that this runs at the first batch: a loader with workers asks for two iterators and uses one.
-        keys = [(self.epoch, int(index)) for index in self.order()]
-        first, self.position = self.position * self.batch_size, 0
-        for start in range(first, self.num_samples, self.batch_size): yield keys[start:start + self.batch_size]
+# %% ../../nbs/04_data.dataset.ipynb #1bfbcd9f
+@patch
+def bounds(self: EpochSampler, step: int) -> list[int]:
+    "Return where this process's batches of window `step` begin in the order, and where the last one ends."
+    start = step * self.window_size
+    end = min(start + self.window_size, self.num_samples)
+    # With enough batches to go round none is cut, since batch normalisation sees batches; the last process may be left with none.
+    unit = self.batch_size if self.world <= self.window_size // self.batch_size else 1
+    share = -(-(end - start) // (self.world * unit)) * unit
+    start, end = (min(start + share * rank, end) for rank in (self.rank, self.rank + 1))
+    return [*range(start, end, self.batch_size), end]
 
-    def __len__(self) -> int:
-        "Return the number of batches in a whole epoch, wherever an iteration starts."
-        return -(-self.num_samples // self.batch_size)
+@patch
+def window(self: EpochSampler, step: int) -> list[list[tuple[int, int]]]:
+    "Return this process's batches of window `step`; none where the window is too small to go round."
+    bounds, order = self.bounds(step), self.order()
+    return [[(self.epoch, int(index)) for index in order[start:end]] for start, end in zip(bounds, bounds[1:])]
 
-# %% ../../nbs/04_data.dataset.ipynb #815c314e
+@patch
+def __iter__(self: EpochSampler) -> Iterator[list[tuple[int, int]]]:
+    # A generator, so that this runs at the first batch: a loader with workers asks for two iterators and uses one.
+    first, self.position = self.position, 0
+    for step in range(first, self.windows_per_epoch): yield from self.window(step)
+
+@patch
+def __len__(self: EpochSampler) -> int:
+    "Return the number of batches that this process deals in a whole epoch, wherever an iteration starts."
+    return sum(len(self.bounds(step)) - 1 for step in range(self.windows_per_epoch))
+
+# %% ../../nbs/04_data.dataset.ipynb #468c3f10
 class SameSizeBatches:
     "Deal batches of `(0, index)` in which all images have one size; every image once, in a fixed order."
     drop_last = False
 
     def __init__(self, sizes: list[tuple[int, int]],  # (height, width) of every image
-                 batch_size: int):
+                 batch_size: int,
+                 rank: int = 0, world: int = 1,  # which of how many processes this one is
+                ):
         self.batch_size = check_number("batch_size", batch_size, int, low=1)
+        world = check_number("world", world, int, low=1)
+        rank = check_number("rank", rank, int, low=0, high=world - 1)
         groups = {}
         for index, size in enumerate(sizes): groups.setdefault(tuple(size), []).append((0, index))
-        self.batches = [group[start:start + self.batch_size] for group in groups.values()
-                        for start in range(0, len(group), self.batch_size)]
+        batches = [group[start:start + self.batch_size] for group in groups.values()
+                   for start in range(0, len(group), self.batch_size)]
+        self.batches = batches[rank::world]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]: return iter(self.batches)
 
     def __len__(self) -> int: return len(self.batches)
 
 # %% ../../nbs/04_data.dataset.ipynb #fd8fcccf
+def heed_parent_only() -> None:
+    "Let SIGTERM end this worker process only when the process that started it sent it, and SIGUSR1 never; end with that process."
+    if not hasattr(signal, "sigtimedwait"): return  # macOS and Windows cannot tell the sender
+    starter = multiprocessing.parent_process()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    def wait():
+        while starter.is_alive():
+            received = signal.sigtimedwait({signal.SIGTERM}, 2)
+            if received is not None and received.si_pid == starter.pid: break
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+
+# %% ../../nbs/04_data.dataset.ipynb #1a2b31fd
 def start_worker(worker_id: int) -> None:
-    "Prepare a worker process: one OpenCV thread, and global generators that differ between workers."
+    "Prepare a worker process: one OpenCV thread, the parent's signals only, and global generators that differ between workers."
+    heed_parent_only()
     cv2.setNumThreads(0)
     seed = torch.initial_seed() % 2**32  # torch has already mixed the loader's seed with the worker's number
     random.seed(seed)
     np.random.seed(seed)
 
 # %% ../../nbs/04_data.dataset.ipynb #ab1ebdd5
-class Loader(DataLoader):
-    "Load batches as torch's DataLoader does; a CrackSegError from a worker keeps its one line."
-    def __iter__(self) -> Iterator[dict]:
-        try: yield from super().__iter__()
-        except CrackSegError as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise CrackSegError(last_line.split("CrackSegError: ", 1)[-1]) from error
+def ended_workers(iterator) -> dict[int, int]:
+    "Return the process number and the exit code of each worker of a loader's iterator that no longer runs."
+    return {worker.pid: worker.exitcode for worker in getattr(iterator, "_workers", ()) if not worker.is_alive()}
+
+def describe_fault(message: str,  # of the RuntimeError that torch raised
+                   iterator,  # the loader's; None where it keeps none
+                  ) -> str | None:
+    "Return one line about a worker that was ended or that stalls; None where the error is about something else."
+    if stalled := re.search(r"DataLoader timed out after (\S+) seconds", message):
+        return (f"num_workers: no batch came for {float(stalled[1]):g} seconds, expected one sooner; the data's disk may hang: "
+                "resume when it answers, or with a longer timeout")
+    if not (named := re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", message)): return None
+    process, code = next(iter(ended_workers(iterator).items()), (named[1], None))
+    reason = "no exit code" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    memory = "shared memory" if code == -signal.SIGBUS else "memory"
+    return (f"num_workers: worker process {process} was ended by the system ({reason}), often for lack of {memory}; expected it to "
+            "live; resume with fewer num_workers (0 prepares batches in the training process)")
 
 # %% ../../nbs/04_data.dataset.ipynb #885a92ef
+class Loader(DataLoader):
+    "Load batches as torch's DataLoader does; what goes wrong in a worker becomes a CrackSegError of one line."
+    def __iter__(self) -> Iterator[dict]:
+        if ended_workers(self._iterator): self.stop_workers()  # they ended between two iterations
+        with self.named_faults():
+            try: yield from super().__iter__()
+            except CrackSegError as error:
+                last_line = str(error).strip().splitlines()[-1]
+                raise CrackSegError(last_line.split("CrackSegError: ", 1)[-1]) from error
+
+    @contextmanager
+    def named_faults(self) -> Iterator[None]:
+        "Raise CrackSegError for a worker that was ended or that stalls, wherever in the context the news arrives."
+        try: yield
+        except RuntimeError as error:
+            line = describe_fault(str(error), self._iterator)
+            if line is None: raise
+            self.stop_workers()
+            raise CrackSegError(line) from error
+
+    def stop_workers(self) -> None:
+        "Stop the worker processes; the next iteration starts new ones."
+        iterator, self._iterator = self._iterator, None
+        if iterator is None: return
+        for worker in iterator._workers: worker.terminate()  # one that hangs would be waited for
+        iterator._shutdown_workers()
+
+# %% ../../nbs/04_data.dataset.ipynb #7f7ac358
 def create_loader(dataset: CrackDataset, batch_size: int,
                   train: bool,  # shuffled and augmented per epoch; otherwise each image once in a fixed order
                   seed: int = 0,  # of the order
                   num_workers: int = 0,  # processes that prepare batches
                   pin_memory: bool | None = None,  # None: only with CUDA
                   prefetch: int = 2,  # batches that each worker prepares ahead
-                 ) -> DataLoader:
+                  accumulation: int = 1,  # training batches of one window, see EpochSampler
+                  rank: int = 0, world: int = 1,  # which of how many processes this one is
+                  timeout: float = 0.0,  # seconds to wait for a worker's batch before giving up; 0 waits for ever
+                 ) -> Loader:
     "Return a loader of dict(image (B, 3, H, W), mask (B, H, W), index (B,)); `loader.batch_sampler` sets epoch and position."
     check_number("num_workers", num_workers, int, low=0)
+    check_number("timeout", timeout, low=0)
     if train and check_number("batch_size", batch_size, int, low=1) > len(dataset):
         raise CrackSegError(f"batch_size: found {batch_size} for {len(dataset)} training images (batch larger than the data), "
                             f"expected at most {len(dataset)}")
     if train and len(set(dataset.sizes)) > 1:
         raise CrackSegError(f"image_size: found training images of {len(set(dataset.sizes))} sizes, expected an augmentation "
                             "with an image_size, or resize")
-    sampler = EpochSampler(len(dataset), batch_size, True, seed) if train else SameSizeBatches(dataset.sizes, batch_size)
-    with_workers = {"persistent_workers": True, "prefetch_factor": prefetch} if num_workers else {}
+    sampler = (EpochSampler(len(dataset), batch_size, accumulation, True, seed, rank, world) if train
+               else SameSizeBatches(dataset.sizes, batch_size, rank, world))
+    with_workers = {"persistent_workers": True, "prefetch_factor": prefetch, "timeout": timeout} if num_workers else {}
     return Loader(dataset, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=start_worker,
                   pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
                   generator=torch.Generator().manual_seed(seed_for("loader", seed)), **with_workers)

@@ -273,14 +273,15 @@ def prune_checkpoints(folder,
                      ) -> list[str]:
     "Remove the older whole checkpoints of `folder` and return their names; damaged ones neither count nor go."
     folder = Path(folder)
-    check_number("keep_last", keep_last, int, low=1)
+    check_number("keep_last", keep_last, int, low=0)
     def complete(entry): return (folder/entry["file"]).is_file() and (folder/entry["file"]).stat().st_size == entry["bytes"]
     whole = [manifest["name"] for manifest in read_manifests(folder)[0]
              if manifest["name"] not in protect and all(map(complete, manifest["files"].values()))]
-    for name in whole[:-keep_last]:
+    old = whole[:len(whole) - keep_last]
+    for name in old:
         (folder/f"{name}.json").unlink()
         remove_strays(folder, name)
-    return whole[:-keep_last]
+    return old
 
 # %% ../../nbs/15_training.checkpoint.ipynb #e75cf16d
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
