@@ -10,6 +10,7 @@ __all__ = ['BINARY_LOSSES', 'SECTIONS', 'DERIVED', 'PUBLISHED_360', 'RECIPES', '
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
+import os
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -211,7 +212,8 @@ def find_run(run: str,  # folder of a run, or its name in the folder of all runs
         raise CrackSegError(f"resume: found no run {run!r}" + (f" (did you mean {close!r}?)" if close else "") + ", expected the folder of a run, "
                             f"or its name in {outputs_folder(outputs)}")
     status = folder.status
-    if folder.state == "running":
+    # A run of this very process is over, since its process is here: on a full disk not even its end could be written.
+    if folder.state == "running" and status["pid"] != os.getpid():
         raise CrackSegError(f"resume: {folder.run_id} is still running, as process {status['pid']} on {status['host']}; expected one that has ended")
     if folder.state == "done": raise CrackSegError(f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted")
     if not (folder/"config.yaml").is_file(): raise CrackSegError(f"resume: {folder.run_id} has no config.yaml, since it ended before it began; start it anew")

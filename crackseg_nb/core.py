@@ -6,8 +6,8 @@
 __all__ = ['VOID', 'IMAGENET_MEAN', 'IMAGENET_STD', 'RESUME_CODE', 'PACKAGES', 'logger', 'CrackSegError', 'Stopped', 'nearest',
            'choose', 'check_number', 'seed_for', 'seed_everything', 'get_device', 'atomic_write', 'write_text',
            'to_plain', 'write_yaml', 'read_yaml', 'sha256_file', 'fingerprint_of', 'package_versions', 'project_root',
-           'git_state', 'processor_name', 'describe_environment', 'outputs_folder', 'check_writable', 'now',
-           'RunFolder', 'this_process', 'process_is_gone', 'create_run_folder', 'log_to']
+           'git_state', 'processor_name', 'describe_environment', 'outputs_folder', 'display_path', 'check_writable',
+           'now', 'RunFolder', 'this_process', 'process_is_gone', 'create_run_folder', 'log_to']
 
 # %% ../nbs/00_core.ipynb #03ca340c
 import difflib
@@ -223,6 +223,14 @@ def outputs_folder(outputs: str = "") -> Path:
     "Return where run folders go: `outputs` if given, else the checkout's `outputs/`, else `outputs/` of the working directory."
     if outputs: return Path(outputs).expanduser().resolve()
     return (project_root() or Path.cwd())/"outputs"
+
+# %% ../nbs/00_core.ipynb #5c6f614e
+def display_path(path) -> str:
+    "Return `path` relative to the project or the working directory where it lies inside one of them."
+    path = Path(path).resolve()
+    for root in (project_root(), Path.cwd()):
+        if root is not None and path.is_relative_to(root.resolve()): return str(path.relative_to(root.resolve()))
+    return str(path)
 
 # %% ../nbs/00_core.ipynb #aed094f6
 def check_writable(folder: Path,  # made if it is missing

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 # %% ../../nbs/16_training.trainer.ipynb #63d29c58
-from ..core import CrackSegError, RunFolder, Stopped, atomic_write, check_number, choose, logger
+from ..core import CrackSegError, RunFolder, Stopped, atomic_write, check_number, choose, display_path, logger
 from ..losses import Loss
 from .checkpoint import Checkpoint, capture_rng_state, load_checkpoint, prune_checkpoints, restore_rng_state, save_checkpoint
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
@@ -165,7 +165,7 @@ def look_for_nan(trainer: Trainer) -> None:
     found = [item for items in gather_objects(found, trainer.accelerator) for item in items]  # of whichever process had the images
     where, names = found[0] if found else ("not found when the step was repeated", [])
     raise CrackSegError(f"loss: found NaN or infinity in {place}: {where}" + (f", images {', '.join(names)}" if names else "")
-                        + (f" (kept in {trainer.folder.run_id}/{kept.relative_to(trainer.folder.path)})" if kept else "")
+                        + (f" (kept in {kept.relative_to(trainer.folder.path)} of the run folder)" if kept else "")
                         + f"; expected finite numbers; {last_good(trainer)}")
 
 def repeat_step(trainer: Trainer, batches: list[dict]) -> Finding | None:
@@ -181,7 +181,7 @@ def last_good(trainer: Trainer) -> str:
     "Say how to go on from the newest state, if there is one."
     advice = "with a lower -p lr, -p clip_norm 1 or -p amp off"
     if trainer.saved_at is None: return f"no state was written yet; begin anew {advice}"
-    return f"-p resume {trainer.folder.run_id} goes on from {state_name(*trainer.saved_at)}, {advice}"
+    return f"-p resume {display_path(trainer.folder.path)} goes on from {state_name(*trainer.saved_at)}, {advice}"
 
 # %% ../../nbs/16_training.trainer.ipynb #4dbd03e2
 def pause_if_asked(trainer: Trainer) -> None:
@@ -193,7 +193,7 @@ def pause_if_asked(trainer: Trainer) -> None:
     save_state(trainer)
     if stopping:
         raise Stopped(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step} of {trainer.steps_per_epoch} "
-                      f"({reason or 'another process was asked to'}); go on with -p resume {trainer.folder.run_id}")
+                      f"({reason or 'another process was asked to'}); go on with -p resume {display_path(trainer.folder.path)}")
 
 def next_step(trainer: Trainer, batches: Iterator[dict]) -> None:
     "Take the next step; where it fails before the weights were touched, write a state first."
