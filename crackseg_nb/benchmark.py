@@ -43,6 +43,7 @@ from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm.std import tqdm
 
 # %% ../nbs/20b_benchmark.ipynb #bc87624a
 from .config import coerce, configure, model_settings
@@ -76,10 +77,10 @@ class Contest:
     def __post_init__(self):
         window = self.config.batch_size * self.config.accumulation
         if len(self.dataset) % window:
-            raise CrackSegError(f"dataset: found {len(self.dataset)} images, expected a multiple of {window} (batch_size times accumulation)")
+            raise CrackSegError(f"dataset: found {len(self.dataset)} images, expected a multiple of {window}, batch_size times accumulation")
         self.optim = replace(self.optim, scheduler="constant")
         self.precision = choose_precision(self.config.amp, self.device, self.time_precisions)
-        self.config = replace(self.config, amp=self.precision.replace("no", "off"))
+        self.config = replace(self.config, amp=self.precision.replace("no", "off"), checkpoint_minutes=0)
 
     def time_precisions(self): return time_precisions(self.copy_model(), self.config.batch_size, self.dataset.sizes[0], self.device)
 
@@ -138,7 +139,8 @@ def counted(model: nn.Module) -> Iterator[Work]:
         for handle in handles: handle.remove()
 
 # %% ../nbs/20b_benchmark.ipynb #242880b4
-def plain_epoch(contest: Contest, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, batches: Iterable[dict]) -> None:
+def plain_epoch(contest: Contest, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                batches: Iterable[dict]) -> None:
     "Train on `batches` as the shortest loop in plain PyTorch does."
     accumulation, clip_norm = contest.config.accumulation, contest.config.clip_norm
     model.train()
@@ -161,7 +163,8 @@ def enter_plain(contest: Contest, batches: Callable[[int], Iterable[dict]],  # f
     model = contest.copy_model()
     optimizer, scaler = create_optimizer(model, contest.optim), torch.amp.GradScaler(contest.device.type, enabled=contest.precision == "fp16")
     called = torch.compile(model) if compiled else model
-    return Contestant(called, lambda number: seconds_of(lambda: plain_epoch(contest, called, optimizer, scaler, batches(number)), contest.device))
+    def epoch(number): return seconds_of(lambda: plain_epoch(contest, called, optimizer, scaler, batches(number)), contest.device)
+    return Contestant(called, epoch)
 
 def enter_bare(contest: Contest) -> Contestant:
     "Return the plain loop on the loader that the trainer has."
@@ -243,18 +246,24 @@ def enter_lightning(contest: Contest) -> Contestant:
     def epoch(number):
         clock.number = number
         with quiet_lightning():
-            trainer = lightning.Trainer(accelerator=contest.device.type, devices=1, precision=precision, max_epochs=1, barebones=True, callbacks=[clock],
-                                        accumulate_grad_batches=contest.config.accumulation, gradient_clip_val=contest.config.clip_norm or None,
-                                        # Left alone, Lightning switches repeatable algorithms off, for itself and for those that come after it.
-                                        deterministic="warn" if torch.are_deterministic_algorithms_enabled() else False)
+            trainer = lightning.Trainer(
+                accelerator=contest.device.type, devices=1, precision=precision, max_epochs=1, barebones=True, callbacks=[clock],
+                accumulate_grad_batches=contest.config.accumulation, gradient_clip_val=contest.config.clip_norm or None,
+                # Left alone, Lightning switches repeatable algorithms off, for itself and for those that come after it.
+                deterministic="warn" if torch.are_deterministic_algorithms_enabled() else False)
             trainer.fit(module, loader)
         return clock.seconds
     return Contestant(model, epoch)
 
 # %% ../nbs/20b_benchmark.ipynb #86e726df
-def hidden_bars():
-    "Return a context in which progress bars do their work, and nobody sees them."
-    return capture_output(stdout=False, stderr=True)
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    "Let progress bars do their work as text, as in a terminal, where nobody sees it; a notebook would keep every bar in its file."
+    trainer = sys.modules[train_epoch.__module__]
+    before, trainer.tqdm = trainer.tqdm, tqdm
+    try:
+        with capture_output(stdout=False): yield
+    finally: trainer.tqdm = before
 
 def turns(names: list[str], number: int) -> list[str]:
     "Return the order of round `number`: another one begins every two rounds, and every second round is reversed."
@@ -291,15 +300,15 @@ def unchanged_settings(name: str) -> Iterator[None]:
     before = torch_settings()
     yield
     changed = [f"{key} {before[key]} to {value}" for key, value in torch_settings().items() if value != before[key]]
-    if changed: raise CrackSegError(f"benchmark: {name} changed torch's settings: {', '.join(changed)}; expected them to stay for the next contestant")
+    if changed: raise CrackSegError(f"benchmark: {name} changed torch's settings: {', '.join(changed)}; expected them to stay as they were")
 
 def check_equal_work(table: pd.DataFrame) -> None:
     "Raise CrackSegError unless the contestants of every round saw as many images and took as many steps."
     for number, part in table.groupby("round"):
         for unit in ("images", "steps"):
             if part[unit].nunique() > 1:
-                raise CrackSegError(f"benchmark: found unequal work in round {number}, {unit}: "
-                                    f"{', '.join(f'{row.contestant} {getattr(row, unit)}' for row in part.itertuples())}; expected equal numbers")
+                found = ", ".join(f"{name} {count}" for name, count in zip(part["contestant"], part[unit]))
+                raise CrackSegError(f"benchmark: found unequal work in round {number}, {unit}: {found}; expected equal numbers")
 
 # %% ../nbs/20b_benchmark.ipynb #de6eef68
 ENTRANTS = {"trainer": enter_trainer, "bare": enter_bare, "resident": enter_resident, "lightning": enter_lightning}
@@ -312,10 +321,10 @@ def enter_all(contest: Contest) -> dict[str, Contestant]:
 def ratios(table: pd.DataFrame,  # of `race`
            of: str = "trainer",
           ) -> pd.DataFrame:
-    "Return median, lowest and highest ratio of the speed of `of` to each other contestant's, and the rounds."
+    "Return median, lowest and highest ratio of the speed of `of` to each other contestant's."
     speed = table.pivot(index="round", columns="contestant", values="images_per_second")[list(table["contestant"].unique())]
     relative = speed.drop(columns=of).rdiv(speed[of], axis=0)
-    return pd.DataFrame({"median": relative.median(), "lowest": relative.min(), "highest": relative.max(), "rounds": relative.count()}).sort_index()
+    return pd.DataFrame({"median": relative.median(), "lowest": relative.min(), "highest": relative.max()}).sort_index()
 
 # %% ../nbs/20b_benchmark.ipynb #61b689bd
 TARGETS = {"bare": 0.97, "resident": 0.90, "lightning": 1.0}  # least speed of the trainer relative to these
@@ -335,7 +344,8 @@ def options_of(contest: Contest) -> dict[str, dict]:
                "contiguous" if config.channels_last else "channels last": dict(channels_last=not config.channels_last)}
     try: enable_gradient_checkpointing(copy.deepcopy(contest.model))
     except CrackSegError: return changes
-    return changes | {("without " if config.gradient_checkpointing else "") + "checkpointing": dict(gradient_checkpointing=not config.gradient_checkpointing)}
+    name = "without checkpointing" if config.gradient_checkpointing else "checkpointing"
+    return changes | {name: dict(gradient_checkpointing=not config.gradient_checkpointing)}
 
 @contextmanager
 def algorithms(repeatable: bool, fill: bool) -> Iterator[None]:
@@ -358,7 +368,8 @@ def enter_with(contest: Contest, **choice) -> Contestant:
 # %% ../nbs/20b_benchmark.ipynb #c4f1da54
 def measure_options(contest: Contest, rounds: int) -> pd.DataFrame:
     "Race the step as configured against itself with one setting changed at a time."
-    others = {name: enter_resident(replace(contest, config=replace(contest.config, **change))) for name, change in options_of(contest).items()}
+    changed = {name: replace(contest, config=replace(contest.config, **change)) for name, change in options_of(contest).items()}
+    others = {name: enter_resident(other) for name, other in changed.items()}
     others |= {"not repeatable": enter_with(contest, repeatable=False, fill=False)}
     if torch.are_deterministic_algorithms_enabled():
         fill = not torch.utils.deterministic.fill_uninitialized_memory
@@ -418,7 +429,8 @@ def stop(optimizer, *_):
         raise RuntimeError(f"first step done at {time.time()}")
 register_optimizer_step_post_hook(stop)
 '''
-PHASES = {"crackseg_nb.config": "imports", "Experiment(": "imports", ".load_data(": "data", ".build_model(": "model", ".train(": "training to the first step"}
+PHASES = {"crackseg_nb.config": "imports", "Experiment(": "imports", ".load_data(": "data", ".build_model(": "model",
+          ".train(": "training to the first step"}
 
 def phase_of(source: str) -> str:
     "Return what a cell of the run notebook is there for."
@@ -426,10 +438,11 @@ def phase_of(source: str) -> str:
 
 def stopping_notebook() -> dict:
     "Return the run notebook with a cell before its training that stops it after the first step."
-    if project_root() is None: raise CrackSegError("benchmark: found no nbs/run_experiment.ipynb, expected to run in a checkout of the project")
+    if project_root() is None: raise CrackSegError("benchmark: found no nbs/run_experiment.ipynb, expected a checkout of the project")
     notebook = json.loads((project_root()/"nbs"/"run_experiment.ipynb").read_text("utf-8"))
-    where = next(number for number, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "code" and ".train(" in "".join(cell["source"]))
-    notebook["cells"].insert(where, {"cell_type": "code", "id": "stop", "metadata": {}, "source": STOP_CELL, "outputs": [], "execution_count": None})
+    cells = notebook["cells"]
+    where = next(number for number, cell in enumerate(cells) if cell["cell_type"] == "code" and ".train(" in "".join(cell["source"]))
+    cells.insert(where, {"cell_type": "code", "id": "stop", "metadata": {}, "source": STOP_CELL, "outputs": [], "execution_count": None})
     return notebook
 
 # %% ../nbs/20b_benchmark.ipynb #4992d3e5
@@ -440,8 +453,9 @@ def read_phases(notebook: dict,  # as papermill left it
     phases = dict.fromkeys(("imports", "data", "pictures and tables", "model", "training to the first step"), 0.0)
     done = re.search(r"first step done at ([\d.]+)", json.dumps(notebook))
     if not done:
-        errors = [output["evalue"] for cell in notebook["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"]
-        raise CrackSegError(f"benchmark: the run notebook came to no optimiser step: {errors[-1] if errors else 'it ended without an error'}")
+        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        errors = [output["evalue"] for output in outputs if output["output_type"] == "error"] or ["it ended without an error"]
+        raise CrackSegError(f"benchmark: the run notebook came to no optimiser step: {errors[-1]}")
     for cell in notebook["cells"]:
         record, source = cell["metadata"].get("papermill", {}), "".join(cell["source"])
         if cell["cell_type"] != "code" or not record.get("start_time"): continue
@@ -461,8 +475,8 @@ def time_first_step(folder: Path,  # of this run's outputs; data that it holds a
     write_text(source, json.dumps(stopping_notebook()))
     words = [word for name, value in {**parameters, "outputs": str(folder)}.items() for word in ("-p", name, str(value))]
     start = time.time()
-    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(source), str(result), *words], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", str(source), str(result), *words],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     if not result.is_file(): raise CrackSegError(f"benchmark: papermill failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return read_phases(json.loads(result.read_text("utf-8")), start)
 
@@ -495,7 +509,8 @@ class BenchmarkConfig:
         for name in self.models: choose("models", name, MODELS)
         self.models = tuple(self.models) or tuple(MODELS)
         self.name = self.name or f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
-        if Path(self.name).name != self.name or self.name == "..": raise CrackSegError(f"name: found {self.name!r}, expected a plain folder name")
+        if Path(self.name).name != self.name or self.name == "..":
+            raise CrackSegError(f"name: found {self.name!r}, expected a plain folder name")
         check_number("rounds", self.rounds, int, low=1)
         check_number("threads", self.threads, int, low=0)
         for name, low in (("sizes", 32), ("batches", 1)):
@@ -509,7 +524,8 @@ def read_parameters(variables: dict[str, Any]  # the notebook's `globals()`
     found = {name: value for name, value in variables.items() if isinstance(value, (str, int, float, bool, list, tuple, type(None)))
              and not name.startswith("_") and name not in ("In", "Out")}
     for name in found: choose("parameter", name, kinds)
-    found = {name: [value] if isinstance(value, (int, float)) and name in ("sizes", "batches") else value for name, value in found.items()}  # -p sizes 64
+    for name in {"sizes", "batches"} & found.keys():
+        if isinstance(found[name], int): found[name] = [found[name]]  # -p sizes 64
     return BenchmarkConfig(**{name: coerce(name, value, kinds[name]) for name, value in found.items()})
 
 # %% ../nbs/20b_benchmark.ipynb #66f542b7
@@ -522,14 +538,16 @@ def create_contest(settings: BenchmarkConfig, name: str,  # a model family
                                                     "gradient_checkpointing", "num_workers", "device", "seed")}
     own = {"pretrained": "false", **({"encoder": settings.encoder} if settings.encoder else {})}
     own = {key: value for key, value in own.items() if key in model_settings(name)}
-    config = configure(recipe="swinv2_hybrid_360", model=name, synthetic_images=16, eval_batch_size=settings.batch_size, **{**same, **own, **changes})
+    config = configure(recipe="swinv2_hybrid_360", model=name, synthetic_images=16, eval_batch_size=settings.batch_size,
+                       **{**same, **own, **changes})
     with hidden_bars(): source, size = find_source(config), config.data.image_size
     images = images or config.train.batch_size * config.train.accumulation
     dataset = CrackDataset(list(islice(cycle(source.samples), images)), source.mask_encoding, seed=settings.seed, preload="auto", progress=False,
                            augmentation=create_augmentation(config.data.augmentation, (size, size), fit=config.data.fit))
     seed_everything(settings.seed)
     model = create_model(name, **config.model_settings, image_size=size, num_classes=1)
-    return Contest(model, config.loss.create(), dataset, config.train, config.optim, get_device(config.run.device), settings.seed, settings.num_workers)
+    return Contest(model, config.loss.create(), dataset, config.train, config.optim, get_device(config.run.device), settings.seed,
+                   settings.num_workers)
 
 # %% ../nbs/20b_benchmark.ipynb #d8445f7c
 class Benchmark:
@@ -541,9 +559,9 @@ class Benchmark:
         self.contests = {name: create_contest(config, name) for name in config.models}
         self.half = max(2, config.rounds // 2)
         self.rows, self.start = [], time.perf_counter()
-        precision = {name: contest.precision.replace("no", "float32") for name, contest in self.contests.items()}
-        self.summary = {"settings": asdict(config), "environment": {**describe_environment(), "lightning": package_versions(["lightning"]).get("lightning")},
-                        "precision": precision}
+        lightning = package_versions(["lightning"]).get("lightning")
+        self.summary = {"settings": asdict(config), "environment": {**describe_environment(), "lightning": lightning},
+                        "precision": {name: contest.precision.replace("no", "float32") for name, contest in self.contests.items()}}
 
     def each(self, part: str, measure: Callable[[Contest], pd.DataFrame]) -> pd.DataFrame:
         "Return `measure(contest)` of every family, one below the other, with the family's name."
@@ -565,13 +583,15 @@ class Benchmark:
 @patch
 def describe(self: Benchmark) -> None:
     "Print the machine, the versions and the precision."
-    environment, packages = self.summary["environment"], self.summary["environment"]["packages"]
-    gpus = f", {', '.join(environment['gpus'])}" if environment["gpus"] else ""
-    print(f"{environment['processor']}, {environment['cores']} cores, {environment['threads']} threads, {environment['memory_gib']:.0f} GiB{gpus}")
-    print(f"torch {packages['torch']}, accelerate {packages['accelerate']}, lightning {environment['lightning'] or 'not installed: it takes no part'}")
+    machine = self.summary["environment"]
+    cores = f"{machine['cores']} cores, {machine['threads']} threads, {machine['memory_gib']:.0f} GiB"
+    print(", ".join([machine["processor"], cores, *machine["gpus"]]))
+    print(f"torch {machine['packages']['torch']}, accelerate {machine['packages']['accelerate']}, "
+          f"lightning {machine['lightning'] or 'not installed: it takes no part'}")
     for name, contest in self.contests.items():
-        print(f"{name}: {count_parameters(contest.model)['total']:,} parameters, {contest.precision.replace('no', 'float32')}, {contest.config.accumulation} batches "
-              f"of {contest.config.batch_size} images of {contest.dataset.sizes[0][0]} pixels per step, on {contest.device}")
+        config, parameters = contest.config, count_parameters(contest.model)["total"]
+        print(f"{name}: {parameters:,} parameters, {self.summary['precision'][name]}, {config.accumulation} batches of {config.batch_size} images "
+              f"of {contest.dataset.sizes[0][0]} pixels per step, on {contest.device}")
 
 @patch
 def contest(self: Benchmark) -> pd.DataFrame:
@@ -644,7 +664,8 @@ def finish(self: Benchmark) -> None:
     "Write benchmark.csv with every round and benchmark.yaml with what follows from them."
     rows = pd.concat(self.rows, ignore_index=True)
     first = ["part", "model", "contestant", "round"]
-    write_text(self.folder/"benchmark.csv", rows[[*first, *(name for name in rows if name not in first)]].to_csv(index=False, lineterminator="\n"))
+    rows = rows[[*first, *(name for name in rows if name not in first)]]
+    write_text(self.folder/"benchmark.csv", rows.to_csv(index=False, lineterminator="\n"))
     self.summary["seconds"] = time.perf_counter() - self.start
     write_yaml(self.folder/"benchmark.yaml", rounded(self.summary))
     print(f"{self.summary['seconds'] / 60:.1f} minutes; every round: {display_path(self.folder)}/benchmark.csv")
@@ -696,6 +717,7 @@ def show_cost(table: pd.DataFrame  # of Benchmark.cost()
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(label, fontsize=8)
         axis.set_xticks(table.index.unique(1))
+        axis.margins(y=0.12)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
     if table.index.get_level_values(0).nunique() > 1: time_axis.legend(frameon=False, fontsize=8)

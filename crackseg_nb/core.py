@@ -104,6 +104,7 @@ def seed_everything(seed: int,  # the run's seed
     if deterministic: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Kernels without a deterministic form warn, so that the log names them instead of the run failing late.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs that writes all new memory twice
 
 # %% ../nbs/00_core.ipynb #1148b0c8
 def get_device(name: str = "auto") -> torch.device:

@@ -216,8 +216,10 @@ def build_model(self: Experiment) -> None:
 # %% ../nbs/17b_experiment.ipynb #4ec09c6f
 @patch
 def settle_precision(self: Experiment) -> None:
-    "Replace `amp auto` by what is fastest here, and write it down."
+    "Lay the model out as it will be trained; replace `amp auto` by what is fastest here, and write it down."
     config, size = self.config, self.config.data.image_size
+    if config.train.gradient_checkpointing: enable_gradient_checkpointing(self.model)
+    self.model.to(self.device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
     if config.train.amp != "auto" or not config.train.epochs: return
     def measure(): return time_precisions(self.model, min(config.train.batch_size, 4), (size, size), self.device)
     precision = choose_precision("auto", self.device, measure)
@@ -228,7 +230,6 @@ def settle_precision(self: Experiment) -> None:
 def fitting_batch(self: Experiment) -> int:
     "Return how many images of a batch fit into memory at once, by a lower bound; raise CrackSegError if not even one does."
     train, size = self.config.train, self.config.data.image_size
-    if train.gradient_checkpointing: enable_gradient_checkpointing(self.model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(train.amp, self.device).replace("no", ""))
     estimate = estimate_memory(self.model, train.batch_size, (size, size), self.device, dtype)
     logger.info("memory: %s", estimate)

@@ -41,7 +41,7 @@ def find_notebook(notebook=None  # None: the run notebook of this checkout
     "Return the notebook to execute; raise CrackSegError where there is none."
     if notebook is None:
         root = project_root()
-        if root is None: raise CrackSegError("notebook: this package is installed without its notebooks; expected to run from a checkout of the project")
+        if root is None: raise CrackSegError("notebook: found a package without its notebooks, expected to run from a checkout of the project")
         notebook = root/"nbs"/"run_experiment.ipynb"
     path = Path(notebook).expanduser().resolve()
     if not path.is_file(): raise CrackSegError(f"notebook: found no file {path}, expected a run notebook")
@@ -80,7 +80,8 @@ def claim(folder: Path,  # the run's folder; need not exist
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         while not try_lock(handle):
-            if time.monotonic() >= deadline: raise Claimed(f"{folder.name}: found another process at work on this run, expected none; wait for it or stop it")
+            if time.monotonic() >= deadline:
+                raise Claimed(f"{folder.name}: found another process at work on this run, expected none; wait for it or stop it")
             time.sleep(0.1)
         yield handle.fileno()
 
@@ -156,7 +157,8 @@ def execute_notebook(notebook: Path, result: Path, parameters: dict, relay: Sign
             papermill.execute_notebook(str(notebook), str(result), parameters, kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
                                        kernel_manager_class=kernel_class(relay, Path(sockets), lock), iopub_timeout=60)
         except DeadKernelError: return "the kernel died (killed, or out of memory)", True
-        except Exception as error: return one_line(error), relay.process is not None and relay.process.poll() is not None and not isinstance(error, PapermillExecutionError)
+        except PapermillExecutionError as error: return one_line(error), False
+        except Exception as error: return one_line(error), relay.process is not None and relay.process.poll() is not None
     return "", False
 
 # %% ../nbs/17c_run.ipynb #1517baf9

@@ -1,11 +1,13 @@
 """Fixtures of the tests, and the skips of what this machine cannot run."""
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import matplotlib
 import pytest
+from slurm_cluster import reason_against, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('CRACKSEG_DATA') or ROOT.parent / 'shared' / 'data')
@@ -23,7 +25,7 @@ def has_cuda():
 NEEDS = {
     'real_data': (DATA.is_dir, 'no real photos: CRACKSEG_DATA names no folder'),
     'gpu': (has_cuda, 'no CUDA device'),
-    'slurm': (lambda: shutil.which('sbatch'), 'no SLURM (sbatch)'),
+    'slurm': (lambda: not reason_against(), reason_against()),
     'browser': (lambda: shutil.which('chromium') or shutil.which('google-chrome'), 'no Chromium'),
 }
 
@@ -47,3 +49,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def slurm_environment():
+    "The environment variables of a SLURM of one node that lives as long as the tests."
+    folder = Path(tempfile.mkdtemp(prefix='slurm-'))
+    with slurm_cluster(folder) as environment: yield environment
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(slurm_environment, monkeypatch):
+    "A SLURM of one node; its tests are marked `slurm`."
+    for name, value in slurm_environment.items(): monkeypatch.setenv(name, value)

@@ -232,7 +232,7 @@ def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
         patch.setattr(resume_jobs.ConvNorm, 'forward', lambda self, image: (time.sleep(0.05), slow(self, image))[1])
         with pytest.raises(Stopped, match=f'{number.name}.*-p resume'): run(configure(**settings(tmp_path, 'asked')))
     folder = RunFolder(tmp_path / 'asked')
-    assert folder.state == 'stopped' and number.name in folder.status['reason']
+    assert folder.state == 'stopped' and 'stopped in epoch' in folder.status['reason'] and len(pd.read_csv(folder / 'history.csv')) < EPOCHS
     assert_equals(whole, resume(tmp_path, 'asked'))
 
 

@@ -111,6 +111,7 @@ class Trainer:
     @property
     def over(self) -> bool: return self.epoch >= self.config.epochs or self.best.should_stop(self.epoch)
 
+# %% ../../nbs/16_training.trainer.ipynb #2dffad42
 def create_guard(trainer: Trainer) -> FiniteGuard:
     "Return the guard of the trainer's optimiser."
     return FiniteGuard(trainer.optimizer.optimizer, trainer.accelerator.device, scaled=trainer.accelerator.scaler is not None)
