@@ -214,7 +214,8 @@ def find_run(run: str,  # folder of a run, or its name in the folder of all runs
     status = folder.status
     # A run of this very process is over, since its process is here: on a full disk not even its end could be written.
     if folder.state == "running" and status["pid"] != os.getpid():
-        raise CrackSegError(f"resume: {folder.run_id} is still running, as process {status['pid']} on {status['host']}; expected one that has ended")
+        raise CrackSegError(f"resume: {folder.run_id} is still running, as process {status['pid']} on {status['host']}; expected one that has ended "
+                            "(if that machine is gone: write `state: stopped` into its status.yaml)")
     if folder.state == "done": raise CrackSegError(f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted")
     if not (folder/"config.yaml").is_file(): raise CrackSegError(f"resume: {folder.run_id} has no config.yaml, since it ended before it began; start it anew")
     return folder

@@ -297,7 +297,9 @@ def process_is_gone(status: dict) -> bool:
     "Tell whether the process of a `status.yaml` is known to have ended."
     own = this_process()
     if status["host"] != own["host"]: return "job" in own and status.get("job") == own["job"]
-    try: return abs(psutil.Process(status["pid"]).create_time() - status.get("born", 0)) > 2
+    try:
+        process = psutil.Process(status["pid"])
+        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - status.get("born", 0)) > 2
     except psutil.NoSuchProcess: return True
 
 # %% ../nbs/00_core.ipynb #82c6d54e

@@ -39,10 +39,11 @@ from .pictures import Case
 from .training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
 from .training.evaluation import evaluate
 from .training.interrupt import StopRequest
-from .training.memory import enable_gradient_checkpointing, estimate_memory
+from .training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory
 from .training.parallel import launch
 from .training.precision import choose_precision, time_precisions
 from .training.trainer import Trainer, fit
+from .training.window import is_out_of_memory
 
 # %% ../nbs/17b_experiment.ipynb #8aeaf922
 def default_run_name(config: ExperimentConfig) -> str:
@@ -55,8 +56,9 @@ def step(method):
     "Let a method of Experiment mark the run as failed when it raises, KeyboardInterrupt included."
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        if self.folder.status["state"] == "done":
-            raise CrackSegError(f"{self.folder.run_id}: found a finished run, expected a new Experiment")
+        state = self.folder.status["state"]
+        if method.__name__ != "begin" and state != "running":
+            raise CrackSegError(f"{self.folder.run_id}: found a run that is {state}, expected a new Experiment" + ("" if state == "done" else ", with resume"))
         try: return method(self, *args, **kwargs)
         except Stopped as stopped:
             logger.info("%s", stopped)
@@ -138,14 +140,16 @@ def find_source(config: ExperimentConfig):
     return source
 
 # %% ../nbs/17b_experiment.ipynb #8813d9b6
-def make_datasets(config: ExperimentConfig, splits) -> dict[str, CrackDataset]:
+def make_datasets(config: ExperimentConfig, splits,
+                  copies: int = 1,  # processes on this machine that hold the same images
+                 ) -> dict[str, CrackDataset]:
     "Return the three data sets: augmented windows for training, whole images otherwise."
     data, size = config.data, (config.data.image_size, config.data.image_size)
     preload = {"true": True, "false": False}.get(data.preload, "auto")
     augmentation = create_augmentation(data.augmentation, size, fit=data.fit)
     resize = size if data.eval_fit == "resize" else None
     return {split: CrackDataset(samples, splits.mask_encoding, augmentation if split == "train" else None, seed=config.run.seed,
-                                preload=preload, resize=None if split == "train" else resize) for split, samples in splits.items()}
+                                preload=preload, resize=None if split == "train" else resize, copies=copies) for split, samples in splits.items()}
 
 # %% ../nbs/17b_experiment.ipynb #1e740b73
 def make_loaders(config: ExperimentConfig, datasets: dict[str, CrackDataset],
@@ -231,7 +235,12 @@ def fitting_batch(self: Experiment) -> int:
     "Return how many images of a batch fit into memory at once, by a lower bound; raise CrackSegError if not even one does."
     train, size = self.config.train, self.config.data.image_size
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(train.amp, self.device).replace("no", ""))
-    estimate = estimate_memory(self.model, train.batch_size, (size, size), self.device, dtype)
+    try: estimate = estimate_memory(self.model, train.batch_size, (size, size), self.device, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error): raise
+        clear_cache(self.device)
+        logger.warning("OUT OF MEMORY while estimating: beginning with one image at a time")
+        return 1
     logger.info("memory: %s", estimate)
     fitting = estimate.images_that_fit(train.batch_size)
     if not fitting: raise CrackSegError(f"memory: {estimate}")
@@ -248,7 +257,7 @@ def train_in_process(path: str,  # the run's folder
     if rank == 0: log_to(folder/"training.log")
     config = configure(config=str(folder/"config.yaml"))
     splits = make_splits(find_source(config), config.data.fractions, config.run.seed)
-    loaders = make_loaders(config, {split: data for split, data in make_datasets(config, splits).items() if split != "test"}, rank, world)
+    loaders = make_loaders(config, {split: data for split, data in make_datasets(config, splits, copies=world).items() if split != "test"}, rank, world)
     checkpoint = latest_checkpoint(folder/"checkpoints")
     model = make_model(config, fresh=checkpoint is None)
     seed_everything(config.run.seed if rank == 0 else seed_for("process", config.run.seed, rank))  # dropout differs between processes
@@ -260,8 +269,9 @@ def train_in_process(path: str,  # the run's folder
 @patch
 def train_on_devices(self: Experiment, micro_batch: int) -> None:
     "Train in several processes up to a state that this process can take over; raise Stopped if they were stopped."
-    minutes = max((self.stop.deadline - time.monotonic()) / 60, 0.001) if self.config.run.time_limit else 0
-    code = launch(train_in_process, (str(self.folder.path), minutes, micro_batch), self.config.run.devices, self.device)
+    self.model.to("cpu")  # the first process wants this one's device for itself
+    clear_cache(self.device)
+    code = launch(train_in_process, (str(self.folder.path), self.stop.minutes_left, micro_batch), self.config.run.devices, self.device)
     self.resume_from = latest_checkpoint(self.folder/"checkpoints")
     if code == RESUME_CODE: raise Stopped(f"stopped at {self.resume_from}; go on with -p resume {display_path(self.folder.path)}")
 
@@ -351,6 +361,7 @@ def collect_results(experiment: Experiment) -> dict:
     indices = [index for index, sample in enumerate(experiment.splits.test) if sample.name in overlapping]
     rest = without_images(experiment.test_metrics, indices).compute(experiment.threshold) if 0 < len(indices) < len(experiment.splits.test) else {}
     performance = pd.DataFrame(trainer.performance)
+    if len(performance): timings = {**timings, "train": float(performance["epoch_seconds"].sum())}  # of all lives of a resumed run
     return {
         "test": {"num_images": scores["num_images"], "threshold": experiment.threshold, "pooled": scores["pooled"], "per_image": scores["per_image"]},
         "test_at_0.5": {kind: experiment.test_metrics.compute(0.5)[kind] for kind in ("pooled", "per_image")},

@@ -111,7 +111,7 @@ def test_the_parameters_cell_is_the_whole_manual():
     done = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)], capture_output=True, text=True, timeout=120)
     cell = next(cell for cell in json.loads(NOTEBOOK.read_text('utf-8'))['cells'] if 'parameters' in cell['metadata'].get('tags', []))
     lines = [line for line in ''.join(cell['source']).splitlines() if not line.startswith('#')]
-    assert {line.split(':')[0] for line in lines} == {*known_parameters(), 'config'}
+    assert {line.split(':')[0] for line in lines} == {*known_parameters(), 'config', 'resume'}
     for line in lines:
         name, comment = line.split(':')[0], line.split('  # ')[1]
         assert f'{name}: ' in done.stdout and comment.split(';')[0][:20] in ' '.join(done.stdout.split()), name

@@ -48,7 +48,10 @@ def program(tmp_path, request):
 
 def workers(process):
     "Return the started processes that already run the function."
-    return [child for child in process.children() if 'spawn_main' in ' '.join(child.cmdline())]
+    def words(child):
+        try: return child.cmdline()
+        except psutil.NoSuchProcess: return []  # it ended in between
+    return [child for child in process.children() if 'spawn_main' in ' '.join(words(child))]
 
 
 # One launch, many properties

@@ -383,7 +383,7 @@ def test_prune_keeps_best_and_the_last(tmp_path):
     assert prune_checkpoints(tmp_path, keep_last=2) == ["epoch_0000", "epoch_0001"]  # the damaged one does not count
     assert checkpoint_names(tmp_path) == ["best", "epoch_0002", "epoch_0003", "epoch_0004"]
     assert latest_checkpoint(tmp_path) == "epoch_0003"
-    with pytest.raises(CrackSegError, match="keep_last"): prune_checkpoints(tmp_path, keep_last=0)
+    with pytest.raises(CrackSegError, match="keep_last"): prune_checkpoints(tmp_path, keep_last=-1)
 
 
 def test_newest_is_by_order_of_saving_not_by_clock(saved):

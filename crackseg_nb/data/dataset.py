@@ -87,8 +87,8 @@ def can_share(needed: int) -> bool:
 class ImageStore:
     "Hold decoded images and masks, one contiguous block for each size."
     def __init__(self, samples: list[Sample], mask_encoding: str, sizes: list[tuple[int, int]],
-                 resize: tuple[int, int] | None = None, progress: bool = True):
-        share = can_share(bytes_needed(sizes))
+                 resize: tuple[int, int] | None = None, progress: bool = True, copies: int = 1):
+        share = can_share(copies * bytes_needed(sizes))
         self.places = []  # for each sample: its size and its row in the block of that size
         count = {}
         for size in sizes:
@@ -137,14 +137,15 @@ class CrackDataset(Dataset):
                  seed: int = 0,  # of the augmentation
                  preload: bool | str = False,  # hold decoded images in memory: True, False or 'auto'
                  resize: int | tuple[int, int] | None = None,  # bring every image to (height, width) first
-                 progress: bool = True):  # show a bar while preloading
+                 progress: bool = True,  # show a bar while preloading
+                 copies: int = 1):  # processes on this machine that hold the same images
         if not samples: raise CrackSegError("samples: found an empty list, expected at least one image")
         self.samples, self.mask_encoding, self.seed = list(samples), mask_encoding, seed
         self.augmentation, self.progress = augmentation, progress
         self.resize = None if resize is None else check_image_size(resize)
         self.known_sizes = self.store = None
-        if preload is not False and decide_preload(preload, bytes_needed(self.source_sizes)):
-            self.store = ImageStore(self.samples, mask_encoding, self.source_sizes, self.resize, progress)
+        if preload is not False and decide_preload(preload, copies * bytes_needed(self.source_sizes)):
+            self.store = ImageStore(self.samples, mask_encoding, self.source_sizes, self.resize, progress, copies)
             logger.info("preload: %d images take %.2f GiB of memory", len(self), bytes_needed(self.source_sizes) / 2**30)
 
     def __len__(self) -> int: return len(self.samples)
@@ -300,7 +301,7 @@ def describe_fault(message: str,  # of the RuntimeError that torch raised
     if not (named := re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", message)): return None
     process, code = next(iter(ended_workers(iterator).items()), (named[1], None))
     reason = "no exit code" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    memory = "shared memory" if code == -signal.SIGBUS else "memory"
+    memory = "shared memory" if code is not None and -code == getattr(signal, "SIGBUS", None) else "memory"
     return (f"num_workers: worker process {process} was ended by the system ({reason}), often for lack of {memory}; expected it to "
             "live; resume with fewer num_workers (0 prepares batches in the training process)")
 

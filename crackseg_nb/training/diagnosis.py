@@ -36,6 +36,7 @@ class FiniteGuard:
         self.bad = torch.zeros((), device=device)  # 1 from the first bad step on
         self.first = torch.zeros((), dtype=torch.int64, device=device)
         if self.on_device: self.optimizer.found_inf = self.bad
+        else: self.optimizer.__dict__.pop("found_inf", None)  # of a guard before this one
 
     @torch.no_grad()
     def check(self, step: int,  # counted from 0 or 1

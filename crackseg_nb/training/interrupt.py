@@ -11,12 +11,11 @@ import threading
 import time
 
 from ..core import check_number, logger
+from .parallel import PASSED
 
 # %% ../../nbs/15c_training.interrupt.ipynb #e3324eea
 class StopRequest:
     "Notice signals and the end of the allotted time; a context manager, since signal handlers belong to the whole process."
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows lacks the second
-
     def __init__(self, time_limit: float = 0,  # minutes; 0 for none
                  started: float | None = None,  # `time.monotonic()` at which the time began; None: now
                 ):
@@ -27,7 +26,7 @@ class StopRequest:
     def __enter__(self):
         # Python lets only the main thread set handlers; elsewhere the time limit still counts.
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+            self.previous = {number: signal.signal(number, self.note) for number in PASSED}
         return self
 
     def __exit__(self, *error):
@@ -38,6 +37,11 @@ class StopRequest:
         "Remember a signal; the step in hand is finished first."
         if self.signal is None: logger.info("%s: stopping after this optimiser step", signal.Signals(number).name)
         self.signal = number
+
+    @property
+    def minutes_left(self) -> float:
+        "What is left of the time, at least a moment; 0 where there is no limit."
+        return max((self.deadline - time.monotonic()) / 60, 0.001) if self.time_limit else 0.0
 
     @property
     def reason(self) -> str | None:

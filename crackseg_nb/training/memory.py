@@ -229,7 +229,10 @@ def estimate_memory(model: nn.Module,
     image = torch.zeros(2, 3, *probe, device=parameters[0].device)  # two: batch normalisation refuses a single value
     activations = saved_bytes(model, image, amp_dtype) * batch_size / 2 * (height * width) / (probe[0] * probe[1])
     fixed = sum(parameter.nbytes for parameter in parameters) + trainable * (1 + optimizer_states)
-    available = available_memory(device) if available is None else available
+    if available is None:
+        clear_cache(device)  # the trial's memory counts as free
+        there = torch.device(device).type == "cuda" and parameters[0].is_cuda  # parameters that lie on the device need no further room
+        available = available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
     checkpointed = any(module.__dict__.get("grad_checkpointing") is True for module in model.modules())
     return MemoryEstimate((fixed - trainable * (1 + optimizer_states)) / MIB, trainable / MIB, trainable * optimizer_states / MIB,
                           activations / MIB, available / MIB, memory_advice(batch_size, activations, fixed, available, checkpointed))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PASSED', 'ONLY_SIGINT', 'sum_over_processes', 'any_process', 'gather_objects', 'sum_gradients', 'gather_metrics',
            'statistics_weights', 'RunningStatistics', 'check_counted', 'combine', 'close', 'watch_parent', 'stop_early',
-           'receive_signals', 'work', 'note_error', 'launch_error', 'passing_signals', 'quiet_launcher', 'check_launch',
-           'launch']
+           'receive_signals', 'work', 'note_error', 'was_stopped', 'launch_error', 'passing_signals', 'quiet_launcher',
+           'check_launch', 'launch']
 
 # %% ../../nbs/14c_training.parallel.ipynb #70a49518
 import gc
@@ -44,7 +44,8 @@ def sum_over_processes(tensor: torch.Tensor, accelerator: Accelerator) -> torch.
     return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    "Say whether `flag` holds in any process."
+    "Say whether `flag` holds in any process; several processes wait for their devices here, one does not."
+    if accelerator.num_processes == 1: return flag
     return bool(sum_over_processes(torch.tensor(int(flag), device=accelerator.device), accelerator) > 0)
 
 def gather_objects(value: Any, accelerator: Accelerator) -> list:
@@ -215,6 +216,12 @@ def note_error(error: Exception, folder: Path) -> None:
     note = dict(line=" ".join(line.splitlines()), trace="".join(traceback.format_exception(error)))
     (folder/f"error.{time.time_ns()}.{rank}").write_text(json.dumps(note), encoding="utf-8")
 
+# %% ../../nbs/14c_training.parallel.ipynb #b60b7b60
+def was_stopped(error: ChildFailedError, folder: Path) -> bool:
+    "Tell whether the processes ended on a signal that was passed on to them, before or after their work."
+    codes = {failure.exitcode for failure in error.failures.values()}
+    return any(folder.glob("signal.*")) and not any(folder.glob("error.*")) and codes <= {RESUME_CODE, *(-number for number in PASSED)}
+
 # %% ../../nbs/14c_training.parallel.ipynb #007fdc02
 def launch_error(folder: Path,
                  error: ChildFailedError,  # torch's, which knows the exit code of the process that ended first
@@ -298,7 +305,9 @@ def launch(function: Callable,  # at the top of a module, since other processes 
         config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=devices, run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                               local_addr="localhost", max_restarts=0, start_method="spawn", logs_specs=output, **ONLY_SIGINT)
         try: codes = elastic_launch(config, work)(function, args, folder)
-        except ChildFailedError as error: raise launch_error(folder, error)
+        except ChildFailedError as error:
+            if was_stopped(error, folder): return RESUME_CODE
+            raise launch_error(folder, error)
         except SignalException as error:
             if error.sigval in PASSED: return RESUME_CODE
             raise KeyboardInterrupt from error

@@ -29,13 +29,13 @@ from ..core import CrackSegError, RunFolder, Stopped, atomic_write, check_number
 from ..losses import Loss
 from .checkpoint import Checkpoint, capture_rng_state, load_checkpoint, prune_checkpoints, restore_rng_state, save_checkpoint
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
-from .evaluation import evaluate
+from .evaluation import evaluate, sum_type
 from .interrupt import StopRequest
 from .memory import CacheCleaner, MemoryMonitor, enable_gradient_checkpointing
 from .optim import OptimConfig, create_optimizer, create_scheduler
 from .parallel import RunningStatistics, any_process, gather_objects, sum_gradients, sum_over_processes
 from .precision import choose_precision
-from .window import accumulate_window, create_accelerator, to_device, window_normalizers
+from .window import accumulate_window, create_accelerator, split_batch, to_device, window_normalizers
 
 # %% ../../nbs/16_training.trainer.ipynb #69d4f0fc
 @dataclass
@@ -86,9 +86,10 @@ class Trainer:
                  on_epoch: Callable[["Trainer"], None] | None = None,  # called after each epoch, for example to draw
                  stop: StopRequest | None = None,  # asked before each step
                 ):
-        self.criterion, self.config, self.folder, self.on_epoch, self.stop = criterion, config, folder, on_epoch, stop or StopRequest()
+        self.config, self.folder, self.on_epoch, self.stop = config, folder, on_epoch, stop or StopRequest()
         self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, train_loader.batch_sampler
         self.accelerator = create_accelerator(device, choose_precision(config.amp, device))
+        self.criterion = criterion.to(self.accelerator.device)
         if config.gradient_checkpointing: enable_gradient_checkpointing(model)
         model = model.to(self.accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
         # Without accelerate's wrapper for several processes: the gradients of a window are summed once, at its end.
@@ -119,7 +120,7 @@ def create_guard(trainer: Trainer) -> FiniteGuard:
 def begin_epoch(trainer: Trainer) -> None:
     "Start the count of an epoch."
     trainer.step, trainer.images_done, trainer.seconds = 0, 0, 0.0
-    trainer.loss_sum = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
+    trainer.loss_sum = torch.zeros((), device=trainer.accelerator.device, dtype=sum_type(trainer.accelerator.device))
     trainer.rate = trainer.scheduler.get_last_lr()[-1]
 
 # %% ../../nbs/16_training.trainer.ipynb #17377a73
@@ -139,8 +140,8 @@ def train_window(trainer: Trainer, window: list[dict]) -> None:
     trainer.statistics.combine(accelerator)
     sum_gradients(trainer.model.parameters(), accelerator)
     trainer.guard.check(trainer.step + 1, loss, *gradient_norm(trainer))
-    if not trainer.guard.skip: trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    if trainer.guard.skip: look_for_nan(trainer)  # an optimiser that the guard cannot hold back on the device; the host knows already
+    trainer.optimizer.step()
     trainer.scheduler.step()
     trainer.cleaner.step()
     images = min(sampler.window_size, sampler.num_samples - trainer.step * sampler.window_size)
@@ -154,17 +155,22 @@ LOOK_EVERY = 10  # optimiser steps between looks at the guard
 
 def look_for_nan(trainer: Trainer) -> None:
     "Raise CrackSegError with module, images and advice if a step since the last look had a NaN or an infinity in it."
-    step = trainer.guard.first_bad_step()
+    step, scaler = trainer.guard.first_bad_step(), trainer.accelerator.scaler
+    if step is None and scaler is not None and scaler.get_scale() < 1:
+        raise CrackSegError(f"amp: found gradients that overflow in fp16 at every loss scale down to {scaler.get_scale():.2g}, in epoch {trainer.epoch + 1}; "
+                            f"expected finite ones; {last_good(trainer)}")
     if step is None: return
     dataset, place = trainer.train_loader.dataset, f"epoch {trainer.epoch + 1}, step {step} of {trainer.steps_per_epoch}"
     batches = [default_collate([dataset[key] for key in keys]) for keys in trainer.sampler.window(step - 1)]
-    finding = repeat_step(trainer, [to_device(batch, trainer.accelerator.device) for batch in batches])
-    files = [str(dataset.samples[index].image) for index in finding.images] if finding else []
+    finding = repeat_step(trainer, [to_device(part, trainer.accelerator.device) for batch in batches for part in split_batch(batch, trainer.micro_batch)])
+    images = finding.images if finding and finding.images else [int(index) for batch in batches for index in batch["index"]]
+    files = [str(dataset.samples[index].image) for index in images]
+    findings = gather_objects(finding, trainer.accelerator)
+    finder = next((rank for rank, found in enumerate(findings) if found), 0)  # the first process that found it keeps its images
     details = dict(epoch=trainer.epoch + 1, step=step, finding=str(finding), files=files, learning_rate=trainer.scheduler.get_last_lr()[0])
-    kept = keep_batch(trainer.folder.path, batches, details) if files else None
-    found = [(str(finding), [Path(file).name for file in files[:4]])] if files else []
-    found = [item for items in gather_objects(found, trainer.accelerator) for item in items]  # of whichever process had the images
-    where, names = found[0] if found else ("not found when the step was repeated", [])
+    kept = keep_batch(trainer.folder.path, batches, details) if trainer.accelerator.process_index == finder else None
+    names, kept = gather_objects(([Path(file).name for file in files[:4]], kept), trainer.accelerator)[finder]
+    where = str(findings[finder]) if findings[finder] else "not found when the step was repeated"
     raise CrackSegError(f"loss: found NaN or infinity in {place}: {where}" + (f", images {', '.join(names)}" if names else "")
                         + (f" (kept in {kept.relative_to(trainer.folder.path)} of the run folder)" if kept else "")
                         + f"; expected finite numbers; {last_good(trainer)}")
@@ -218,11 +224,11 @@ def train_epoch(trainer: Trainer) -> float:
         while trainer.step < trainer.steps_per_epoch:
             pause_if_asked(trainer)
             next_step(trainer, batches)
-            trainer.seconds = time.perf_counter() - start
             if trainer.step % LOOK_EVERY == 0 or trainer.step == trainer.steps_per_epoch:
-                look_for_nan(trainer)
+                look_for_nan(trainer)  # waits for the device, so the clock below counts finished work
                 bar.update(trainer.step - bar.n)
                 bar.set_postfix(loss=f"{trainer.loss_sum.item() / trainer.images_done:.4f}")
+            trainer.seconds = time.perf_counter() - start
     return trainer.loss_sum.item() / trainer.images_done
 
 # %% ../../nbs/16_training.trainer.ipynb #239d7c54
@@ -330,8 +336,11 @@ def write_scalars(writer: SummaryWriter, row: dict, performance: dict) -> None:
 def validation_row(trainer: Trainer, train_loss: float) -> dict:
     "Evaluate on the validation images and return the epoch's row of `history.csv`."
     alone = trainer.accelerator.num_processes == 1  # several processes have batches of their own, and can only agree between them
-    metrics, val_loss = evaluate(trainer.model, trainer.val_loader, trainer.accelerator, trainer.criterion,
-                                 interrupt=(lambda: pause_if_asked(trainer)) if alone else None)
+    try: metrics, val_loss = evaluate(trainer.model, trainer.val_loader, trainer.accelerator, trainer.criterion,
+                                      interrupt=(lambda: pause_if_asked(trainer)) if alone else None)
+    except CrackSegError:
+        if alone: save_state(trainer)
+        raise
     trainer.val_rows, scores = metrics.state().cpu(), metrics.compute(0.5)
     return {"epoch": trainer.epoch + 1, "train_loss": train_loss, "train_learning_rate": trainer.rate, "val_loss": val_loss,
             **{f"val_{name}": value for name, value in scores["pooled"].items()},
@@ -362,7 +371,7 @@ def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter | 
     improved = finish_epoch(trainer, row, performance)
     logger.info("epoch %d/%d: train loss %.4f, val loss %.4f, val IoU %.4f, val F1 %.4f, %.1f images/s, peak %.0f MiB%s", trainer.epoch,
                 trainer.config.epochs, train_loss, row["val_loss"], row["val_iou"], row["val_f1"], performance["images_per_second"],
-                performance["peak_rss_mib"], ", best so far" if improved else "")
+                performance.get("peak_cuda_mib", performance["peak_rss_mib"]), ", best so far" if improved else "")
     save_epoch(trainer, improved)
     if writer is not None: write_scalars(writer, row, performance)
     if trainer.on_epoch is not None: trainer.on_epoch(trainer)

@@ -7,7 +7,7 @@ __all__ = ['create_accelerator', 'split_batch', 'to_device', 'window_normalizers
            'RandomState', 'smaller_micro_batch', 'forget_window', 'accumulate_window']
 
 # %% ../../nbs/15d_training.window.ipynb #f81042ec
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -53,20 +53,24 @@ def backward_window(model: nn.Module, criterion: Loss,
                     normalizers: torch.Tensor,  # of the whole window
                     micro_batch: int | None = None,  # images that go through the model at once; None: a batch
                    ) -> torch.Tensor:
-    "Add the gradients of `window` to `model`; return its part of the window's loss, detached."
-    total = torch.zeros((), device=accelerator.device)
+    "Give `model` the gradients of `window`, in place of older ones; return its part of the window's loss, detached."
+    total = None
     for batch in window:
         for part in split_batch(batch, micro_batch):
             loss = criterion(model(part["image"]), part["mask"], normalizers)
+            # Not earlier: freed before the forward pass, their memory goes back to the system, to be asked for again at once.
+            if total is None: model.zero_grad(set_to_none=True)
             accelerator.backward(loss)
-            total += loss.detach()
-    return total
+            total = loss.detach() if total is None else total + loss.detach()
+    if total is not None: return total
+    model.zero_grad(set_to_none=True)
+    return torch.zeros((), device=accelerator.device)
 
 # %% ../../nbs/15d_training.window.ipynb #70832228
 def is_out_of_memory(error: BaseException) -> bool:
     "Tell whether `error` says that a device's or the machine's memory is used up."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"))
 
 # %% ../../nbs/15d_training.window.ipynb #21a12451
 class RandomState:
@@ -99,7 +103,7 @@ def forget_window(model: nn.Module, statistics: RunningStatistics, random_state:
 def accumulate_window(model: nn.Module, criterion: Loss, window: list[dict], accelerator: Accelerator, statistics: RunningStatistics,
                       micro_batch: int,  # images that go through the model at once
                      ) -> tuple[torch.Tensor, int]:
-    "Add the gradients of `window`, in smaller parts if memory runs out; return its loss and the micro-batch that fitted."
+    "Give `model` the gradients of `window`, in smaller parts if memory runs out; return its loss and the micro-batch that fitted."
     window = [to_device(batch, accelerator.device) for batch in window]
     normalizers = window_normalizers(criterion, window, accelerator)
     statistics.snapshot()
@@ -113,7 +117,7 @@ def accumulate_window(model: nn.Module, criterion: Loss, window: list[dict], acc
             total = None
         # All processes go on, or all try again: none may wait alone in the exchange of gradients.
         if not any_process(total is None, accelerator): return total, micro_batch
-        micro_batch = smaller_micro_batch(micro_batch, accelerator.device)
         forget_window(model, statistics, random_state)
         clear_cache(accelerator.device)
+        micro_batch = smaller_micro_batch(micro_batch, accelerator.device)
         logger.warning("OUT OF MEMORY: the window is repeated with %d images at a time; the effective batch stays the same", micro_batch)
