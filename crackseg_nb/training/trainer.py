@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint, capture_rng_state, load_checkpoint, prune_ch
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
 from .evaluation import evaluate, sum_type
 from .interrupt import StopRequest
-from .memory import CacheCleaner, MemoryMonitor, enable_gradient_checkpointing
+from .memory import CacheCleaner, MemoryMonitor, enable_gradient_checkpointing, keep_freed_memory
 from .optim import OptimConfig, create_optimizer, create_scheduler
 from .parallel import RunningStatistics, any_process, gather_objects, sum_gradients, sum_over_processes
 from .precision import choose_precision
@@ -90,6 +90,7 @@ class Trainer:
         self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, train_loader.batch_sampler
         self.accelerator = create_accelerator(device, choose_precision(config.amp, device))
         self.criterion = criterion.to(self.accelerator.device)
+        if device.type == "cpu": keep_freed_memory()
         if config.gradient_checkpointing: enable_gradient_checkpointing(model)
         model = model.to(self.accelerator.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
         # Without accelerate's wrapper for several processes: the gradients of a window are summed once, at its end.
