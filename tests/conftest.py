@@ -1,6 +1,7 @@
 """Fixtures of the tests, and the skips of what this machine cannot run."""
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from slurm_cluster import reason_against, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get('CRACKSEG_DATA') or ROOT.parent / 'shared' / 'data')
+
+# A shell that starts this in the background has SIGINT ignored, and processes that tests start and interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 matplotlib.use('Agg')
 hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None, database=None)
