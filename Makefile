@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt settings.ini setup.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: $(VENV) help setup experiment test test-all chapters clean-nbs readme lab hooks constraints
+.PHONY: $(VENV) help setup experiment benchmark test test-all chapters clean-nbs readme lab hooks constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -35,13 +35,21 @@ $(VENV):
 	@$(PYTHON) -m venv --clear $(VENV) || \
 	  { echo "setup: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
+# Executes nbs/$(1).ipynb into outputs/ and prints the last line that it shows.
+define execute
+mkdir -p outputs; \
+result=outputs/$(1).$$(date +%Y%m%d-%H%M%S).ipynb; \
+$(BIN)/papermill -k python3 nbs/$(1).ipynb $$result $(ARGS) || \
+  { test ! -f $$result || echo "The run failed; the notebook with the error: $$result"; exit 1; }; \
+echo "Result notebook: $$result"; \
+$(BIN)/python .ci/last_line.py $$result
+endef
+
 experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experiment ARGS="-p encoder swinv2"
-	@mkdir -p outputs
-	@result=outputs/run_experiment.$$(date +%Y%m%d-%H%M%S).ipynb; \
-	$(BIN)/papermill -k python3 nbs/run_experiment.ipynb $$result $(ARGS) || \
-	  { test ! -f $$result || echo "The run failed; the notebook with the error: $$result"; exit 1; }; \
-	echo "Result notebook: $$result"; \
-	$(BIN)/python .ci/last_line.py $$result
+	@$(call execute,run_experiment)
+
+benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
+	@$(call execute,benchmark_encoders)
 
 test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \

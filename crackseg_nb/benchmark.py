@@ -8,13 +8,12 @@ __all__ = ['ENTRANTS', 'TARGETS', 'STOP_CELL', 'PHASES', 'PARTS', 'POINT', 'Cont
            'enter_trainer', 'has_lightning', 'lightning_parts', 'quiet_lightning', 'enter_lightning', 'hidden_bars',
            'turns', 'race', 'torch_settings', 'unchanged_settings', 'check_equal_work', 'enter_all', 'ratios', 'judge',
            'options_of', 'algorithms', 'enter_with', 'measure_options', 'measure_compile', 'measure_evaluation',
-           'return_memory', 'measure_cost', 'phase_of', 'stopping_notebook', 'read_phases', 'time_first_step',
-           'BenchmarkConfig', 'read_parameters', 'create_contest', 'Benchmark', 'not_measured', 'relative_to',
-           'rounded', 'plain_axes', 'show_ratios', 'show_cost']
+           'measure_cost', 'phase_of', 'stopping_notebook', 'read_phases', 'time_first_step', 'BenchmarkConfig',
+           'read_parameters', 'create_contest', 'Benchmark', 'not_measured', 'relative_to', 'rounded', 'plain_axes',
+           'show_ratios', 'show_cost']
 
 # %% ../nbs/20b_benchmark.ipynb #b9883fee
 import copy
-import ctypes
 import gc
 import importlib.util
 import json
@@ -48,11 +47,12 @@ from tqdm.std import tqdm
 
 # %% ../nbs/20b_benchmark.ipynb #bc87624a
 from .config import coerce, configure, model_settings
-from .core import CrackSegError, check_number, choose, create_run_folder, describe_environment, get_device, outputs_folder
-from .core import package_versions, project_root, seed_everything, seed_for, write_text, write_yaml
+from .core import CrackSegError, check_number, choose, create_run_folder, describe_environment, display_path, get_device
+from .core import outputs_folder, package_versions, plain_variables, project_root, quiet_loggers, seed_everything, seed_for
+from .core import write_text, write_yaml
 from .data.augment import create_augmentation
 from .data.dataset import CrackDataset, create_loader
-from .experiment import display_path, find_source
+from .experiment import find_source
 from .losses import Loss
 from .models.registry import MODELS, count_parameters, create_model
 from .pictures import CURVE_COLOURS, DPI
@@ -227,15 +227,7 @@ def lightning_parts(contest: Contest, model: nn.Module, loader):
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     "Leave out Lightning's advice on loaders, hardware and itself."
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers: logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels): logger.setLevel(level)
+    with quiet_loggers(logging.ERROR, "lightning.pytorch", "lightning.fabric"), warnings.catch_warnings(action="ignore"): yield
 
 def enter_lightning(contest: Contest) -> Contestant:
     "Return Lightning's trainer on the same model, loader and optimiser."
@@ -406,17 +398,9 @@ def measure_evaluation(contest: Contest, rounds: int) -> pd.DataFrame:
                  "forward": Contestant(plain, lambda number: seconds_of(forward, contest.device))}, rounds)
 
 # %% ../nbs/20b_benchmark.ipynb #0994b670
-def return_memory(device: torch.device) -> None:
-    "Give freed memory back to the system, so that the next measurement begins from what is really held."
-    clear_cache(device)
-    if sys.platform == "linux":
-        try: ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError): pass  # another C library than glibc
-
-
 def measure_cost(contest: Contest, rounds: int) -> pd.DataFrame:
     "Return the rounds of the trainer alone, with `memory_mib`, the most that training held."
-    return_memory(contest.device)
+    clear_cache(contest.device)  # what is measured begins from what is really held
     with MemoryMonitor(contest.device, interval=0.02) as monitor:
         peak = "peak_cuda_mib" if contest.device.type == "cuda" else "peak_rss_mib"
         before = monitor.read()[peak]
@@ -527,9 +511,7 @@ def read_parameters(variables: dict[str, Any]  # the notebook's `globals()`
                    ) -> BenchmarkConfig:
     "Return the settings among a notebook's variables; raise CrackSegError for a plain value that is none."
     kinds = {item.name: item.type for item in fields(BenchmarkConfig)}
-    found = {name: value for name, value in variables.items() if isinstance(value, (str, int, float, bool, list, tuple, type(None)))
-             and not name.startswith("_") and name not in ("In", "Out")}
-    for name in found: choose("parameter", name, kinds)
+    found = plain_variables(variables, kinds)
     for name in {"sizes", "batches"} & found.keys():
         if isinstance(found[name], int): found[name] = [found[name]]  # -p sizes 64
     return BenchmarkConfig(**{name: coerce(name, value, kinds[name]) for name, value in found.items()})

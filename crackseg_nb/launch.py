@@ -11,9 +11,9 @@ import os
 import sys
 
 from .config import ExperimentConfig, configure
-from .core import RESUME_CODE, CrackSegError, Stopped, get_device
+from .core import get_device
 from .experiment import Experiment, prepare, run, step, train_in_process
-from .run import parse_value
+from .run import command, given_parameters, take_parameters
 from .training.checkpoint import latest_checkpoint
 from .training.parallel import close, gather_objects
 from .training.window import create_accelerator
@@ -38,18 +38,14 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     return run(config, experiment)
 
 # %% ../nbs/17d_launch.ipynb #2dbe92ca
+@command
 def main(words: list[str] | None = None) -> int:
     "Run an experiment from `-p name value …`; return 0 when it is done, 75 when it is to be resumed, else 1."
     parser = argparse.ArgumentParser(prog="python -m crackseg_nb.launch", description="Run one experiment; the parameters are those of nbs/run_experiment.ipynb.")
-    parser.add_argument("-p", "--parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter; may be repeated")
-    given = {name: parse_value(name, text) for name, text in parser.parse_args(words).parameters}
-    try:
-        config = configure(**given)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1: run_launched(config)
-        else: run(config)
-    except CrackSegError as error:
-        print(error, file=sys.stderr)
-        return RESUME_CODE if isinstance(error, Stopped) else 1
+    take_parameters(parser)
+    config = configure(**given_parameters(parser.parse_args(words)))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: run_launched(config)
+    else: run(config)
     return 0
 
 # %% ../nbs/17d_launch.ipynb #46f62463

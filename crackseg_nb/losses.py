@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'check_shapes', 'Pixels', 'prepare', 'Loss', 'members', 'log_true', 'log_others', 'masked_sum', 'BCE',
            'PixelLoss', 'CrossEntropy', 'Focal', 'probabilities', 'Tversky', 'Dice', 'signed_distance', 'Boundary',
            'WeightedSum', 'focal_dice', 'bce_dice', 'ce_dice', 'dice_boundary', 'loss_settings', 'create_loss',
-           'LossConfig']
+           'losses_for', 'LossConfig']
 
 # %% ../nbs/11_losses.ipynb #ad0075e2
 import inspect
@@ -139,6 +139,7 @@ class PixelLoss(Loss):
         super().__init__()
         if class_weights is not None:
             numbers = [check_number('class_weights', number, float, low=0) for number in class_weights]
+            if not any(numbers): raise CrackSegError('class_weights: found only zeros, expected at least one above 0')
             class_weights = torch.tensor(numbers, dtype=torch.float32)
         self.register_buffer('class_weights', class_weights, persistent=False)
 
@@ -173,7 +174,7 @@ class Focal(PixelLoss):
 
     def __init__(
         self,
-        alpha: float | None = 0.25,  # factor of the crack pixels, `1 - alpha` for background; None: no factors
+        alpha: float | None = 0.25,  # one channel: factor of the crack pixels, `1 - alpha` for background; more: factor of all pixels; None: 1
         gamma: float = 2.0,  # 0 gives weighted cross-entropy
         class_weights: Sequence[float] | None = None,  # further factors, also in the normalizer
     ):
@@ -184,7 +185,8 @@ class Focal(PixelLoss):
     def terms(self, pixels: Pixels) -> Tensor:
         losses = -torch.exp(self.gamma * log_others(pixels)) * log_true(pixels)
         if self.alpha is not None:
-            losses = losses * torch.where(pixels.target > 0, self.alpha, 1 - self.alpha)
+            binary = pixels.logits.shape[1] == 1
+            losses = losses * (torch.where(pixels.target == 1, self.alpha, 1 - self.alpha) if binary else self.alpha)
         return self.weighted_sum(losses, pixels)
 
 # %% ../nbs/11_losses.ipynb #4de35e52
@@ -317,6 +319,12 @@ def create_loss(name: str, **settings) -> Loss:
         choose(f'setting of loss {name}', key, known)
     return LOSSES[name](**settings)
 
+# %% ../nbs/11_losses.ipynb #c3345a25
+def losses_for(num_channels: int) -> list[str]:  # channels of the logits: 1 for cracks, else one per class
+    "Return the names of the losses for that many channels."
+    others = ('ce', 'ce_dice') if num_channels == 1 else ('bce', 'bce_dice')
+    return [name for name in LOSSES if name not in others]
+
 # %% ../nbs/11_losses.ipynb #49855c5a
 @dataclass
 class LossConfig:
@@ -327,6 +335,10 @@ class LossConfig:
     def __post_init__(self):
         self.create()
 
-    def create(self) -> Loss:
-        "Build the loss."
-        return create_loss(self.name, **self.settings)
+    def create(self, class_weights: Sequence[float] | None = None) -> Loss:  # computed from the data, in place of those in the settings
+        "Build the loss; raise `CrackSegError` for class weights where it takes none."
+        if class_weights is None: return create_loss(self.name, **self.settings)
+        weighted = [name for name in LOSSES if 'class_weights' in loss_settings(name)]
+        if self.name not in weighted:
+            raise CrackSegError(f'class_weights: found with loss {self.name}, which takes none; expected one of {", ".join(weighted)}, or no class_weights')
+        return create_loss(self.name, **{**self.settings, 'class_weights': class_weights})

@@ -1,13 +1,20 @@
-"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, little shared memory, bad files,
-workers that die or hang."""
+"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, decoded images in memory and on disk and what they
+cost, bad files, workers that die or hang."""
+import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +23,8 @@ from crackseg_nb.core import CrackSegError
 from crackseg_nb.data import dataset as dataset_module
 from crackseg_nb.data import sources as sources_module
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
-from crackseg_nb.data.dataset import CrackDataset, EpochSampler, Loader, SameSizeBatches, create_loader
-from crackseg_nb.data.sources import read_source
+from crackseg_nb.data.dataset import CrackDataset, EpochSampler, ImageStore, Loader, SameSizeBatches, create_loader
+from crackseg_nb.data.sources import Sample, read_source
 from crackseg_nb.data.synthetic import write_synthetic
 
 NUM_IMAGES = 13
@@ -28,9 +35,9 @@ def source(tmp_path_factory):
     return read_source('folder', write_synthetic(tmp_path_factory.mktemp('data')/'cracks', NUM_IMAGES, (80, 96), seed=1))
 
 
-def make_loader(source, num_workers=0, preload=True, seed=3, epoch=0, position=0, **settings):
+def make_loader(source, num_workers=0, preload=True, seed=3, epoch=0, position=0, cache=None, **settings):
     dataset = CrackDataset(source.samples, source.mask_encoding, create_augmentation('crack', 64), seed=seed,
-                           preload=preload, progress=False)
+                           preload=preload, cache=cache, progress=False)
     loader = create_loader(dataset, 4, train=True, seed=seed, num_workers=num_workers, **settings)
     loader.batch_sampler.set_epoch(epoch)
     loader.batch_sampler.set_position(position)
@@ -42,16 +49,20 @@ def contents(loader):
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
-@pytest.mark.parametrize('num_workers', [2, 4])
-@pytest.mark.parametrize('preload', [True, False])
-def test_workers_and_preloading_change_no_byte(source, num_workers, preload):
-    assert contents(make_loader(source, num_workers, preload, epoch=2)) == contents(make_loader(source, epoch=2))
+@pytest.mark.parametrize('num_workers', [0, 2, 4])
+@pytest.mark.parametrize('preload', [False, True, 'auto', 'disk'])
+def test_workers_and_preloading_change_no_byte(source, tmp_path, num_workers, preload):
+    from_files = contents(make_loader(source, preload=False, epoch=2))
+    assert len(set(from_files)) == 4
+    assert contents(make_loader(source, num_workers, preload, epoch=2, cache=tmp_path)) == from_files
 
 
-def test_spawned_workers_read_the_same_bytes(source):
-    spawned = make_loader(source, num_workers=1)
-    spawned.multiprocessing_context = multiprocessing.get_context('spawn')
-    assert contents(spawned) == contents(make_loader(source))
+# macOS starts workers by the first, Python 3.14 on Linux by the second
+@pytest.mark.parametrize('start_method, preload', [('spawn', 'disk'), ('forkserver', True)])
+def test_workers_that_are_not_forked_read_the_same_bytes(source, tmp_path, start_method, preload):
+    started = make_loader(source, 1, preload, cache=tmp_path)
+    started.multiprocessing_context = multiprocessing.get_context(start_method)
+    assert contents(started) == contents(make_loader(source, preload=False))
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
@@ -128,22 +139,309 @@ def test_inputs_are_not_written_to(source):
         for old, new in zip(pair, dataset.pair(index)): np.testing.assert_array_equal(old, new)
 
 
-def test_little_shared_memory_is_avoided(source, monkeypatch):
-    monkeypatch.setattr(dataset_module, 'can_share', lambda needed: False)
-    private = make_loader(source, num_workers=2)
-    assert not any(block.is_shared() for block in private.dataset.store.images.values())
-    monkeypatch.undo()
-    assert contents(private) == contents(make_loader(source))
+def make_dataset(source, preload, cache=None, samples=None, **settings):
+    return CrackDataset(samples or source.samples, source.mask_encoding, preload=preload, cache=cache, progress=False, **settings)
 
 
-def test_preloading_that_does_not_fit(source, monkeypatch, caplog):
-    class LittleMemory: available = 100_000
-    monkeypatch.setattr(dataset_module.psutil, 'virtual_memory', lambda: LittleMemory)
-    with caplog.at_level('WARNING', 'crackseg_nb'):
-        assert CrackDataset(source.samples, source.mask_encoding, preload='auto').store is None
-    assert 'images are read from disk' in caplog.text
-    with pytest.raises(CrackSegError, match='^preload: the decoded images need'):
-        CrackDataset(source.samples, source.mask_encoding, preload=True)
+def assert_same_pairs(dataset, other):
+    assert len(dataset) == len(other)
+    for index in range(len(other)):
+        for one, two in zip(dataset.pair(index), other.pair(index)): np.testing.assert_array_equal(one, two)
+
+
+def one_line(caught):
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+class TouchesAll(CrackDataset):
+    'Read no image in epoch 0, and every byte of every image and mask for the first item that a process gives later.'
+    total = None
+    def __getitem__(self, key):
+        if key[0] and self.total is None: self.total = sum(int(part.sum()) for index in range(len(self)) for part in self.pair(index))
+        return {'index': key[1], 'total': self.total or 0}
+
+
+class Unshared(ImageStore):
+    'Copy all bytes into the memory of each process that reads them.'
+    def __getitem__(self, index):
+        if type(self.block) is np.ndarray and not self.block.flags.owndata: self.block = np.array(self.block)
+        return super().__getitem__(index)
+
+
+def proportional_bytes(processes):
+    "The memory of processes, where each page counts once however many of them map it (PSS); libraries, which others map too, left out."
+    total = 0
+    for pid in processes:
+        counts = False
+        for line in Path(f'/proc/{pid}/smaps').read_text().splitlines():
+            first, *rest = line.split()
+            if not first.endswith(':'): counts = len(rest) < 5 or rest[4].startswith(('[', '/memfd:')) or line.endswith('.images')
+            elif first == 'Pss:' and counts: total += 1024 * int(rest[0])
+    return total
+
+
+@pytest.fixture(scope='module')
+def large_samples(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp('large'), np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(generator.integers(0, 256, (1000, 1000, 3), np.uint8)).save(folder/f'{number}.bmp')
+        Image.fromarray(generator.integers(0, 2, (1000, 1000), np.uint8)).save(folder/f'{number}_mask.bmp')
+    return [Sample(str(number), folder/f'{number}.bmp', folder/f'{number}_mask.bmp', str(number)) for number in range(40)]
+
+
+def growth(samples, preload, cache, start_method, store=None):
+    'How much the memory of this process and of two workers grows while each worker reads all images, in multiples of their bytes.'
+    dataset = TouchesAll(samples, 'ids', create_augmentation('none', 32), preload=preload, cache=cache, progress=False)
+    if store: dataset.store.__class__ = store
+    loader = create_loader(dataset, 20, train=True, num_workers=2)
+    loader.multiprocessing_context = multiprocessing.get_context(start_method)
+    list(loader)
+    processes = [os.getpid(), *(worker.pid for worker in loader._iterator._workers)]
+    before = proportional_bytes(processes)
+    loader.batch_sampler.set_epoch(1)
+    totals = {int(total) for batch in loader for total in batch['total']}
+    grown = proportional_bytes(processes) - before
+    loader.stop_workers()
+    assert totals == {sum(int(part.sum()) for index in range(len(samples)) for part in dataset.pair(index))}
+    return grown / (4 * 1000 * 1000 * len(samples))
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps').exists(), reason='the system does not tell what processes share')
+@pytest.mark.parametrize('start_method', ['fork', pytest.param('spawn', marks=pytest.mark.slow), pytest.param('forkserver', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('preload', [True, 'disk'])
+def test_workers_share_one_copy_of_the_images(large_samples, tmp_path, preload, start_method):
+    assert 0.9 < growth(large_samples, preload, tmp_path, start_method) < 1.2
+
+
+@pytest.mark.skipif(not Path('/proc/self/smaps').exists(), reason='the system does not tell what processes share')
+def test_the_measurement_sees_copies_that_are_not_shared(large_samples, tmp_path):
+    assert growth(large_samples, True, tmp_path, 'fork', Unshared) > 1.9
+
+
+def test_memory_needs_no_room_in_the_file_system_of_shared_memory(large_samples):
+    used = psutil.disk_usage('/dev/shm').used
+    dataset = CrackDataset(large_samples, 'ids', preload=True, progress=False)
+    assert psutil.disk_usage('/dev/shm').used - used < 2**25 < dataset.store.block.nbytes
+    file = dataset.store.file
+    del dataset
+    assert not file.exists()
+
+
+def test_a_temporary_file_stands_in_where_the_system_has_no_files_in_memory(source, tmp_path, monkeypatch):
+    monkeypatch.delattr(os, 'memfd_create')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    dataset = make_dataset(source, True)
+    assert dataset.store.file.parent == tmp_path
+    assert_same_pairs(dataset, make_dataset(source, False))
+    del dataset
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_memory_cannot_hold_go_to_disk_and_then_to_the_files(source, tmp_path, monkeypatch, caplog):
+    caplog.set_level('INFO', 'crackseg_nb')
+    def last(dataset): return caplog.messages[-1], dataset.store and dataset.store.file.parent
+    needed = NUM_IMAGES * 4 * 80 * 96
+    monkeypatch.setattr(dataset_module, 'free_disk', lambda folder: 2 * needed)
+    monkeypatch.setattr(dataset_module, 'free_memory', lambda: 2 * needed)
+    line, folder = last(make_dataset(source, 'auto', tmp_path))
+    assert line == 'preload: 13 images need 0.4 MiB; 0.8 MiB of memory and 0.8 MiB of disk are available: kept in memory' and folder != tmp_path
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(dataset_module, 'free_memory', lambda: 2 * needed - 1)
+    line, folder = last(make_dataset(source, 'auto', tmp_path))
+    assert line.endswith(f'are available: more than 50 % of the memory, memory-mapped in {tmp_path}') and folder == tmp_path
+    assert last(make_dataset(source, 'auto', tmp_path))[0].endswith(f'memory-mapped in {tmp_path}, as written before')
+    for cache, found in ((tmp_path/'other', '0.4 MiB of disk'), (None, 'no cache folder')):
+        monkeypatch.setattr(dataset_module, 'free_disk', lambda folder: needed)
+        dataset = make_dataset(source, 'auto', cache)
+        line, folder = last(dataset)
+        assert line.endswith('more than 50 % of the memory, no room on disk, images are read from their files in every epoch') and found in line
+        assert folder is None and caplog.records[-1].levelname == 'WARNING'
+        assert_same_pairs(dataset, make_dataset(source, False))
+    assert not (tmp_path/'other').exists()
+
+
+def test_preloading_that_does_not_fit_is_refused_with_all_numbers(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, 'free_disk', lambda folder: 300_000)
+    monkeypatch.setattr(dataset_module, 'free_memory', lambda: 400_000)
+    room = 'but 13 images need 0.4 MiB; 0.4 MiB of memory and 0.3 MiB of disk are available; expected at most 90 % of the'
+    for preload, found, place in ((True, 'true', 'memory'), ('disk', 'disk', 'disk')):
+        with pytest.raises(CrackSegError, match=f'^preload: found {found}, {room} {place}') as caught: make_dataset(source, preload, tmp_path)
+        one_line(caught)
+    with pytest.raises(CrackSegError, match='no cache folder .*expected a cache folder'): make_dataset(source, 'disk')
+    with pytest.raises(CrackSegError, match='in each of 3 processes'): make_dataset(source, True, copies=3)
+    monkeypatch.setattr(dataset_module, 'free_memory', lambda: 500_000)
+    assert make_dataset(source, True).store
+    with pytest.raises(CrackSegError, match='in each of 2 processes'): make_dataset(source, True, copies=2)
+
+
+GROUPS = {'version 2': ('0::/job/task\n', '', 'memory.max', 'max', 'anon 1000\nfile 9000\nshmem 500\n'),
+          'version 1': ('4:memory:/job/task\n0::/\n', 'memory', 'memory.limit_in_bytes', str(2**63 - 4096), 'total_rss 1000\ntotal_cache 9000\ntotal_shmem 500\n')}
+
+
+@pytest.mark.parametrize('version', GROUPS)
+@pytest.mark.parametrize('limited', ['job/task', 'job', '.'])
+def test_a_limit_of_a_control_group_or_of_one_around_it_counts(tmp_path, monkeypatch, version, limited):
+    own, controller, name, unlimited, counts = GROUPS[version]
+    for group in ('.', 'job', 'job/task'):
+        folder = tmp_path/'groups'/controller/group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_text('10000\n' if group == limited else f'{unlimited}\n')
+        (folder/'memory.stat').write_text(counts)
+    (tmp_path/'own').write_text(own)
+    monkeypatch.setattr(dataset_module, 'CONTROL_GROUPS', tmp_path/'groups')
+    monkeypatch.setattr(dataset_module, 'OWN_GROUPS', tmp_path/'own')
+    assert dataset_module.free_memory() == 8500
+    (tmp_path/'groups'/controller/limited/name).write_text(f'{unlimited}\n')
+    assert dataset_module.free_memory() > 2**20
+    monkeypatch.setattr(dataset_module, 'OWN_GROUPS', tmp_path/'absent')
+    assert dataset_module.free_memory() > 2**20
+
+
+WRITER = '''
+import sys, time
+from pathlib import Path
+from crackseg_nb.data import dataset
+from crackseg_nb.data.sources import read_source
+folder, cache = map(Path, sys.argv[1:])
+read = dataset.read_pair
+def slow(sample, *arguments):
+    if sample.name == source.samples[-1].name: (cache/'nearly').touch(); time.sleep(60)
+    return read(sample, *arguments)
+source, dataset.read_pair = read_source('folder', folder), slow
+dataset.CrackDataset(source.samples, source.mask_encoding, preload='disk', cache=cache, progress=False)
+'''
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_cache(source, tmp_path):
+    folder = source.samples[0].image.parents[1]
+    writer = subprocess.Popen([sys.executable, '-c', WRITER, str(folder), str(tmp_path)])
+    try:
+        while not (tmp_path/'nearly').exists(): assert writer.poll() is None; time.sleep(0.02)
+        time.sleep(0.2)
+    finally: writer.kill(); writer.wait()
+    (tmp_path/'nearly').unlink()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith('.') and left.stat().st_size > 0
+    dataset = make_dataset(source, 'disk', tmp_path)
+    assert_same_pairs(dataset, make_dataset(source, False))
+    assert {file.name for file in tmp_path.iterdir()} == {left.name, dataset.store.file.name}  # it could be at work still
+    os.utime(left, (0, 0))
+    (tmp_path/'.another.images.1').symlink_to('gone')  # as if its writer moved it away at this moment
+    make_dataset(source, 'disk', tmp_path, samples=source.samples[:2])
+    assert not left.exists() and dataset.store.file.exists()
+
+
+def test_a_cache_is_found_again_and_not_decoded_again(source, tmp_path, monkeypatch, caplog):
+    caplog.set_level('INFO', 'crackseg_nb')
+    make_dataset(source, 'disk', tmp_path)
+    assert 'as written before' not in caplog.text
+    expected = make_dataset(source, True)
+    monkeypatch.setattr(dataset_module, 'read_pair', None)
+    again = make_dataset(source, 'disk', tmp_path)
+    assert caplog.messages[-1].endswith(f'memory-mapped in {tmp_path}, as written before')
+    assert_same_pairs(again, expected)
+    monkeypatch.setattr(dataset_module, 'free_disk', lambda folder: 0)
+    assert_same_pairs(make_dataset(source, 'disk', tmp_path), expected)  # what is there needs no room
+
+
+def test_a_cache_of_another_length_is_written_again(source, tmp_path):
+    file = make_dataset(source, 'disk', tmp_path).store.file
+    os.truncate(file, file.stat().st_size - 1)
+    assert_same_pairs(make_dataset(source, 'disk', tmp_path), make_dataset(source, False))
+
+
+@pytest.mark.parametrize('change', ['pixels', 'time', 'size', 'mask', 'resize', 'encoding', 'order', 'format'])
+def test_whatever_decides_the_content_decides_the_name(source, tmp_path, monkeypatch, change):
+    write_synthetic(tmp_path/'own', 3, (64, 72), seed=5)
+    own = read_source('folder', tmp_path/'own')
+    settings = dict(samples=own.samples, preload='disk', cache=tmp_path/'cache')
+    before = make_dataset(own, **settings).store.file
+    image, mask = own.samples[1].image, own.samples[1].mask
+    times = {file: file.stat().st_mtime_ns for file in (image, mask)}
+    if change == 'pixels': Image.fromarray(255 - np.array(Image.open(image))).save(image)
+    if change == 'time': os.utime(image, ns=(0, times[image] + 1))
+    if change == 'size':
+        with open(mask, 'ab') as handle: handle.write(b'more')
+        os.utime(mask, ns=(0, times[mask]))
+    if change == 'mask': Image.fromarray(255 - np.array(Image.open(mask))).save(mask)
+    if change == 'resize': settings['resize'] = (32, 36)
+    if change == 'encoding': own.mask_encoding = 'threshold'
+    if change == 'order': settings['samples'] = own.samples[::-1]
+    if change == 'format': monkeypatch.setattr(dataset_module, 'CACHE_FORMAT', 0)
+    after = make_dataset(own, **settings)
+    assert after.store.file != before and before.exists()
+    assert_same_pairs(after, make_dataset(own, False, **{name: value for name, value in settings.items() if name not in ('preload', 'cache')}))
+
+
+def test_two_processes_may_write_one_cache_at_the_same_time(source, tmp_path):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(make_dataset(source, 'disk', tmp_path))) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert len(found) == 4 and len(list(tmp_path.iterdir())) == 1
+    for dataset in found: assert_same_pairs(dataset, make_dataset(source, False))
+
+
+def refuse(*arguments, **settings): raise PermissionError(13, 'Permission denied')
+
+
+@pytest.mark.parametrize('fault', ['folder is a file', 'no permission', 'file limit'])
+def test_a_place_that_refuses_is_one_line_or_left_for_the_files(source, tmp_path, monkeypatch, caplog, fault):
+    cache, limits = tmp_path/'cache', resource.getrlimit(resource.RLIMIT_FSIZE)
+    preloads = ['disk', 'auto']
+    if fault == 'folder is a file': cache.touch()
+    if fault == 'no permission': monkeypatch.setattr(dataset_module, 'atomic_write', refuse)
+    if fault == 'file limit': preloads.append(True)
+    try:
+        if fault == 'file limit': resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        for preload in preloads:
+            with monkeypatch.context() as little:
+                if preload == 'auto': little.setattr(dataset_module, 'free_memory', lambda: 0)
+                if preload != 'auto':
+                    with pytest.raises(CrackSegError, match=f'^preload: {"memory" if preload is True else cache} cannot hold 0.4 MiB of decoded images') as caught:
+                        make_dataset(source, preload, cache)
+                    one_line(caught)
+                    continue
+                dataset = make_dataset(source, 'auto', cache)
+                assert dataset.store is None and 'images are read from their files in every epoch' in caplog.messages[-1]
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not cache.is_dir() or not list(cache.iterdir())
+    assert_same_pairs(dataset, make_dataset(source, False))
+
+
+@pytest.mark.parametrize('preload', [True, 'disk'])
+def test_a_damaged_file_leaves_nothing_behind(source, tmp_path, preload):
+    damaged = tmp_path/'damaged.png'
+    damaged.write_bytes(source.samples[0].image.read_bytes()[:2000])
+    samples = [*source.samples, Sample('damaged', damaged, source.samples[0].mask, 'damaged')]
+    def files_in_memory(): return [link for link in map(os.path.realpath, Path('/proc/self/fd').iterdir()) if 'memfd:crackseg' in link]
+    gc.collect()
+    before = files_in_memory()
+    with pytest.raises(CrackSegError, match=f'^{damaged}: found a damaged') as caught: make_dataset(source, preload, tmp_path/'cache', samples)
+    one_line(caught)
+    assert files_in_memory() == before
+    assert not list((tmp_path/'cache').glob('*'))
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('augmentation', [None, create_augmentation('crack', 48)])
+def test_loading_is_measured_from_every_place(source, tmp_path, num_workers, augmentation):
+    table = dataset_module.measure_loading(source.samples, source.mask_encoding, augmentation, rounds=2, cache=tmp_path, num_workers=num_workers)
+    assert list(table.index) == ['files', 'disk cache', 'memory'] and (table > 0).all(axis=None)
+    assert len(list(tmp_path.iterdir())) == 1 and not multiprocessing.active_children()
+
+
+def test_the_first_pass_over_the_images_does_not_count(source, monkeypatch):
+    class SlowAtFirst(list):
+        def stop_workers(self): pass
+        def __iter__(self):
+            if not self: time.sleep(0.5)
+            self.append('seen')
+            return iter(())
+    monkeypatch.setattr(dataset_module, 'create_loader', lambda *arguments, **settings: SlowAtFirst())
+    table = dataset_module.measure_loading(source.samples, source.mask_encoding, rounds=1)
+    assert (table['slowest'] > NUM_IMAGES / 0.4).all()
 
 
 @pytest.mark.parametrize('num_workers', [0, 1])
@@ -163,8 +461,8 @@ def test_turned_photos_keep_their_masks(source, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path/'turned.jpg', exif=exif)
     Image.fromarray(np.zeros((60, 40), np.uint8)).save(tmp_path/'mask.png')
     sample = type(source.samples[0])('turned', tmp_path/'turned.jpg', tmp_path/'mask.png', 'turned')
-    for preload in (False, True):
-        dataset = CrackDataset([sample], 'ids', preload=preload, progress=False)
+    for preload in (False, True, 'disk'):
+        dataset = CrackDataset([sample], 'ids', preload=preload, cache=tmp_path/'cache', progress=False)
         assert dataset.sizes == [(60, 40)] and dataset[0]['image'].shape == (3, 60, 40)
 
 

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss, TverskyLoss
 from segmentation_models_pytorch.losses._functional import softmax_focal_loss_with_logits
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss
 
 from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.losses import LOSSES, LossConfig, create_loss, loss_settings
+from crackseg_nb.losses import LOSSES, LossConfig, create_loss, loss_settings, losses_for
 
 NUM_CASES = 200
-BINARY = [name for name in LOSSES if name not in ('ce', 'ce_dice')]
-MULTI = [name for name in LOSSES if name not in ('bce', 'bce_dice')]
-ALL = [(name, 1) for name in BINARY] + [(name, 3) for name in MULTI]
+ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]
+WEIGHTED = [(name, num_channels) for name, num_channels in ALL if 'class_weights' in loss_settings(name)]
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -38,6 +38,11 @@ def random_case(seed, num_channels=1, num_images=None, dtype=torch.float64, scal
 
 def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+def variants(name, num_channels):
+    "Return a loss with its defaults and, where it takes some, with class weights whose sums are exact."
+    return [create_loss(name, **settings) for settings in ({}, dict(class_weights=[0.25, 1.5, 2.0, 0.0][:max(2, num_channels)])) if settings.keys() <= loss_settings(name).keys()]
 
 
 def value_and_gradient(loss, logits, target, normalizers=None):
@@ -96,7 +101,19 @@ def test_softmax_focal_equals_smp_functional_and_two_channels_equal_one():
         expected = softmax_focal_loss_with_logits(logits.movedim(1, -1)[valid], target[valid], gamma=gamma)
         close(create_loss('focal', alpha=None, gamma=gamma)(logits, target), expected)
         logits, target = random_case(seed)
-        close(create_loss('focal', gamma=gamma)(torch.cat([0 * logits, logits], 1), target), create_loss('focal', gamma=gamma)(logits, target))
+        plain = create_loss('focal', alpha=None, gamma=gamma)
+        close(plain(torch.cat([0 * logits, logits], 1), target), plain(logits, target))
+
+
+def test_alpha_balances_one_channel_and_scales_several():
+    for seed in range(NUM_CASES):
+        alpha = round(np.random.default_rng(seed).uniform(0, 1), 3)
+        logits, target = random_case(seed, num_channels=2 + seed % 4)
+        weights = dict(class_weights=np.random.default_rng(seed).uniform(0.1, 3, logits.shape[1]).tolist() if seed % 3 else None)
+        close(create_loss('focal', alpha=alpha, **weights)(logits, target), alpha * create_loss('focal', alpha=None, **weights)(logits, target))
+        logits, target = random_case(seed)
+        parts = [create_loss('focal', alpha=None).sums(logits, target.masked_fill(target == other, VOID)) for other in (0, 1)]
+        close(create_loss('focal', alpha=alpha).sums(logits, target), alpha * parts[0] + (1 - alpha) * parts[1])
 
 
 def test_focal_without_focus_is_half_the_cross_entropy():
@@ -187,19 +204,54 @@ def test_published_compounds():
         close(create_loss('dice_boundary')(logits, target), create_loss('dice')(logits, target) + 0.01 * create_loss('boundary')(logits, target))
 
 
+def plain_focal_dice(logits, target, class_weights, alpha, gamma, smooth, focal_weight, dice_weight):
+    "Write both losses down as papers do, over one-hot targets."
+    valid = (target != VOID)[:, None]
+    truth = F.one_hot(torch.where(valid[:, 0], target, 0), logits.shape[1]).movedim(-1, 1) * valid
+    weights = torch.tensor(class_weights, dtype=logits.dtype).view(1, -1, 1, 1)
+    probability = logits.softmax(1)
+    focal = -(alpha * weights * truth * (1 - probability) ** gamma * probability.log()).sum() / (weights * truth).sum()
+    overlap, both, true = ((part * valid).sum((2, 3)) for part in (probability * truth, probability + truth, truth))
+    dice = (2 * overlap + 2 * smooth) / (both + 2 * smooth)
+    per_image = [(1 - dice[image][true[image] > 0]).mean() for image in range(len(target)) if valid[image].any()]
+    return focal_weight * focal + dice_weight * torch.stack(per_image).mean()
+
+
+def test_focal_dice_with_class_weights_equals_a_plain_version():
+    for seed in range(NUM_CASES):
+        generator = np.random.default_rng(seed)
+        logits, target = random_case(seed, num_channels=2 + seed % 5, scale=2)
+        if (target == VOID).all():
+            continue
+        settings = dict(class_weights=generator.uniform(0.1, 3, logits.shape[1]).astype(np.float32).tolist(), alpha=round(generator.uniform(0.1, 1), 3),
+                        gamma=float(generator.choice([1, 2, 3])), smooth=float(generator.choice([0, 0.5, 1])), focal_weight=0.5, dice_weight=0.25)
+        expected, gradient = value_and_gradient(lambda first, second, _: plain_focal_dice(first, second, **settings), logits, target)
+        found, found_gradient = value_and_gradient(create_loss('focal_dice', **settings), logits, target)
+        close(found, expected)
+        close(found_gradient, gradient)
+
+
 # ---------------------------------------------------------------- properties, for every loss
+
+@pytest.mark.parametrize('num_channels', [1, 2, 5])
+def test_losses_for_so_many_channels(num_channels):
+    logits, target = random_case(0, num_channels)
+    for name in LOSSES:
+        if name in losses_for(num_channels): assert create_loss(name)(logits, target).isfinite()
+        else:
+            with pytest.raises(CrackSegError, match='take (b?ce)'): create_loss(name)(logits, target)
 
 @pytest.mark.parametrize('name, num_channels', ALL)
 def test_void_changes_nothing_and_gets_no_gradient(name, num_channels):
-    loss = create_loss(name)
-    for seed in range(NUM_CASES // 4):
-        logits, target = random_case(seed, num_channels)
-        void = (target == VOID)[:, None].expand_as(logits)
-        value, gradient = value_and_gradient(loss, logits, target)
-        assert (gradient[void] == 0).all()
-        for filler in (1e4, -7.0, float('nan'), float('inf')):
-            changed, changed_gradient = value_and_gradient(loss, logits.masked_fill(void, filler), target)
-            assert torch.equal(changed, value) and torch.equal(changed_gradient, gradient)
+    for loss in variants(name, num_channels):
+        for seed in range(NUM_CASES // 4):
+            logits, target = random_case(seed, num_channels)
+            void = (target == VOID)[:, None].expand_as(logits)
+            value, gradient = value_and_gradient(loss, logits, target)
+            assert (gradient[void] == 0).all()
+            for filler in (1e4, -7.0, float('nan'), float('inf')):
+                changed, changed_gradient = value_and_gradient(loss, logits.masked_fill(void, filler), target)
+                assert torch.equal(changed, value) and torch.equal(changed_gradient, gradient)
 
 
 @pytest.mark.parametrize('name, num_channels', ALL)
@@ -215,32 +267,72 @@ def test_padding_with_void_changes_nothing(name, num_channels):
 @pytest.mark.parametrize('num_images', [0, 1, 3])
 def test_nothing_but_void_is_zero(name, num_channels, num_images):
     logits = torch.randn(num_images, num_channels, 5, 4)
-    value, gradient = value_and_gradient(create_loss(name), logits, torch.full((num_images, 5, 4), VOID, dtype=torch.uint8))
-    assert value == 0 and not gradient.any() and gradient.isfinite().all()
-    assert not create_loss(name).normalizers(torch.full((num_images, 5, 4), VOID, dtype=torch.uint8)).any()
+    for loss in variants(name, num_channels):
+        value, gradient = value_and_gradient(loss, logits, torch.full((num_images, 5, 4), VOID, dtype=torch.uint8))
+        assert value == 0 and not gradient.any() and gradient.isfinite().all()
+        assert not loss.normalizers(torch.full((num_images, 5, 4), VOID, dtype=torch.uint8)).any()
+
+
+def pixel_part(name, class_weights):
+    "Return a loss with class weights, or of a compound the part that takes them."
+    loss = create_loss(name, class_weights=class_weights)
+    return getattr(loss, 'parts', [loss])[0]
+
+
+@pytest.mark.parametrize('name, num_channels', WEIGHTED)
+def test_a_class_of_weight_0_counts_like_void(name, num_channels):
+    for seed in range(20):
+        logits, target = random_case(seed, num_channels)
+        removed = seed % max(2, num_channels)
+        weights = np.random.default_rng(seed).uniform(0.1, 3, max(2, num_channels)).tolist()
+        zero = weights[:removed] + [0.0] + weights[removed + 1:]
+        value, gradient = value_and_gradient(pixel_part(name, zero), logits, target)
+        expected, expected_gradient = value_and_gradient(pixel_part(name, weights), logits, target.masked_fill(target == removed, VOID))
+        close(value, expected)
+        close(gradient, expected_gradient)
+        value, gradient = value_and_gradient(pixel_part(name, zero), logits, torch.full_like(target, removed))
+        assert value == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize('name, num_channels', [(name, num_channels) for name, num_channels in ALL if num_channels > 1])
+def test_a_class_that_never_occurs_does_not_count(name, num_channels):
+    for seed in range(20):
+        logits, target = random_case(seed, num_channels)
+        more = torch.cat([logits, torch.full_like(logits[:, :1], -1e4)], 1)  # nor is it predicted
+        for extra in ([], [0.0], [7.0]):
+            weights = [0.3, 1.7, 2.2, 0.9]
+            if extra and 'class_weights' not in loss_settings(name): continue
+            settings = [dict(class_weights=weights), dict(class_weights=weights + extra)] if extra else [{}, {}]
+            value, gradient = value_and_gradient(create_loss(name, **settings[0]), logits, target)
+            found, found_gradient = value_and_gradient(create_loss(name, **settings[1]), more, target)
+            if 'boundary' not in name:  # which takes the mean over all classes but the background, as its authors do
+                close(found, value)
+                close(found_gradient, torch.cat([gradient, 0 * gradient[:, :1]], 1))
+            found, found_gradient = value_and_gradient(create_loss(name, **settings[1]), more.clamp(min=0), target)
+            assert found.isfinite() and found_gradient.isfinite().all()
 
 
 @pytest.mark.parametrize('name, num_channels', ALL)
 def test_accumulated_gradients_equal_the_large_batch(name, num_channels):
-    settings = {'class_weights': [0.3, 1.7, 2.2][:max(2, num_channels)]} if 'class_weights' in loss_settings(name) else {}
-    loss = create_loss(name, **settings)
-    tolerance = 1e-6 if settings else 1e-12  # sums of class weights are rounded to float32, counts of pixels are exact
-    for seed in range(8):
-        logits, target = random_case(seed, num_channels, num_images=7)
-        target[seed % 7] = VOID
-        target[(seed + 3) % 7, 1:] = VOID
-        value, gradient = value_and_gradient(loss, logits, target)
-        for sizes in ([3, 3, 1], [1] * 7, [2, 5]):
-            chunks = list(zip(logits.split(sizes), target.split(sizes)))
-            total = sum(loss.normalizers(part) for _, part in chunks)
-            parts = [value_and_gradient(loss, *chunk, total) for chunk in chunks]
-            close(sum(part[0] for part in parts), value, tolerance)
-            close(torch.cat([part[1] for part in parts]), gradient, tolerance)
+    for loss in variants(name, num_channels):
+        for seed in range(8):
+            logits, target = random_case(seed, num_channels, num_images=7)
+            target[seed % 7] = VOID
+            target[(seed + 3) % 7, 1:] = VOID
+            value, gradient = value_and_gradient(loss, logits, target)
+            for sizes in ([3, 3, 1], [1] * 7, [2, 5]):
+                chunks = list(zip(logits.split(sizes), target.split(sizes)))
+                total = sum(loss.normalizers(part) for _, part in chunks)
+                assert torch.equal(total, loss.normalizers(target))
+                close(sum(loss.sums(*chunk) for chunk in chunks), loss.sums(logits, target), 1e-12)
+                parts = [value_and_gradient(loss, *chunk, total) for chunk in chunks]
+                close(sum(part[0] for part in parts), value, 1e-12)
+                close(torch.cat([part[1] for part in parts]), gradient, 1e-12)
 
 
 @pytest.mark.parametrize('name, num_channels', ALL)
 def test_analytic_gradients(name, num_channels):
-    logits, target = random_case(3, num_channels, num_images=2, scale=2)
+    logits, target = random_case(1, num_channels, num_images=2, scale=2)
     loss = create_loss(name)
     logits, target = logits[..., :4, :4].clone().requires_grad_(), target[..., :4, :4]
     assert (target == 1).any() and (target == VOID).any()
@@ -287,10 +379,10 @@ def test_better_predictions_cost_less(name, num_channels):
     "A sharper right answer never costs more, and the wrong answer costs more than the right one."
     target = torch.zeros(2, 16, 16, dtype=torch.long)
     target[:, 5:9], target[:, :, :2] = 1, VOID
-    if num_channels == 3:
-        target[:, 12:] = 2
-    ids = target.clamp(max=2)
-    right = (ids == 1)[:, None].float() * 2 - 1 if num_channels == 1 else F.one_hot(ids, 3).movedim(-1, 1).float() * 2 - 1
+    if num_channels == 4:
+        target[:, 10:13], target[:, 13:] = 2, 3
+    ids = target.clamp(max=3)
+    right = (ids == 1)[:, None].float() * 2 - 1 if num_channels == 1 else F.one_hot(ids, 4).movedim(-1, 1).float() * 2 - 1
     costs = [create_loss(name)(scale * right, target).item() for scale in (-5, -1, 0, 1, 5)]
     assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
 
@@ -320,6 +412,10 @@ def test_wrong_input_gets_one_line():
         (lambda: create_loss('ce')(logits, target), 'take bce'),
         (lambda: create_loss('bce_dice')(logits.expand(2, 3, 4, 4), target), 'take ce'),
         (lambda: create_loss('ce', class_weights=[1, 1, 1])(logits.expand(2, 2, 4, 4), target), 'expected 2'),
+        (lambda: create_loss('focal', class_weights=[0, 0]), 'class_weights: found only zeros'),
+        (lambda: create_loss('ce', class_weights=[]), 'class_weights: found only zeros'),
+        (lambda: LossConfig('tversky').create([1, 2]), 'class_weights: found with loss tversky, which takes none; expected one of ce, focal, focal_dice, ce_dice'),
+        (lambda: LossConfig('ce').create([1, -2]), 'class_weights: found -2'),
         (lambda: create_loss('focal', gamma='two'), 'focal.gamma'),
         (lambda: create_loss('focal', gamma=-1), 'focal.gamma'),
         (lambda: create_loss('dice', smoth=1), "did you mean 'smooth'"),
@@ -332,18 +428,40 @@ def test_wrong_input_gets_one_line():
         assert text in str(error.value) and '\n' not in str(error.value)
 
 
+def test_class_weights_from_the_data_replace_those_of_the_settings():
+    for name in ('ce', 'focal', 'focal_dice', 'ce_dice'):
+        config = LossConfig(name, dict(class_weights=[1, 2], **({'gamma': 3} if 'focal' in name else {})))
+        for given, expected in ((None, [1, 2]), (np.array([0.5, 4, 2]), [0.5, 4, 2])):
+            loss = config.create(given)
+            part = getattr(loss, 'parts', [loss])[0]
+            assert part.class_weights.tolist() == expected and getattr(part, 'gamma', 3) == 3
+        assert config.settings['class_weights'] == [1, 2]
+
+
 def test_losses_leave_no_trace_in_checkpoints():
     for name in LOSSES:
         assert not create_loss(name).state_dict() and not list(create_loss(name).parameters())
+
+
+@pytest.mark.parametrize('name, num_channels', [(name, num_channels) for name, num_channels in ALL if 'boundary' not in name])
+def test_nothing_waits_for_a_gpu(name, num_channels):
+    "Tensors without numbers in them refuse whatever would make the host ask the device for a number."
+    with FakeTensorMode():
+        for loss in variants(name, num_channels):
+            loss = loss.to('cuda')
+            loss.ids_checked = True  # the first batch may wait
+            logits, target = torch.empty(2, num_channels, 6, 6, device='cuda'), torch.empty(2, 6, 6, dtype=torch.uint8, device='cuda')
+            assert loss(logits, target).device.type == 'cuda'
+            with pytest.raises(Exception, match='item|local_scalar'): loss(logits, target).item()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('name, num_channels', ALL)
 def test_gpu_agrees_with_cpu_without_waiting(name, num_channels):
     logits, target = random_case(2, num_channels, num_images=3, dtype=torch.float32, scale=3)
-    expected, gradient = value_and_gradient(create_loss(name), logits, target)
-    loss = create_loss(name).cuda()
-    logits, target = logits.cuda(), target.cuda()
+    loss = variants(name, num_channels)[-1]
+    expected, gradient = value_and_gradient(loss, logits, target)
+    loss, logits, target = loss.cuda(), logits.cuda(), target.cuda()
     torch.use_deterministic_algorithms(True)
     try:
         value_and_gradient(loss, logits, target)  # the first batch may wait

@@ -53,8 +53,11 @@ def test_unknown_source_offers_the_nearest(): one_line(lambda: read_source("Deep
 
 @pytest.mark.parametrize("name", list(SOURCES))
 @pytest.mark.parametrize("data_dir", [None, "", "/nowhere/at/all", __file__])
-def test_missing_folder_names_path_and_layout(name, data_dir):
-    one_line(lambda: read_source(name, data_dir), "data_dir", repr(data_dir), SOURCES[name].layout)
+def test_missing_folder_names_path_and_layout(name, data_dir, monkeypatch):
+    def unreachable(*args, **options): raise ConnectionError("no network\nhere")
+    monkeypatch.setattr("crackseg_nb.data.sources.snapshot_download", unreachable)
+    found = "can't be fetched (no network)" if SOURCES[name].fetch and not data_dir else repr(data_dir)
+    one_line(lambda: read_source(name, data_dir), "data_dir", found, SOURCES[name].layout)
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
@@ -397,6 +400,21 @@ def test_real_unified360():
     assert 100 < len({sample.group for sample in source.samples}) < 160
     assert splits.lengths == {"train": 420, "val": 90, "test": 90}
     assert audit(splits).problems == [] and splits.near_duplicates == []
+
+
+def test_real_neu_seg():
+    source = real("NEU_Seg")
+    assert (len(source), len(source.classes), source.mask_encoding) == (1600, 4, "class_ids")
+    splits = make_splits(source)
+    assert splits.lengths == {"train": 988, "val": 212, "test": 400}
+    report = audit(splits)
+    assert report.problems == [] and not any("never occurs" in warning for warning in report.warnings)
+    assert sum(counts.sum() for counts in report.pixels.values()) == 1600 * 200 * 200
+    # turned copies of training images are in the published test set, and none in the validation set that was made here
+    assert {pair.split for pair in splits.near_duplicates} == {"test"}
+    assert len(splits.overlapping_test_names) == 279
+    one_line(audit(make_splits(read_source("folder", DATA/"NEU_Seg", class_names=source.classes.names))).raise_if_fatal,
+             "of 212 validation and test images that nearly repeat a training image", "looks like an augmented set")
 
 
 def test_every_encoding_is_explained():

@@ -8,7 +8,8 @@ __all__ = ['SURFACES', 'FINE', 'STEP', 'DISTRACTOR_NAMES', 'GROUND_MARKS', 'LITT
            'grow_crack', 'check_range', 'check_names', 'SyntheticConfig', 'place_cracks', 'paint', 'paint_cracks',
            'crossing', 'even_stroke', 'worn', 'joint', 'sealant', 'scratch', 'marking', 'tyre', 'lay', 'wire', 'blade',
            'grass', 'leaf', 'stain', 'shadow', 'photograph', 'pick_distractors', 'check_size', 'synthesize',
-           'write_png', 'pair_paths', 'find_synthetic', 'remove_strays', 'write_synthetic']
+           'write_png', 'pair_paths', 'find_synthetic', 'remove_strays', 'folder_settings', 'write_images',
+           'write_synthetic']
 
 # %% ../../nbs/01_data.synthetic.ipynb #d598bb9c
 import math
@@ -364,14 +365,17 @@ GROUND_MARKS: dict[str, Callable] = {'joint': joint, 'sealant': sealant, 'scratc
 LITTER: dict[str, Callable] = {'wire': wire, 'grass': grass, 'leaf': leaf}
 
 # %% ../../nbs/01_data.synthetic.ipynb #31edaf73
-def stain(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def stain(image: np.ndarray,
+          generator: np.random.Generator,
+          rust_probability: float = 0.25,  # chance that the stain is of rust
+         ) -> np.ndarray:
     "Return `image` with an oil, water or rust stain."
     size = image.shape[:2]
     field = smooth_noise(generator, size, generator.uniform(20, 70)) + 0.3 * smooth_noise(generator, size, 8)
     field += 0.15 * smooth_noise(generator, size, 2)
     alpha = 1 / (1 + np.exp(-(field - generator.uniform(0.3, 1.2)) / generator.uniform(0.08, 0.3))).astype(np.float32)
     dark = generator.uniform(0.1, 0.35) * alpha + generator.uniform(0, 0.6) * alpha * (1 - alpha)
-    rust = np.array([0.7, 1, 1.25] if generator.random() < 0.25 else [1, 1, 1], np.float32)
+    rust = np.array([0.7, 1, 1.25] if generator.random() < rust_probability else [1, 1, 1], np.float32)
     return image * (1 - dark[..., None] * rust)
 
 # %% ../../nbs/01_data.synthetic.ipynb #bbad91de
@@ -450,14 +454,18 @@ def write_png(path: Path, image: np.ndarray) -> None:
     encoded = cv2.imencode('.png', pixels, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1]
     with atomic_write(path) as handle: handle.write(encoded.tobytes())
 
-def pair_paths(root: Path, num_images: int) -> list[tuple[Path, Path]]:
+def pair_paths(root: Path,
+               num_images: int,
+               masks: str = 'masks',  # name of the folder of the masks
+              ) -> list[tuple[Path, Path]]:
     "Return the paths of all images and masks of a synthetic folder."
     names = [f'{index:04d}.png' for index in range(num_images)]
-    return [(root/'images'/name, root/'masks'/name) for name in names]
+    return [(root/'images'/name, root/masks/name) for name in names]
 
 # %% ../../nbs/01_data.synthetic.ipynb #1a2f866b
 def find_synthetic(root: Path,
                    settings: dict,  # what the manifest of the wished folder says
+                   masks: str = 'masks',  # name of the folder of the masks
                   ) -> bool:
     "Return whether `root` already holds these images; raise CrackSegError if it holds anything else."
     if not root.exists(): return False
@@ -475,16 +483,47 @@ def find_synthetic(root: Path,
         key = differing[0]
         raise CrackSegError(f'{root}: found synthetic images with {key} {manifest.get(key)!r}, expected {settings[key]!r}; '
                             'give another folder, or remove this one')
-    return all(path.is_file() for pair in pair_paths(root, settings['num_images']) for path in pair)
+    return all(path.is_file() for pair in pair_paths(root, settings['num_images'], masks) for path in pair)
 
 # %% ../../nbs/01_data.synthetic.ipynb #cf5a731c
-def remove_strays(root: Path, num_images: int) -> None:
+def remove_strays(root: Path, num_images: int, masks: str = 'masks') -> None:
     "Remove numbered images that an interrupted writing with other settings left in `root`."
-    wanted = {path for pair in pair_paths(root, num_images) for path in pair}
-    for path in [*(root/'images').iterdir(), *(root/'masks').iterdir()]:
+    wanted = {path for pair in pair_paths(root, num_images, masks) for path in pair}
+    for path in [*(root/'images').iterdir(), *(root/masks).iterdir()]:
         if path not in wanted and re.fullmatch(r'\d{4,}\.png', path.name): path.unlink(missing_ok=True)
 
 # %% ../../nbs/01_data.synthetic.ipynb #0abcc31b
+def folder_settings(generator: str,  # module that draws the images
+                    version: int,  # of that generator
+                    num_images: int,
+                    size: tuple[int, int],  # height, width
+                    seed: int,
+                    config,  # the generator's dataclass
+                   ) -> dict:
+    "Return what the manifest of a folder says; raise CrackSegError for numbers that make no sense."
+    return to_plain(dict(generator=generator, version=version, num_images=check_number('num_images', num_images, int, 1),
+                         size=check_size(size), seed=check_number('seed', seed, int, 0), config=asdict(config)))
+
+# %% ../../nbs/01_data.synthetic.ipynb #55f52281
+def write_images(root: Path,  # folder to fill; made if it is missing
+                 settings: dict,  # from `folder_settings`
+                 draw: Callable,  # index -> image (H, W, 3) and mask (H, W) as they are stored, uint8
+                 masks: str = 'masks',  # name of the folder of the masks
+                 progress: bool = False,  # show a progress bar
+                ) -> Path:
+    "Write the images and masks of `settings` below `root`, unless they are there already, and return `root`."
+    if find_synthetic(root, settings, masks): return root
+    root.mkdir(parents=True, exist_ok=True)
+    write_yaml(root/MANIFEST, {**settings, 'complete': False})
+    for folder in ('images', masks): (root/folder).mkdir(exist_ok=True)
+    paths = pair_paths(root, settings['num_images'], masks)
+    for index, pair in enumerate(tqdm(paths, desc='synthetic images', disable=not progress)):
+        for path, pixels in zip(pair, draw(index)): write_png(path, pixels)
+    remove_strays(root, settings['num_images'], masks)
+    write_yaml(root/MANIFEST, {**settings, 'complete': True})
+    return root
+
+# %% ../../nbs/01_data.synthetic.ipynb #20f6a37f
 def write_synthetic(root,  # folder to fill; made if it is missing
                     num_images: int,
                     size: tuple[int, int],  # height, width
@@ -493,18 +532,11 @@ def write_synthetic(root,  # folder to fill; made if it is missing
                     progress: bool = False,  # show a progress bar
                    ) -> Path:
     "Write `num_images` images and masks below `root`, unless they are there already, and return `root`."
-    root, size, config = Path(root), check_size(size), config or SyntheticConfig()
-    num_images, seed = check_number('num_images', num_images, int, 1), check_number('seed', seed, int, 0)
-    settings = to_plain(dict(generator='crackseg_nb.data.synthetic', version=GENERATOR_VERSION, num_images=num_images,
-                             size=size, seed=seed, config=asdict(config)))
-    if find_synthetic(root, settings): return root
-    root.mkdir(parents=True, exist_ok=True)
-    write_yaml(root/MANIFEST, {**settings, 'complete': False})
-    for folder in ('images', 'masks'): (root/folder).mkdir(exist_ok=True)
-    for index, (image_path, mask_path) in enumerate(tqdm(pair_paths(root, num_images), desc='synthetic images', disable=not progress)):
-        image, mask = synthesize(seed_for(seed, 'synthetic image', index), size, config)
-        write_png(image_path, image)
-        write_png(mask_path, mask * np.uint8(255))
-    remove_strays(root, num_images)
-    write_yaml(root/MANIFEST, {**settings, 'complete': True})
-    return root
+    config = config or SyntheticConfig()
+    settings = folder_settings('crackseg_nb.data.synthetic', GENERATOR_VERSION, num_images, size, seed, config)
+
+    def draw(index):
+        image, mask = synthesize(seed_for(settings['seed'], 'synthetic image', index), size, config)
+        return image, mask * np.uint8(255)
+
+    return write_images(Path(root), settings, draw, progress=progress)

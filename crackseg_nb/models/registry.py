@@ -12,10 +12,12 @@ from torch import nn
 
 # %% ../../nbs/10_models.registry.ipynb #0bd5e88f
 from ..core import choose
+from .encoders import count_flops
 from .swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig
+from .unet import Unet, UnetConfig
 
 # %% ../../nbs/10_models.registry.ipynb #fb97eb42
-MODELS = {"swinv2_hybrid": (SwinV2HybridConfig, SwinV2Hybrid)}  # name -> (settings, class)
+MODELS = {"swinv2_hybrid": (SwinV2HybridConfig, SwinV2Hybrid), "unet": (UnetConfig, Unet)}  # name -> (settings, class)
 
 # %% ../../nbs/10_models.registry.ipynb #0915189a
 def create_model(name: str = "swinv2_hybrid",  # a name of MODELS

@@ -30,13 +30,13 @@ class FiniteGuard:
                  device: torch.device | str,
                  scaled: bool = False,  # a GradScaler, which owns the switch, takes the steps
                 ):
-        self.optimizer, self.skip = getattr(optimizer, "optimizer", optimizer), False  # accelerate wraps optimisers
-        fused_adam = isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW)) and all(group["fused"] for group in self.optimizer.param_groups)
-        self.on_device = fused_adam and not scaled and torch.device(device).type in ("cpu", "cuda")
+        fused_adam = isinstance(optimizer, torch.optim.AdamW) and all(group["fused"] for group in optimizer.param_groups)
+        self.on_device = fused_adam and not scaled and torch.device(device).type in ("cpu", "cuda")  # Apple's kernel ignores the switch
         self.bad = torch.zeros((), device=device)  # 1 from the first bad step on
         self.first = torch.zeros((), dtype=torch.int64, device=device)
-        if self.on_device: self.optimizer.found_inf = self.bad
-        else: self.optimizer.__dict__.pop("found_inf", None)  # of a guard before this one
+        self.skip = False
+        if self.on_device: optimizer.found_inf = self.bad
+        else: optimizer.__dict__.pop("found_inf", None)  # of a guard before this one
 
     @torch.no_grad()
     def check(self, step: int,  # counted from 0 or 1
@@ -146,10 +146,10 @@ def input_finding(batch: dict, number: int) -> Finding | None:
     index = int(batch["index"][place])
     return Finding("input", f"image {place + 1}", number, (index,), f"index {index}")
 
-def batch_finding(watch: Watch, criterion: Loss, batch: dict, number: int, normalizers: torch.Tensor, forward: Callable) -> Finding | None:
+def batch_finding(watch: Watch, criterion: Loss, batch: dict, number: int, normalizers: torch.Tensor) -> Finding | None:
     "Take one batch forward and backward under `watch` and return what is found."
     images = tuple(batch["index"].tolist())
-    logits = forward(batch["image"])
+    logits = watch.model(batch["image"])
     if not math.isfinite(largest(logits)): return Finding("forward", watch.forward or watch.label(""), number, images, watch.detail)
     loss = criterion(logits, batch["mask"], normalizers)
     size = f"logits up to {largest(logits):.3g}"
@@ -171,7 +171,6 @@ def gradient_finding(model: nn.Module) -> Finding | None:
 # %% ../../nbs/15b_training.diagnosis.ipynb #72a1d1e4
 def first_nonfinite(model: nn.Module, criterion: Loss,
                     batches: list[dict],  # of one window, on the device: image, mask, index
-                    forward: Callable | None = None,  # gives the logits of images; None: the model
                     normalizers: torch.Tensor | None = None,  # of the whole window; None: of `batches`
                    ) -> Finding:
     """Repeat a window and return what is not finite first. The model keeps its mode, buffers and parameters; its gradients are removed.
@@ -187,7 +186,7 @@ def first_nonfinite(model: nn.Module, criterion: Loss,
             for module, mode in modes.items(): module.training = mode  # what is frozen stays so
             model.zero_grad(set_to_none=True)
             for number, batch in enumerate(batches, start=1):
-                found = input_finding(batch, number) or batch_finding(watch, criterion, batch, number, normalizers, forward or model)
+                found = input_finding(batch, number) or batch_finding(watch, criterion, batch, number, normalizers)
                 if found: return found
             return gradient_finding(model) or Finding("none")
     finally: model.zero_grad(set_to_none=True)

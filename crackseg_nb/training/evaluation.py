@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..core import logger
 from ..losses import Loss
-from ..metrics import BinaryMetrics
+from ..metrics import BinaryMetrics, ImageCounts
 from .memory import clear_cache
 from .parallel import gather_metrics, sum_over_processes
 from .window import is_out_of_memory, smaller_micro_batch
@@ -50,14 +50,15 @@ def sum_type(device: torch.device) -> torch.dtype:
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator,
              criterion: Loss | None = None,  # without it, no loss is computed
-             on_batch: Callable | None = None,  # called with (batch, probability (B, H, W)), both on the CPU
+             on_batch: Callable | None = None,  # called with (batch, what `metrics.observe` returns), both on the CPU
              progress: str = "",  # what a progress bar is called; none without it
              interrupt: Callable[[], None] | None = None,  # called before each batch; may raise
-            ) -> tuple[BinaryMetrics, float | None]:
+             metrics: ImageCounts | None = None,  # to be filled; None: BinaryMetrics
+            ) -> tuple[ImageCounts, float | None]:
     "Return the metrics of `model` over `loader`, and its loss, over the batches of all processes."
     was_training, device = model.training, accelerator.device
     model.eval()
-    metrics, size = BinaryMetrics(), 2**31
+    metrics, size = BinaryMetrics() if metrics is None else metrics, 2**31
     sums, normalizers = (torch.zeros(0 if criterion is None else len(criterion.weights), dtype=sum_type(device), device=device) for _ in range(2))
     try:
         with eager(model):
@@ -65,12 +66,11 @@ def evaluate(model: nn.Module, loader: DataLoader, accelerator: Accelerator,
                 if interrupt is not None: interrupt()
                 image, mask = (batch[name].to(device, non_blocking=True) for name in ("image", "mask"))
                 logits, size = predict(model, image, size)
-                probability = logits[:, 0].sigmoid()
-                metrics.update(probability, mask, batch["index"])
+                answer = metrics.observe(logits, mask, batch["index"])
                 if criterion is not None: sums, normalizers = sums + criterion.sums(logits, mask), normalizers + criterion.normalizers(mask)
-                if on_batch is not None: on_batch(batch, probability.cpu())
+                if on_batch is not None: on_batch(batch, answer.cpu())
     finally: model.train(was_training)
     metrics = gather_metrics(metrics, accelerator)
     if criterion is None: return metrics, None
     sums, normalizers = (sum_over_processes(value, accelerator) for value in (sums, normalizers))
-    return metrics, (criterion.weights.to(device) * sums / torch.where(normalizers > 0, normalizers, 1)).sum().item()
+    return metrics, (criterion.weights * sums / torch.where(normalizers > 0, normalizers, 1)).sum().item()

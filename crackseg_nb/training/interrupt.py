@@ -7,31 +7,26 @@ __all__ = ['StopRequest']
 
 # %% ../../nbs/15c_training.interrupt.ipynb #9f8b37c8
 import signal
-import threading
 import time
 
-from ..core import check_number, logger
+from ..core import check_number, logger, signal_handlers
 from .parallel import PASSED
 
 # %% ../../nbs/15c_training.interrupt.ipynb #e3324eea
 class StopRequest:
-    "Notice signals and the end of the allotted time; a context manager, since signal handlers belong to the whole process."
-    def __init__(self, time_limit: float = 0,  # minutes; 0 for none
-                 started: float | None = None,  # `time.monotonic()` at which the time began; None: now
+    "Notice signals while in use as a context, in the main thread, and the end of the allotted time anywhere."
+    def __init__(self, time_limit: float = 0  # minutes from now; 0 for none
                 ):
         self.time_limit = check_number("time_limit", time_limit, low=0)
-        self.deadline = (time.monotonic() if started is None else started) + 60 * self.time_limit if self.time_limit else float("inf")
-        self.signal, self.previous = None, {}
+        self.deadline = time.monotonic() + 60 * self.time_limit if self.time_limit else float("inf")
+        self.signal = None
 
     def __enter__(self):
-        # Python lets only the main thread set handlers; elsewhere the time limit still counts.
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self.note) for number in PASSED}
+        self.handlers = signal_handlers(dict.fromkeys(PASSED, self.note))
+        self.handlers.__enter__()
         return self
 
-    def __exit__(self, *error):
-        for number, handler in self.previous.items(): signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self.previous = {}
+    def __exit__(self, *error): self.handlers.__exit__(*error)
 
     def note(self, number: int, frame) -> None:
         "Remember a signal; the step in hand is finished first."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIB', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'CONTROL_GROUP', 'cuda_peaks', 'MemoryMonitor', 'c_library',
-           'keep_freed_memory', 'CacheCleaner', 'clear_cache', 'checkpointing_modules', 'enable_gradient_checkpointing',
-           'unsupported', 'untouched', 'saved_bytes', 'MemoryEstimate', 'available_memory', 'memory_advice',
-           'estimate_memory']
+           'keep_freed_memory', 'CacheCleaner', 'clear_cache', 'is_out_of_memory', 'checkpointing_modules',
+           'enable_gradient_checkpointing', 'unsupported', 'untouched', 'saved_bytes', 'MemoryEstimate',
+           'available_memory', 'memory_advice', 'estimate_memory']
 
 # %% ../../nbs/14_training.memory.ipynb #7fe8fd7b
 import ctypes
@@ -107,6 +107,13 @@ def clear_cache(device: torch.device | str = "cpu") -> None:
     if kind == "cuda": torch.cuda.empty_cache()
     elif kind == "mps": torch.mps.empty_cache()
     elif (library := c_library()) is not None: library.malloc_trim(0)
+
+# %% ../../nbs/14_training.memory.ipynb #c1a38f4e
+def is_out_of_memory(error: BaseException) -> bool:
+    "Tell whether `error` says that a device's or the machine's memory is used up."
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
+    signs = "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory"
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in signs)
 
 # %% ../../nbs/14_training.memory.ipynb #cb6e9230
 def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:

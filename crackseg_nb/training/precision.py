@@ -61,8 +61,7 @@ def make_step(model: nn.Module, batch_size: int, image_size: tuple[int, int], de
 def time_precisions(model: nn.Module,  # as it will train, on `device`
                     batch_size: int, image_size: tuple[int, int],  # (height, width)
                     device: torch.device,
-                    budget: float = 8.0,  # seconds after which no further repeat begins; one of each is always taken
-                    repeats: int = 10,  # steps in each precision at most
+                    budget: float = 8.0,  # seconds after which no further repeat begins; one of each is always taken, ten at most
                    ) -> PrecisionTiming:
     "Measure a training step of `model` in bf16 and in full precision; the model and the random numbers stay as they were."
     start, step = time.perf_counter(), make_step(model, batch_size, image_size, device)
@@ -72,7 +71,7 @@ def time_precisions(model: nn.Module,  # as it will train, on `device`
     try:
         with untouched(model), torch.enable_grad():
             for bf16 in best: step(bf16)
-            for _ in range(repeats):
+            for _ in range(10):
                 for bf16 in best: best[bf16] = min(best[bf16], step(bf16))
                 if time.perf_counter() - start > budget: break
     finally:

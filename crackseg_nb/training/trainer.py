@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/16_training.trainer.ipynb #63d29c58
 from ..core import CrackSegError, RunFolder, Stopped, atomic_write, check_number, choose, display_path, logger
 from ..losses import Loss
+from ..metrics import BinaryMetrics, ImageCounts
 from .checkpoint import Checkpoint, capture_rng_state, load_checkpoint, prune_checkpoints, restore_rng_state, save_checkpoint
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
 from .evaluation import evaluate, sum_type
@@ -85,8 +86,10 @@ class Trainer:
                  device: torch.device,
                  on_epoch: Callable[["Trainer"], None] | None = None,  # called after each epoch, for example to draw
                  stop: StopRequest | None = None,  # asked before each step
+                 metrics: ImageCounts | None = None,  # which scores to count; None: BinaryMetrics
                 ):
         self.config, self.folder, self.on_epoch, self.stop = config, folder, on_epoch, stop or StopRequest()
+        self.metrics = BinaryMetrics() if metrics is None else metrics.blank()
         self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, train_loader.batch_sampler
         self.accelerator = create_accelerator(device, choose_precision(config.amp, device))
         self.criterion = criterion.to(self.accelerator.device)
@@ -338,7 +341,7 @@ def validation_row(trainer: Trainer, train_loss: float) -> dict:
     "Evaluate on the validation images and return the epoch's row of `history.csv`."
     alone = trainer.accelerator.num_processes == 1  # several processes have batches of their own, and can only agree between them
     try: metrics, val_loss = evaluate(trainer.model, trainer.val_loader, trainer.accelerator, trainer.criterion,
-                                      interrupt=(lambda: pause_if_asked(trainer)) if alone else None)
+                                      interrupt=(lambda: pause_if_asked(trainer)) if alone else None, metrics=trainer.metrics.blank())
     except CrackSegError:
         if alone: save_state(trainer)
         raise
@@ -370,8 +373,8 @@ def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter | 
     performance = {"epoch": trainer.epoch + 1, "train_seconds": round(seconds, 3), "images_per_second": round(images / seconds, 3),
                    "epoch_seconds": round(before + time.perf_counter() - start, 3), "micro_batch": trainer.micro_batch, **monitor.read()}
     improved = finish_epoch(trainer, row, performance)
-    logger.info("epoch %d/%d: train loss %.4f, val loss %.4f, val IoU %.4f, val F1 %.4f, %.1f images/s, peak %.0f MiB%s", trainer.epoch,
-                trainer.config.epochs, train_loss, row["val_loss"], row["val_iou"], row["val_f1"], performance["images_per_second"],
+    logger.info("epoch %d/%d: train loss %.4f, val loss %.4f, val %s %.4f, val F1 %.4f, %.1f images/s, peak %.0f MiB%s", trainer.epoch,
+                trainer.config.epochs, train_loss, row["val_loss"], trainer.metrics.iou_name, row["val_iou"], row["val_f1"], performance["images_per_second"],
                 performance.get("peak_cuda_mib", performance["peak_rss_mib"]), ", best so far" if improved else "")
     save_epoch(trainer, improved)
     if writer is not None: write_scalars(writer, row, performance)
@@ -390,5 +393,5 @@ def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
     with trainer.train_loader.named_faults(), events as writer, MemoryMonitor(accelerator.device) as monitor:
         while not trainer.over: run_epoch(trainer, monitor, writer)
     if 0 < trainer.epoch < config.epochs:
-        logger.info("stopped after epoch %d: no better val IoU for %d epochs", trainer.epoch, config.patience)
+        logger.info("stopped after epoch %d: no better val %s for %d epochs", trainer.epoch, trainer.metrics.iou_name, config.patience)
     return pd.DataFrame(trainer.history)
