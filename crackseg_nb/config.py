@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PUBLISHED_360', 'HERITAGE', 'DICE_FOCAL', 'RECIPES', 'SAME_NUMBERS',
-           'OTHER_NUMBERS', 'DataConfig', 'RunConfig', 'ExperimentConfig', 'default_of', 'model_settings',
-           'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure', 'find_run',
-           'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
+           'OTHER_NUMBERS', 'check_place', 'DataConfig', 'RunConfig', 'ExperimentConfig', 'default_of',
+           'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure',
+           'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
            'notebook_parameters', 'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
@@ -38,6 +38,16 @@ from .training.trainer import TrainConfig
 # %% ../nbs/17_config.ipynb #d2ef3a10
 SYNTHETIC = ("synthetic", "synthetic_damage")  # images that the study makes itself
 
+def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
+    "Raise CrackSegError unless `data_dir` and `class_names` belong to this kind of data."
+    if data in SYNTHETIC and data_dir:
+        raise CrackSegError(f"data: found {data} with data_dir {data_dir!r}, expected the layout of that folder: {', '.join(SOURCES)}")
+    if data in SYNTHETIC and class_names:
+        raise CrackSegError(f"class_names: found {', '.join(class_names)} with data {data}, which has its own; expected them with folder")
+    if data not in SYNTHETIC and not data_dir and not SOURCES[data].fetch:
+        raise CrackSegError(f"data_dir: found none, expected the folder of {data}: {SOURCES[data].layout}")
+
+# %% ../nbs/17_config.ipynb #db7e5849
 @dataclass
 class DataConfig:
     "Describe the images of a run and how they are prepared."
@@ -66,12 +76,7 @@ class DataConfig:
         self.loader_timeout = check_number("loader_timeout", self.loader_timeout, float, low=0)
         check_fractions(self.fractions)
         SyntheticConfig(crack_width=self.synthetic_width)
-        if self.data in SYNTHETIC and self.data_dir:
-            raise CrackSegError(f"data: found {self.data} with data_dir {self.data_dir!r}, expected the layout of that folder: {', '.join(SOURCES)}")
-        if self.data in SYNTHETIC and self.class_names:
-            raise CrackSegError(f"class_names: found {', '.join(self.class_names)} with data {self.data}, which has its own; expected them with folder")
-        if self.data not in SYNTHETIC and not self.data_dir and not SOURCES[self.data].fetch:
-            raise CrackSegError(f"data_dir: found none, expected the folder of {self.data}: {SOURCES[self.data].layout}")
+        check_place(self.data, self.data_dir, self.class_names)
         self.classes  # raises if the names are none of this layout
 
     @property

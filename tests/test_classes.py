@@ -477,7 +477,8 @@ def test_copies_are_told_by_content_and_refused(tmp_path, change):
 def test_repeats_across_a_published_border_are_warnings(tmp_path):
     photos = [np.kron(RANDOM.integers(0, 256, (12, 16, 3)), np.ones((6, 6, 1))).astype(np.uint8) for _ in range(12)]
     masks = [RANDOM.integers(0, 2, photo.shape[:2], dtype=np.uint8) for photo in photos]
-    for split, images in (("train", photos), ("test", [photo[::-1] for photo in photos])): write_folder(tmp_path/split, masks, images=images)
+    for split, images in (("train", photos), ("test", [photo[::-1] for photo in photos])):
+        write_folder(tmp_path/split, masks, images=images)
     report = audit(make_splits(read_source("folder", tmp_path)))
     assert report.problems == [] and len(report.overlapping_test_names) == 12
 

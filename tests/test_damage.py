@@ -251,6 +251,15 @@ def test_what_another_size_left_behind_goes(tmp_path):
     assert contents(write_damage(root, 2, SIZE)) == contents(write_damage(tmp_path / 'b', 2, SIZE))
 
 
+def test_a_complete_folder_is_used_as_it_is_and_one_that_lost_a_file_is_not(tmp_path):
+    root = write_damage(tmp_path, 2, SIZE)
+    before, times = contents(root), {path: path.stat().st_mtime_ns for path in root.rglob('*')}
+    write_damage(root, 2, SIZE)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob('*')} == times
+    (root / 'annotations/0001.png').unlink()
+    assert contents(write_damage(root, 2, SIZE)) == before
+
+
 @pytest.mark.parametrize('change', [dict(num_images=3), dict(size=(64, 48)), dict(seed=1), dict(config=DamageConfig(crack_width=(1, 3)))])
 def test_a_complete_folder_of_other_settings_is_refused_and_untouched(tmp_path, change):
     settings = dict(num_images=2, size=SIZE, seed=0)

@@ -413,8 +413,8 @@ def test_a_place_that_refuses_is_one_line_or_left_for_the_files(source, tmp_path
 @pytest.mark.parametrize('preload', [True, 'disk'])
 def test_a_damaged_file_leaves_nothing_behind(source, tmp_path, preload):
     damaged = tmp_path/'damaged.png'
-    damaged.write_bytes(source.samples[0].image.read_bytes()[:2000])
-    samples = [*source.samples, Sample('damaged', damaged, source.samples[0].mask, 'damaged')]
+    damaged.write_bytes(source.samples[0].mask.read_bytes()[:100])
+    samples = [*source.samples, Sample('damaged', source.samples[0].image, damaged, 'damaged')]
     def files_in_memory(): return [link for link in map(os.path.realpath, Path('/proc/self/fd').iterdir()) if 'memfd:crackseg' in link]
     gc.collect()
     before = files_in_memory()
@@ -434,7 +434,6 @@ def test_loading_is_measured_from_every_place(source, tmp_path, num_workers, aug
 
 def test_the_first_pass_over_the_images_does_not_count(source, monkeypatch):
     class SlowAtFirst(list):
-        def stop_workers(self): pass
         def __iter__(self):
             if not self: time.sleep(0.5)
             self.append('seen')

@@ -137,6 +137,7 @@ def test_case_legend_names_every_class_and_stays_inside(count):
     figure.draw_without_rendering()
     whole, boxes = figure.bbox, [legend.get_window_extent() for legend in figure.legends]
     for box in boxes: assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1
+    for axis in figure.axes: assert axis.get_window_extent().height >= axis.images[0].get_array().shape[0]  # or thin lines are lost
     assert boxes[0].x1 < boxes[1].x0
     assert max(box.y1 for box in boxes) <= min(axis.get_window_extent().y0 for axis in figure.axes)
     assert png_size(figure) < 150_000
@@ -163,6 +164,19 @@ def test_samples_and_augmentations_have_a_legend(tmp_path):
     assert legend_texts(show_augmentations(sample, 'class_ids', create_augmentation('crack', 64), 3, classes=classes_of(4))) == names
     with pytest.raises(CrackSegError, match='mask: found class id 3, expected 0 to 2 or 255 for void'):
         show_samples([sample], 'class_ids', classes=classes_of(3))
+
+
+def test_thin_cracks_on_wide_damage_show_in_samples_and_cases(tmp_path):
+    image, mask, classes = np.full((500, 600, 3), 99, np.uint8), np.full((500, 600), 2, np.uint8), classes_of(4)
+    mask[250] = 1
+    Image.fromarray(image).save(tmp_path/'a.png')
+    Image.fromarray(mask).save(tmp_path/'a_mask.png')
+    samples = show_samples([Sample('a', tmp_path/'a.png', tmp_path/'a_mask.png', 'a')], 'class_ids', classes=classes)
+    cases = show_cases([ClassCase('a', image, mask, mask, 1.0)], classes=classes)
+    for axis in (samples.axes[0], *cases.axes[1:3]):
+        crack = (axis.images[0].get_array() == classes.colours[1]).all(2)
+        assert crack.any(0).all() and crack.any(1).sum() <= 2
+    assert legend_texts(samples) == ['1 damage 1', '2 damage 2', '3 damage 3']
 
 
 @pytest.mark.parametrize('call', [

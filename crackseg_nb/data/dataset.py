@@ -515,7 +515,6 @@ def measure_loading(samples: list[Sample], mask_encoding: str,
             start = time.perf_counter()
             for _ in loader: pass
             if number: speeds[name].append(len(samples) / (time.perf_counter() - start))
-        for loader in loaders.values(): loader.stop_workers()
     rows = [{"images from": name, "images/s": np.median(found), "slowest": min(found), "fastest": max(found), "prepared in s": prepared[name]}
             for name, found in speeds.items()]
     return pd.DataFrame(rows).set_index("images from")

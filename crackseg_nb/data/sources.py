@@ -818,7 +818,7 @@ def unpack(rows: Iterable[dict],  # with id, image, annotation and further colum
         kinds = {"image": part/"images", "annotation": part/"annotations"}
         for place in kinds.values(): place.mkdir()
         metadata = {}
-        for row in tqdm(rows, desc="unpacking", delay=1, leave=False):
+        for row in rows:
             name = re.sub(r"[^\w.-]", "_", str(row["id"])).lstrip(".")
             if name in metadata: raise CrackSegError(f"{name}: found two rows of this id, expected each once")
             for kind, place in kinds.items(): store_picture(row[kind], place/name, kind == "annotation")
@@ -864,7 +864,7 @@ def artefact_folder(root: Path) -> Path:
     if folder.is_dir(): return folder
     check_writable(root, sum(sizes.values()))
     logger.info("unpacking %d parquet files to %s", len(shards), folder)
-    return unpack(parquet_rows(shards), folder)
+    return unpack(tqdm(parquet_rows(shards), desc="unpacking", delay=1, leave=False), folder)
 
 # %% ../../nbs/02_data.sources.ipynb #9fefec9c
 def metadata_notes(path: Path) -> list[str]:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SWINV2_ENCODERS', 'ENCODERS', 'PATCH', 'STRIDES', 'WINDOWED', 'Architecture', 'pad_to_multiple', 'size_options',
            'AnySizeBias', 'follow_size', 'BatchNormAct2d', 'accept_any_size', 'first_line', 'create_timm',
-           'usable_features', 'Encoder', 'check_pyramid', 'find_encoder', 'create_encoder', 'SwinV2Encoder',
-           'hub_reason', 'published_at', 'load_hub_weights', 'plain_name', 'known_names', 'read_weights',
-           'load_weights_file', 'check_pretrained', 'load_pretrained', 'count_flops']
+           'usable_features', 'create_body', 'Encoder', 'check_pyramid', 'find_encoder', 'create_encoder',
+           'SwinV2Encoder', 'hub_reason', 'published_at', 'load_hub_weights', 'plain_name', 'known_names',
+           'read_weights', 'load_weights_file', 'check_pretrained', 'load_pretrained', 'count_flops']
 
 # %% ../../nbs/05b_models.encoders.ipynb #dd056502
 import functools
@@ -124,7 +124,9 @@ def accept_any_size(body: nn.Module) -> None:
             part.register_forward_pre_hook(follow_size)
 
 # %% ../../nbs/05b_models.encoders.ipynb #4b235402
-def first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    "Return what an error says first, or its name."
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 def create_timm(architecture: str, drop_path_rate: float = 0.0, **options) -> nn.Module:
     "Build a timm network that returns its features."
@@ -148,6 +150,19 @@ def usable_features(architecture: str) -> tuple[int, ...]:
                             "resolutions, expected strides 4, 8, 16 and 32 (and 2, if there is one), such as convnext has")
     return tuple(index[stride] for stride in STRIDES if stride in index)
 
+# %% ../../nbs/05b_models.encoders.ipynb #3841a9a6
+def create_body(architecture: Architecture, image_size: int, drop_path_rate: float,
+                pretrained: bool = False,  # with published weights
+               ) -> nn.Module:
+    "Build the network that an encoder is made of."
+    name = architecture.name
+    if name in mix_transformer_encoders:
+        if pretrained: return get_encoder(name, weights="imagenet")
+        known = mix_transformer_encoders[name]
+        return known["encoder"](**{**known["params"], "drop_path_rate": drop_path_rate})
+    features = {"out_indices": usable_features(name)} if architecture.family == "timm" else {}
+    return create_timm(name, drop_path_rate, pretrained=pretrained, **features, **architecture.options, **size_options(name, image_size))
+
 # %% ../../nbs/05b_models.encoders.ipynb #1e65fff0
 class Encoder(nn.Module):
     "Map images `(B, 3, H, W)` from 32 pixels up to features `(B, C_i, H/s_i, W/s_i)`, finest first, H and W padded to `multiple`."
@@ -166,14 +181,8 @@ class Encoder(nn.Module):
         self.multiple = PATCH if is_model_in_modules(self.architecture, WINDOWED) else STRIDES[-1] * max(windows, default=1)
 
     def create(self, pretrained: bool = False) -> nn.Module:
-        "Build the network anew, with published weights if asked for."
-        if self.architecture in mix_transformer_encoders:
-            if pretrained: return get_encoder(self.architecture, weights="imagenet")
-            known = mix_transformer_encoders[self.architecture]
-            return known["encoder"](**{**known["params"], "drop_path_rate": self.drop_path_rate})
-        features = {"out_indices": usable_features(self.architecture)} if self.family == "timm" else {}
-        return create_timm(self.architecture, self.drop_path_rate, pretrained=pretrained, **features, **self.options,
-                           **size_options(self.architecture, self.image_size))
+        "Build the network anew."
+        return create_body(Architecture(self.architecture, self.family, self.options), self.image_size, self.drop_path_rate, pretrained)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         features = self.body(pad_to_multiple(images, self.multiple))[-len(self.strides):]
@@ -296,7 +305,8 @@ def load_weights_file(encoder: Encoder, path) -> None:
                             f"{first!r} {tuple(misfits[first])}, found {found}; {expected}")
     buffers = ("relative_position_index", "relative_coords_table", "attn_mask")  # timm computes them
     strange = sorted(name for name in tensors.keys() - known_names(encoder) if not name.endswith(buffers))
-    if strange: raise CrackSegError(f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, first {strange[0]!r}; {expected}")
+    if strange:
+        raise CrackSegError(f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, first {strange[0]!r}; {expected}")
     encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})
 
 # %% ../../nbs/05b_models.encoders.ipynb #eff5ac2b
