@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 # %% ../nbs/17_config.ipynb #0880e6ba
-from .core import CrackSegError, RunFolder, check_number, choose, find_path, get_device, nearest, outputs_folder, read_yaml
+from .core import CrackSegError, RunFolder, check_number, choose, find_path, get_device, nearest, outputs_folder, plain_variables, read_yaml
 from .data.augment import AUGMENTATIONS
 from .data.damage import DAMAGE_CLASSES
 from .data.sources import ENCODINGS, SOURCES, Classes, choose_classes
@@ -295,7 +295,7 @@ def choose_model(base: dict[str, Any], given: dict[str, Any]) -> str:
 def inherit(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     "Return the settings of `base` that hold beside what is `given`."
     known, model, loss = known_parameters(), choose_model(base, given), given.get("loss", base.get("loss"))
-    other = {"model": model != base.get("model", model), "loss": loss != base.get("loss", loss)}
+    other = {"model": model != base.get("model", "swinv2_hybrid"), "loss": loss != base.get("loss", loss)}
     def holds(name):
         section = known[name][0]
         if section == "model" and other["model"]: return name in model_settings(model) and name != "encoder"
@@ -342,11 +342,7 @@ def read_config(path) -> dict[str, Any]:
 def notebook_parameters(variables: dict[str, Any]  # the notebook's `globals()`
                        ) -> dict[str, Any]:
     "Return the parameters among a notebook's variables; raise CrackSegError for a plain value that is none."
-    plain = (str, int, float, bool, list, tuple, type(None))
-    found = {name: value for name, value in variables.items()
-             if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")}
-    for name in found: choose("parameter", name, [*known_parameters(), "config", "resume"])
-    return found
+    return plain_variables(variables, [*known_parameters(), "config", "resume"])
 
 # %% ../nbs/17_config.ipynb #ec9121e6
 def describe_config(config: ExperimentConfig) -> str:

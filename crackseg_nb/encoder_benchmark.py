@@ -28,7 +28,7 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 # %% ../nbs/22_encoder_benchmark.ipynb #e85050d0
-from .benchmark import Contestant, race, seconds_of
+from .benchmark import Contestant, hidden_bars, race, seconds_of
 from .config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
 from .core import PLAIN, CrackSegError, check_number, choose, display_path, get_device, plain_variables, read_yaml, write_text
 from .data.augment import create_augmentation
@@ -113,12 +113,12 @@ class EncoderBenchmark:
 
 # %% ../nbs/22_encoder_benchmark.ipynb #a753c1c8
 @patch
-def describe(self: EncoderBenchmark) -> pd.Series:
-    "Return what all runs have in common."
+def common(self: EncoderBenchmark) -> dict[str, str]:
+    "Return what all runs have in common, in words."
     config = self.run_config(self.config.encoders[0])
     data, train = config.data, config.train
     where = f", {data.synthetic_images} images" if data.data in SYNTHETIC else f", {display_path(data.data_dir)}" if data.data_dir else ""
-    return pd.Series({
+    return {
         "runs": f"{len(self.config.encoders)} encoders x {len(self.config.seeds)} seeds, in {self.config.name}",
         "data": f"{data.data}{where}, {len(data.classes)} classes: {', '.join(data.classes.names)}",
         "images": f"{data.image_size} pixels, training {data.fit}, test {data.eval_fit}, augmentation {data.augmentation}",
@@ -126,7 +126,12 @@ def describe(self: EncoderBenchmark) -> pd.Series:
         "optimisation": f"{config.optim.optimizer}, lr {config.optim.lr:g}, {config.optim.scheduler}",
         "loss": f"{config.loss.name}, class weights {config.class_weights}", "model": f"{config.model}, recipe {self.config.recipe}",
         "weights": f"pretrained {config.model_settings.get('pretrained', 'auto')}",
-        "further settings": ", ".join(f"{name}={value}" for name, value in self.config.settings.items()) or "none"}, name="same in all runs")
+        "further settings": ", ".join(f"{name}={value}" for name, value in self.config.settings.items()) or "none"}
+
+@patch
+def describe(self: EncoderBenchmark) -> None:
+    "Print what all runs have in common."
+    for name, text in self.common().items(): print(f"{name:17} {text}")
 
 # %% ../nbs/22_encoder_benchmark.ipynb #eb464fce
 def training_speed(folder: Path) -> float:
@@ -144,7 +149,8 @@ def read_run(folder: Path) -> dict:
     "Return what a finished run tells about its encoder; classes without a pixel in the test images are NaN."
     results, environment = read_yaml(folder/"final_results.yaml"), read_if_there(folder/"environment.yaml")
     protocol, performance = results["protocol"], results["performance"]
-    return {**{f"iou_{name}": float(value) for name, value in class_table(results)["iou"].astype(float).items()},
+    clean = results.get("test_without_overlap") or ({} if results.get("overlapping_test_images") else results["test"])
+    return {"clean_iou": score(clean, "pooled", "iou"), "clean_images": score(clean, "num_images"), **{f"iou_{name}": float(value) for name, value in class_table(results)["iou"].astype(float).items()},
             "test_images": results["test"]["num_images"], "epoch": protocol["epoch"], "epochs_trained": protocol["epochs_trained"],
             "test_epoch": bool(protocol.get("test_epoch")), "parameters": results["model"]["parameters"], "weights": results["model"]["weights"],
             "train_images_per_second": training_speed(folder), "train_seconds": score(performance, "seconds", "train"),
@@ -175,8 +181,8 @@ def summarise(runs: pd.DataFrame  # of EncoderBenchmark.runs()
     "Return a row for each encoder, in the order of the validation scores: rank, runs, mean IoU, its spread over seeds, and cost."
     ranked, done = rank(runs, ["encoder"]).set_index("encoder"), runs[runs["state"] == "done"].groupby("encoder")
     of = {"parameters": "first", "train_images_per_second": "median", "peak_memory_mib": "max"}
-    known = done.agg(lowest=("test_iou", "min"), highest=("test_iou", "max"), **{name: (name, how) for name, how in of.items()}) if done.ngroups else \
-        pd.DataFrame(columns=["lowest", "highest", *of], dtype=float)
+    known = done.agg(lowest=("test_iou", "min"), highest=("test_iou", "max"), clean_iou=("clean_iou", "mean"), **{name: (name, how) for name, how in of.items()}) if done.ngroups else \
+        pd.DataFrame(columns=["lowest", "highest", "clean_iou", *of], dtype=float)
     table = ranked[["rank", "done", "runs", "val_iou", "test_iou"]].assign(spread=ranked["test_iou_spread"]).join(known)
     table.insert(0, "family", [family_of(encoder) for encoder in table.index])
     return table
@@ -263,7 +269,7 @@ def measure(self: EncoderBenchmark) -> pd.DataFrame:
         models[encoder] = model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
     self.rounds = measure_inference(models, size, self.config.rounds, device)
     speeds = self.rounds.pivot_table(index="encoder", columns="batch", values="images_per_second", aggfunc="median")
-    self.costs = pd.DataFrame(facts).T.join(speeds.rename(columns={size: f"images_per_second_{size}" for size in BATCHES}))
+    self.costs = pd.DataFrame.from_dict(facts, orient="index").join(speeds.rename(columns={size: f"images_per_second_{size}" for size in BATCHES}))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     self.conditions = f"float32, {where}, median of {self.config.rounds} rounds in turns"
     return self.costs
@@ -296,6 +302,7 @@ def readable(table: pd.DataFrame  # of EncoderBenchmark.table()
     columns = {"rank": numbers("rank", "d"), "family": table["family"], "runs": [f"{done} of {runs}" for done, runs in zip(table["done"], table["runs"])],
                "val IoU": numbers("val_iou", ".4f"), "test IoU": [mean + more for mean, more in zip(numbers("test_iou", ".4f"), spread)],
                "lowest to highest": [f"{low} to {high}" for low, high in zip(numbers("lowest", ".4f"), numbers("highest", ".4f"))],
+               "without overlap": numbers("clean_iou", ".4f"),
                "M parameters": [f"{value / 1e6:.2f}" for value in table["parameters"]], "GFLOPs": numbers("gflops", ".3g"),
                "images/s in training": numbers("train_images_per_second", ".3g"),
                **{f"images/s, {size} at once": numbers(f"images_per_second_{size}", ".3g") for size in BATCHES},
@@ -405,7 +412,7 @@ def loading(self: EncoderBenchmark, images: int = 64  # at most
            ) -> pd.DataFrame:
     "Return images per second of loading training images, and of the fastest and the slowest encoder in use and in training."
     config, table = self.run_config(self.config.encoders[0]), self.table()
-    source = find_source(config)
+    with hidden_bars(): source = find_source(config)
     splits, size = make_splits(source, config.data.fractions, config.run.seed), (config.data.image_size,) * 2
     augmentation = create_augmentation(config.data.augmentation, size, fit=config.data.fit)
     found = measure_loading(splits.train[:images], splits.mask_encoding, augmentation, rounds=self.config.rounds, num_workers=config.data.num_workers)
@@ -453,7 +460,7 @@ LIMITS = (
 def protocol(self: EncoderBenchmark) -> dict[str, str]:
     "Return how the numbers came about: settings, data, choice rules and machine of the runs, and of the measurements of speed."
     done = self.runs().query("state == 'done'")
-    found = self.describe().to_dict()
+    found = self.common()
     if len(done):
         folder = self.folder/done["run"].iloc[0]
         rules, environment = read_yaml(folder/"final_results.yaml")["protocol"], read_if_there(folder/"environment.yaml")

@@ -15,6 +15,7 @@ from torch import nn
 
 from crackseg_nb import experiment as experiment_module
 from crackseg_nb.config import configure
+from crackseg_nb.metrics import BinaryMetrics
 from crackseg_nb.models import encoders, registry
 from crackseg_nb.training import checkpoint as checkpoint_module
 from crackseg_nb.training import trainer as trainer_module
@@ -80,7 +81,7 @@ def arm(kind, number):
     if kind == 'step': at_call(trainer_module, 'gradient_norm', number % 3 + 1, lambda *_: die())
     if kind == 'checkpoint': at_call(checkpoint_module, 'write_bytes', number % 7 + 1, half_written)
     if kind == 'evaluation': at_call(trainer_module, 'evaluate', 1, lambda *_, **__: die())
-    if kind == 'in evaluation': at_call(experiment_module.BinaryMetrics, 'update', number % 2 + 1, lambda *_, **__: die())
+    if kind == 'in evaluation': at_call(BinaryMetrics, 'update', number % 2 + 1, lambda *_, **__: die())
     if kind == 'start': at_call(experiment_module, 'create_model', 1, lambda *_, **__: die())
     if kind == 'time': at_call(experiment_module, 'fit', 1, lambda *_: threading.Timer(random.Random(number).uniform(0, 0.4), die).start())
 

@@ -16,7 +16,7 @@ from crackseg_nb.data.synthetic import synthesize
 from crackseg_nb.metrics import ClassMetrics
 from crackseg_nb.pictures import (CRACK_COLOUR, ERROR_COLOURS, OUTCOMES, TILE, Case, ClassCase, class_legend, colour_table, mask_picture, outcomes,
                                   overlay, paint_outcomes, shrink_labels, show_augmentations, show_cases, show_class_balance, show_class_scores,
-                                  show_confusion, show_samples)
+                                  show_confusion, show_pairs, show_samples)
 
 COLOURS = tuple((10 * k, 255 - 10 * k, 7 * k) for k in range(1, 21))
 
@@ -181,15 +181,16 @@ def test_thin_cracks_on_wide_damage_show_in_samples_and_cases(tmp_path):
 
 @pytest.mark.parametrize('call', [
     lambda image, ids, classes: overlay(image, ids, classes),
+    lambda image, ids, classes: show_pairs([(image, ids)], ['a'], classes),
     lambda image, ids, classes: show_cases([ClassCase('a', image, ids, ids * 0, 0.0)], classes=classes),
     lambda image, ids, classes: show_cases([ClassCase('a', image, ids * 0, ids, 0.0)], classes=classes),
     lambda image, ids, classes: show_cases([Case('a', image, ids, ids / 255, 0.5, 0.0)]),
 ])
 def test_ids_beyond_the_list_are_refused_in_one_line(call):
-    ids = np.zeros((200, 300), np.uint8)
+    ids = np.zeros((600, 800), np.uint8)
     ids[150, 200] = 9  # a single pixel, which a smaller picture would lose
     with pytest.raises(CrackSegError, match=r'^(mask|prediction): found class id 9, expected 0 to \d') as caught:
-        call(np.zeros((200, 300, 3), np.uint8), ids, classes_of(5))
+        call(np.zeros((600, 800, 3), np.uint8), ids, classes_of(5))
     assert '\n' not in str(caught.value)
 
 

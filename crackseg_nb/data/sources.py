@@ -280,7 +280,8 @@ class MaskFacts:
 def image_size(path) -> tuple[tuple[int, int], bool]:
     "Return an image's upright (width, height) from its header, and whether its EXIF orientation turns it."
     def look(picture):
-        orientation = picture.getexif().get(274, 1)
+        # Pillow decodes a PNG to look for an orientation behind its pixels, where hardly anybody writes it.
+        orientation = 1 if picture.format == "PNG" and "exif" not in picture.info else picture.getexif().get(274, 1)
         return (picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size), orientation not in (0, 1)
     return open_picture(path, look)
 

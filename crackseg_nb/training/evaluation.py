@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from ..core import logger
 from ..losses import Loss
 from ..metrics import BinaryMetrics, ImageCounts
-from .memory import clear_cache
+from .memory import clear_cache, is_out_of_memory
 from .parallel import gather_metrics, sum_over_processes
-from .window import is_out_of_memory, smaller_micro_batch
+from .window import smaller_micro_batch
 
 # %% ../../nbs/15e_training.evaluation.ipynb #d7e68fc8
 def predict(model: nn.Module,
