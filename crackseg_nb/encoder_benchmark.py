@@ -105,11 +105,11 @@ class EncoderBenchmark:
         run = next(run for run, parameters in self.sweep.runs.items() if parameters["encoder"] == encoder)
         return configure(**self.sweep.runs[run], outputs=str(self.folder))
 
-    def run(self, interval: float = 5.0) -> pd.DataFrame:
+    def run(self) -> pd.DataFrame:
         "Execute the runs that are not done and show their states until no job is left; return the last table."
         started = self.sweep.submit()
         print(f"{self.config.name}: {len(started)} of {len(self.sweep.runs)} runs submitted")
-        return self.sweep.watch(interval)
+        return self.sweep.watch()
 
 # %% ../nbs/22_encoder_benchmark.ipynb #a753c1c8
 @patch
@@ -117,7 +117,7 @@ def common(self: EncoderBenchmark) -> dict[str, str]:
     "Return what all runs have in common, in words."
     config = self.run_config(self.config.encoders[0])
     data, train = config.data, config.train
-    where = f", {data.synthetic_images} images" if data.data in SYNTHETIC else f", {display_path(data.data_dir)}" if data.data_dir else ""
+    where = f", {data.synthetic_images} images" if data.data in SYNTHETIC else f", {data.data_dir}" if data.data_dir else ""
     return {
         "runs": f"{len(self.config.encoders)} encoders x {len(self.config.seeds)} seeds, in {self.config.name}",
         "data": f"{data.data}{where}, {len(data.classes)} classes: {', '.join(data.classes.names)}",
