@@ -38,11 +38,10 @@ from .results import collect_results, resumes, save_prediction, write_report
 from .training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
 from .training.evaluation import evaluate
 from .training.interrupt import StopRequest
-from .training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory
+from .training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
 from .training.parallel import launch
 from .training.precision import choose_precision, time_precisions
 from .training.trainer import Trainer, fit
-from .training.window import is_out_of_memory
 
 # %% ../nbs/17b_experiment.ipynb #8aeaf922
 def default_run_name(config: ExperimentConfig) -> str:
