@@ -119,6 +119,13 @@ def test_runs_of_the_same_seed_on_other_data_are_refused(create):
     assert '\n' not in str(caught.value) and not (benchmark.folder / 'benchmark.csv').exists()
 
 
+def test_a_busy_machine_is_told(create):
+    scores = scores_of(mobilenet=(0.5, 0.5), swin=(0.5, 0.5))
+    scores['mobilenet', 1]['speeds'], scores['swin', 1]['speeds'] = (1.0, 27.0), (1.0, 20.0)
+    told = [line for line in cautions(create(scores).runs()) if 'images/s' in line]
+    assert len(told) == 1 and told[0].startswith('swin trained at 20 to 31 images/s')
+
+
 def test_test_epochs_and_unequal_beginnings_are_told(create):
     scores = scores_of(mobilenet=(0.5, 0.5), swin=(0.5, 0.5))
     scores['swin', 1] |= dict(test_epoch=True, weights='timm/swin')

@@ -227,7 +227,7 @@ def test_real_weights_change_the_encoder_and_compute_what_timm_computes(weights_
 
 @pytest.mark.real_data
 def test_real_weights_fit_no_other_network(weights_file, tmp_path):
-    for name in ('mobilenet_v3', 'resnet34', 'convnext', 'mit_b0', 'swinv2', 'mobilenetv2_110d'):
+    for name in ('mobilenet_v3', 'resnet34', 'mit_b0', 'mobilenetv2_110d'):
         encoder = create_encoder(name, 64)
         before = copy.deepcopy(encoder.body.state_dict())
         with pytest.raises(CrackSegError, match=rf'^pretrained: [^\n]* tensors of {encoder.architecture}, first [^\n]*$'): load_pretrained(encoder, weights_file)
@@ -259,7 +259,7 @@ def test_tables_of_another_size_are_refused(tmp_path):
         with pytest.raises(CrackSegError, match=r'^pretrained: [^\n]*built for 64 pixels$'): load_weights_file(create_encoder(name, 64), tmp_path / f'{name}.safetensors')
 
 
-@pytest.mark.parametrize('name', ['swin', 'swinv2', 'coatnet_nano_rw_224', 'maxvit_nano_rw_256', 'resnet18'])
+@pytest.mark.parametrize('name', ['swin', 'coatnet_nano_rw_224', 'maxvit_nano_rw_256', 'resnet18'])
 def test_published_weights_come_through_timm(name, monkeypatch):
     torch.manual_seed(1)
     published = timm.create_model(find_encoder(name).name)
@@ -332,7 +332,8 @@ def test_a_fresh_decoder_begins_as_smps_does():
 def test_drop_path_is_used_and_missed(caplog, monkeypatch):
     monkeypatch.setattr(encoders.logger, 'propagate', True)
     for name in ('convnext', 'resnet34', 'swin', 'coatnet', 'mobilenet', 'mit_b0'):
-        rates = {part.drop_prob for part in create_encoder(name, 64, drop_path_rate=0.3).body.modules() if hasattr(part, 'drop_prob')}
+        with torch.device('cpu' if name == 'mit_b0' else 'meta'): encoder = create_encoder(name, 64, drop_path_rate=0.3)
+        rates = {part.drop_prob for part in encoder.body.modules() if hasattr(part, 'drop_prob')}
         assert max(rates) == pytest.approx(0.3, abs=0.03), name
     assert not caplog.text
     create_encoder('dla46_c', 64, drop_path_rate=0.3)

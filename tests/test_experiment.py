@@ -18,6 +18,7 @@ from crackseg_nb.config import configure, known_parameters
 from crackseg_nb.core import CrackSegError, RunFolder, read_yaml
 from crackseg_nb.data.synthetic import write_synthetic
 from crackseg_nb.experiment import Experiment, run
+from crackseg_nb.results import prediction_path
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +142,7 @@ def test_results_equal_the_kept_predictions(tiny_run):
     masks = {sample.name: sample.mask for sample in tiny_run.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
-        kept = cv2.imread(str(experiment_module.prediction_path(tiny_run.folder / 'predictions', row.name)), cv2.IMREAD_GRAYSCALE) / 255
+        kept = cv2.imread(str(prediction_path(tiny_run.folder / 'predictions', row.name)), cv2.IMREAD_GRAYSCALE) / 255
         predicted = kept >= tiny_run.threshold
         tolerance = int((np.abs(kept - tiny_run.threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
         assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
