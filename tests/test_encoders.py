@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 FRIENDLY = ['swinv2', 'convnext', 'swin', 'coatnet', 'segformer', 'maxvit', 'resnet34', 'mobilenet', 'mobilenet_v2_same', 'mobilenet_v3', 'mobilenet_v3_small']
 TINY = ['test_resnet', 'test_convnext', 'test_coatnet', 'test_maxvit', 'mit_b0', 'mobilenet_v3_small']  # one of each kind, fast
-OTHERS = ['vgg11', 'densenet121', 'swinv2_cr_tiny_ns_224', 'pvt_v2_b0', 'mvitv2_tiny', 'coatnet_rmlp_nano_rw_224', 'maxvit_rmlp_pico_rw_256', 'efficientnet_b0.ra_in1k']
+OTHERS = ['vgg11', 'densenet121', 'swinv2_cr_tiny_ns_224', 'pvt_v2_b0', 'twins_svt_small', 'coatnet_rmlp_nano_rw_224', 'maxvit_rmlp_pico_rw_256', 'efficientnet_b0.ra_in1k']
 DISTINCT = list({(entry.name, str(entry.options)): name for name, entry in reversed(ENCODERS.items())}.values())
 SIZES = [(32, 32), (225, 225), (360, 360), (384, 384), (384, 544)]
 
@@ -299,7 +299,7 @@ def test_without_a_hub_auto_says_so_and_true_fails(monkeypatch, caplog):
 @pytest.mark.parametrize('name, message', [
     ('convnxt', "did you mean 'convnext'"), ('SwinV2-tiny', "did you mean 'swinv2_tiny'"), ('resnet-50', "did you mean 'resnet50'"), ('', 'expected one of'),
     ('mit_b9', "did you mean 'mit_b"), ('vit_base_patch16_224', 'at stride 16;'), ('levit_128', 'at stride 16, 32, 64;'), ('hiera_tiny_224', 'every size'),
-    ('hf-hub:timm/resnet18', 'expected one of'), ('resnet18.', 'did you mean'), ('convnext_tiny.nonsense', 'did you mean'), ('inception_v3', 'every size')])
+    ('hf-hub:timm/resnet18', 'expected one of'), ('resnet18.', 'did you mean'), ('convnext_tiny.nonsense', 'did you mean'), ('inception_v3', 'every size'), ('mvitv2_tiny', 'at 256x320')])
 def test_wrong_encoders_are_refused_in_one_line(name, message):
     for function in (create_encoder, lambda name: UnetConfig(encoder=name)):
         with pytest.raises(CrackSegError) as error: function(name)

@@ -201,9 +201,13 @@ class Encoder(nn.Module):
 @functools.cache
 def check_pyramid(architecture: str) -> None:
     "Raise CrackSegError unless a timm network gives a level of the right size at each stride for images of any size."
-    with torch.device("meta"): encoder = Encoder(Architecture(architecture), 64, 0.0).eval()
-    for height, width in ((32, 32), (96, 64)):
-        try: shapes = [tuple(level.shape[1:]) for level in encoder(torch.zeros(1, 3, height, width, device="meta"))]
+    default = timm.get_pretrained_cfg(architecture)
+    larger = default.input_size[-1] + 32
+    device = "cpu" if default.fixed_input_size and not size_options(architecture, 64) else "meta"
+    with torch.random.fork_rng(devices=[]), torch.device(device): encoder = Encoder(Architecture(architecture), 64, 0.0).eval()
+    for height, width in ((32, 32), (96, 64), (larger, larger + 64)):
+        try:
+            with torch.no_grad(): shapes = [tuple(level.shape[1:]) for level in encoder(torch.zeros(1, 3, height, width, device=device))]
         except Exception as error: reason = first_line(error)  # each network fails in its own way
         else:
             sides = [side + -side % encoder.multiple for side in (height, width)]
