@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSES', 'check_shapes', 'Pixels', 'prepare', 'Loss', 'members', 'log_true', 'log_others', 'masked_sum', 'BCE',
            'PixelLoss', 'CrossEntropy', 'Focal', 'probabilities', 'Tversky', 'Dice', 'signed_distance', 'Boundary',
-           'WeightedSum', 'focal_dice', 'bce_dice', 'ce_dice', 'dice_boundary', 'loss_settings', 'create_loss',
-           'losses_for', 'LossConfig']
+           'WeightedSum', 'LabelCrossEntropy', 'focal_dice', 'bce_dice', 'ce_dice', 'dice_boundary', 'loss_settings',
+           'create_loss', 'losses_for', 'LossConfig']
 
 # %% ../nbs/11_losses.ipynb #ad0075e2
 import inspect
@@ -91,6 +91,12 @@ class Loss(nn.Module):
         normalizers = self.normalizers(target) if normalizers is None else normalizers
         divisors = torch.where(normalizers > 0, normalizers, 1)
         return (self.weights.to(logits.device) * self.sums(logits, target) / divisors).sum()
+
+    tallies: tuple[str, ...] = ()  # what else is counted while training, as shares of the loss's first normalizer
+
+    def tally(self, logits: Tensor, target: Tensor) -> Tensor:
+        "Return the counts of `tallies`, `(K,)`; they add up over batches."
+        return logits.new_zeros(len(self.tallies), dtype=torch.float32)
 
 # %% ../nbs/11_losses.ipynb #0bad0c40
 def members(pixels: Pixels) -> Tensor:
@@ -275,6 +281,27 @@ class WeightedSum(Loss):
     def counts(self, target: Tensor, valid: Tensor) -> Tensor:
         return torch.cat([part.counts(target, valid) for part in self.parts])
 
+# %% ../nbs/11_losses.ipynb #e73aef5d
+class LabelCrossEntropy(Loss):
+    "Measure cross-entropy with smoothed labels: logits `(B, C)`, target `(B,)`; the mean over the labelled images."
+    tallies = ('accuracy',)
+
+    def __init__(self, label_smoothing: float = 0.1):  # share of the target that is spread over all classes
+        super().__init__()
+        self.label_smoothing = check_number('label_smoothing', label_smoothing, float, low=0, high=1)
+
+    def sums(self, logits: Tensor, target: Tensor) -> Tensor:
+        if logits.ndim != 2 or target.shape != logits.shape[:1]:
+            raise CrackSegError(f'logits: found shape {tuple(logits.shape)} with target {tuple(target.shape)}, expected (B, C) and (B,)')
+        return super().sums(logits[..., None, None], target[:, None, None])
+
+    def terms(self, pixels: Pixels) -> Tensor:
+        even = pixels.logits.logsumexp(1) - pixels.logits.mean(1)  # cross-entropy against equal shares
+        return masked_sum((self.label_smoothing - 1) * log_true(pixels) + self.label_smoothing * even, pixels.valid)
+
+    def tally(self, logits: Tensor, target: Tensor) -> Tensor:
+        return (logits.argmax(1) == target).sum().float().reshape(1)
+
 # %% ../nbs/11_losses.ipynb #e2ad2971
 def focal_dice(alpha: float | None = 0.25, gamma: float = 2.0, smooth: float = 1.0, count_absent: bool = False,
                class_weights: Sequence[float] | None = None, focal_weight: float = 0.6, dice_weight: float = 0.4) -> WeightedSum:
@@ -301,7 +328,7 @@ def dice_boundary(smooth: float = 1.0, count_absent: bool = False,
 
 # %% ../nbs/11_losses.ipynb #12f2fdcf
 LOSSES = dict(bce=BCE, ce=CrossEntropy, focal=Focal, dice=Dice, tversky=Tversky, boundary=Boundary,
-              focal_dice=focal_dice, bce_dice=bce_dice, ce_dice=ce_dice, dice_boundary=dice_boundary)
+              focal_dice=focal_dice, bce_dice=bce_dice, ce_dice=ce_dice, dice_boundary=dice_boundary, label_ce=LabelCrossEntropy)
 
 
 def loss_settings(name: str) -> dict[str, Any]:
@@ -320,9 +347,13 @@ def create_loss(name: str, **settings) -> Loss:
     return LOSSES[name](**settings)
 
 # %% ../nbs/11_losses.ipynb #c3345a25
-def losses_for(num_channels: int) -> list[str]:  # channels of the logits: 1 for cracks, else one per class
+def losses_for(
+    num_channels: int,  # of the logits: 1 for cracks, else one per class
+    labels: bool = False,  # one label for an image
+) -> list[str]:
     "Return the names of the losses for that many channels."
-    others = ('ce', 'ce_dice') if num_channels == 1 else ('bce', 'bce_dice')
+    if labels: return ['label_ce']
+    others = ('ce', 'ce_dice', 'label_ce') if num_channels == 1 else ('bce', 'bce_dice', 'label_ce')
     return [name for name in LOSSES if name not in others]
 
 # %% ../nbs/11_losses.ipynb #49855c5a

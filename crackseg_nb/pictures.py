@@ -6,11 +6,11 @@
 __all__ = ['CRACK_COLOUR', 'ERROR_COLOURS', 'VOID_COLOUR', 'CURVE_COLOURS', 'DPI', 'OUTCOMES', 'TILE', 'check_pair',
            'check_class_ids', 'colour_table', 'stripes', 'grey_out', 'overlay', 'outcomes', 'paint_outcomes',
            'error_map', 'shrunk_size', 'shrink_image', 'stress_lines', 'shrink_labels', 'shrink_probability', 'shorten',
-           'tiles', 'show_grid', 'class_legend', 'add_legend', 'number_regions', 'show_pairs', 'show_samples',
-           'show_augmentations', 'plain_axis', 'show_class_balance', 'draw_shares', 'draw_curves', 'mark_best',
-           'show_history', 'in_notebook', 'LiveCurves', 'show_threshold_curve', 'show_class_scores', 'row_shares',
-           'write_share', 'mark_row', 'show_confusion', 'Case', 'ClassCase', 'mask_picture', 'answer_plane', 'draw_ids',
-           'draw_case', 'error_legend', 'show_cases', 'save_figure']
+           'tiles', 'show_grid', 'as_tile', 'class_legend', 'add_legend', 'number_regions', 'show_pairs',
+           'show_samples', 'show_augmentations', 'plain_axis', 'show_class_balance', 'draw_shares', 'draw_spread',
+           'draw_curves', 'mark_best', 'show_history', 'in_notebook', 'LiveCurves', 'show_threshold_curve',
+           'show_class_scores', 'row_shares', 'write_share', 'mark_row', 'show_confusion', 'Case', 'ClassCase',
+           'mask_picture', 'answer_plane', 'draw_ids', 'draw_case', 'error_legend', 'show_cases', 'save_figure']
 
 # %% ../nbs/12b_pictures.ipynb #e3d5ba42
 from collections.abc import Sequence
@@ -29,7 +29,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .core import VOID, CrackSegError, atomic_write, seed_for
 from .data.augment import Augmentation
-from .data.sources import Classes, Sample, read_image, read_mask
+from .data.dataset import denormalize
+from .data.labels import LabelAugmentation
+from .data.sources import LABELS, Classes, Sample, read_image, read_mask
 from .data.splits import Audit
 
 # %% ../nbs/12b_pictures.ipynb #c61e0ad5
@@ -206,6 +208,12 @@ def show_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: in
         axis.set_title(shorten(title), fontsize=7, pad=2)
     return figure
 
+# %% ../nbs/12b_pictures.ipynb #2337800a
+def as_tile(image: np.ndarray) -> np.ndarray:
+    "Return a photo shrunk to a tile, or a very small one in whole multiples of its size."
+    factor = max(TILE[0] // max(image.shape[:2]), 1)
+    return shrink_image(image.repeat(factor, axis=0).repeat(factor, axis=1), TILE)
+
 # %% ../nbs/12b_pictures.ipynb #2c267b69
 def class_legend(classes: Classes,
                  with_void: bool = True,
@@ -267,24 +275,28 @@ def show_samples(samples: Sequence[Sample], mask_encoding: str,
                  seed: int = 0,  # decides which
                  classes: Classes = Classes(),
                 ) -> Figure:
-    "Return a figure with some photos under their masks, titled by name."
+    "Return a figure with some photos under their masks, titled by name; of labelled ones the photos, titled by class."
     if not len(samples): raise CrackSegError("samples: found none, expected at least one")
     chosen = np.random.default_rng(seed_for(seed, "show_samples")).permutation(len(samples))[:count]
     shown = [samples[number] for number in sorted(chosen)]
+    if mask_encoding == LABELS: return show_grid([as_tile(read_image(sample.image)) for sample in shown], [classes.names[sample.label] for sample in shown])
     pairs = [(read_image(sample.image), read_mask(sample.mask, mask_encoding)) for sample in shown]
     return show_pairs(pairs, [sample.name for sample in shown], classes)
 
 # %% ../nbs/12b_pictures.ipynb #361579ab
 def show_augmentations(sample: Sample, mask_encoding: str,
-                       augmentation: Augmentation,
+                       augmentation: Augmentation | LabelAugmentation,
                        count: int = 6,  # pictures, the original among them
                        seed: int = 0,
                        classes: Classes = Classes(),
                       ) -> Figure:
-    "Return a figure with the photo under its mask, then `count - 1` augmented versions of both."
+    "Return a figure with the photo under its mask, if it has one, then `count - 1` augmented versions."
+    seeds, titles = [seed_for(seed, "show_augmentations", number) for number in range(1, count)], [f"version {number}" for number in range(1, count)]
+    if mask_encoding == LABELS:
+        image = read_image(sample.image)
+        return show_grid([as_tile(picture) for picture in (image, *(denormalize(augmentation(image, seed)) for seed in seeds))], [classes.names[sample.label], *titles])
     pair = read_image(sample.image), read_mask(sample.mask, mask_encoding)
-    versions = [pair, *(augmentation(*pair, seed_for(seed, "show_augmentations", number)) for number in range(1, count))]
-    return show_pairs(versions, [sample.name, *(f"version {number}" for number in range(1, count))], classes)
+    return show_pairs([pair, *(augmentation(*pair, seed) for seed in seeds)], [sample.name, *titles], classes)
 
 # %% ../nbs/12b_pictures.ipynb #9a81df5d
 def plain_axis(axis) -> None:
@@ -295,8 +307,8 @@ def plain_axis(axis) -> None:
 
 
 def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
-    "Return a picture of the classes' shares of pixels per split: a bar for the cracks, or a point for each of several classes."
-    if not classes.binary: return draw_shares(report, classes)
+    "Return a picture of the classes' shares of pixels (or of labelled images) per split: a bar for the cracks, or a point for each of several classes."
+    if not classes.binary or "crack %" not in report.table: return draw_shares(report, classes) if len(classes) <= 40 else draw_spread(report)
     table = report.table
     figure, axis = plt.subplots(figsize=(5, 0.6 + 0.34 * len(table)), dpi=DPI, layout="constrained")
     share = table["crack %"].fillna(0).to_numpy(float)
@@ -326,9 +338,19 @@ def draw_shares(report: Audit, classes: Classes) -> Figure:
     else: axis.set_xlim(0, 1.1 * present.max(initial=0.1))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_yticks(rows, [shorten(name) for name in classes.names])
-    axis.set(xlabel="share of a class, % of annotated pixels", ylim=(len(classes) - 0.5, -0.7))
+    axis.set(xlabel=f"share of a class, % of {'labelled images' if 'fewest of a class' in report.table else 'annotated pixels'}", ylim=(len(classes) - 0.5, -0.7))
     plain_axis(axis)
     axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+    plt.close(figure)
+    return figure
+
+def draw_spread(report: Audit) -> Figure:
+    "Return a figure with the number of images that show each class, from the rarest class to the most frequent one, a line per split."
+    figure, axis = plt.subplots(figsize=(5.5, 2.2), dpi=DPI, layout="constrained")
+    for (split, images), colour in zip(report.images.items(), CURVE_COLOURS): axis.plot(np.sort(images), label=split, color=colour, linewidth=1.4)
+    axis.set(xlabel="classes, the rarest first", ylabel="images", ylim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    plain_axis(axis)
     plt.close(figure)
     return figure
 
@@ -343,31 +365,35 @@ def draw_curves(axis, history: pd.DataFrame, names: dict[str, str]) -> None:
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
     axis.set_xlabel("epoch", fontsize=8)
-    if len(history): axis.legend(frameon=False, fontsize=8)
+    if axis.lines: axis.legend(frameon=False, fontsize=8)
+    elif len(history): return
     else: axis.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=axis.transAxes, color="grey")
 
 # %% ../nbs/12b_pictures.ipynb #c6ac82a6
 def mark_best(axis, history: pd.DataFrame, label: str) -> None:
-    "Mark the first epoch with the highest `val_iou`, if any is a number."
-    if "val_iou" not in history or history["val_iou"].isna().all(): return
-    best = history.loc[history["val_iou"].idxmax()]
+    "Mark the first epoch with the highest validation score, if any is a number."
+    column = next((name for name in ("val_iou", "val_accuracy") if name in history and history[name].notna().any()), None)
+    if column is None: return
+    best = history.loc[history[column].idxmax()]
     axis.axvline(best["epoch"], color="grey", linestyle=":", linewidth=1)
-    axis.plot(best["epoch"], best["val_iou"], marker="*", markersize=11, color=CURVE_COLOURS[0], markeredgecolor="black", markeredgewidth=0.6)
-    axis.set_title(f"best epoch {int(best['epoch'])}: {label} {best['val_iou']:.3f}", fontsize=9)
+    axis.plot(best["epoch"], best[column], marker="*", markersize=11, color=CURVE_COLOURS[0], markeredgecolor="black", markeredgewidth=0.6)
+    axis.set_title(f"best epoch {int(best['epoch'])}: {label} {best[column]:.3f}", fontsize=9)
 
 
 def show_history(history: pd.DataFrame,
                  several_classes: bool = False,  # the scores are means over classes
                 ) -> Figure:
-    "Return a figure with the losses, and the validation IoU and F1 with the best epoch marked; any number of rows."
+    "Return a figure with the losses, and the validation scores (IoU and F1, or a classifier's accuracies) with the best epoch marked; any number of rows."
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(7, 2.4), dpi=DPI, layout="constrained")
     draw_curves(losses, history, {"train_loss": "training", "val_loss": "validation"})
     losses.set_title("loss", fontsize=9)
-    scores.set_title("validation", fontsize=9)
     scores.set_ylim(0, 1)
     mean = "m" if several_classes else ""
-    draw_curves(scores, history, {"val_iou": f"{mean}IoU", "val_f1": f"{mean}F1"})
-    mark_best(scores, history, f"{mean}IoU")
+    labels = {"val_accuracy": "top-1", "train_accuracy": "top-1, augmented training images", "val_top5_accuracy": "top-5"}
+    names = {"val_iou": f"{mean}IoU", "val_f1": f"{mean}F1"} if "train_accuracy" not in history else labels
+    scores.set_title("validation" if len(history) == 0 or any(name in history for name in names) else "no validation images", fontsize=9)
+    draw_curves(scores, history, names)
+    mark_best(scores, history, next(iter(names.values())))
     plt.close(figure)
     return figure
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'REPEATED', 'Splits', 'pick_groups', 'carve', 'check_fractions', 'published_parts', 'make_splits',
            'crossing_groups', 'crossing_families', 'proposed_pattern', 'NearDuplicate', 'find_near_duplicates',
-           'read_thumbnails', 'repeat_problems', 'FileFacts', 'read_facts', 'fingerprint_from', 'fingerprint', 'Audit',
-           'summarise', 'border_findings', 'class_warnings', 'balance_warnings', 'read_all', 'duplicate_warnings',
-           'audit']
+           'read_thumbnails', 'repeat_problems', 'FileFacts', 'digests_of', 'label_counts', 'read_facts',
+           'fingerprint_from', 'fingerprint', 'Audit', 'summarise', 'border_findings', 'class_warnings',
+           'balance_warnings', 'read_all', 'duplicate_warnings', 'audit']
 
 # %% ../../nbs/02b_data.splits.ipynb #f286c12f
 import re
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import VOID, CrackSegError, check_number, fingerprint_of, seed_for, sha256_file
-from .sources import AUGMENTATION, AUGMENTATION_WORDS, Classes, Sample, Source, image_size, in_threads, place_of
+from .sources import AUGMENTATION, AUGMENTATION_WORDS, LABELS, Classes, Sample, Source, image_size, in_threads, place_of
 from .sources import raise_first, read_mask, same_detail, similar, some, source_name, unit_thumbnail, value_counts
 
 # %% ../../nbs/02b_data.splits.ipynb #27628e41
@@ -222,17 +222,29 @@ def repeat_problems(splits: Splits) -> list[str]:
 # %% ../../nbs/02b_data.splits.ipynb #31f01f0e
 @dataclass(frozen=True)
 class FileFacts:
-    "Hold what one pass over a sample's two files tells."
-    digests: tuple[str, str]  # SHA-256 of image and mask file
+    "Hold what one pass over a sample's files tells."
+    digests: tuple[str, str]  # see `digests_of`
     size: tuple[int, int]  # width, height
-    counts: np.ndarray  # (C,) pixels of each class
+    counts: np.ndarray  # (C,) pixels of each class; of a labelled image 1 at its label
     void: int  # pixels that count nowhere
     thumbnail: np.ndarray  # (32, 32), a unit vector
 
+def digests_of(sample: Sample) -> tuple[str, str]:
+    "Return the SHA-256 of a sample's image and of its mask, or in the latter's place its label."
+    return sha256_file(sample.image), sha256_file(sample.mask) if sample.mask else f"label {sample.label}"
+
+def label_counts(sample: Sample, classes: Classes) -> np.ndarray:
+    "Return 1 for the class of a labelled image, 0 for the others, (C,); raise CrackSegError if it has none of them."
+    if sample.label not in range(len(classes)):
+        raise CrackSegError(f"{sample.image}: found the label {sample.label}, expected 0 to {len(classes) - 1}")
+    return np.eye(len(classes), dtype=np.int64)[sample.label]
+
+# %% ../../nbs/02b_data.splits.ipynb #9b511be2
 def read_facts(sample: Sample, mask_encoding: str, classes: Classes = Classes()) -> FileFacts:
     "Read a sample's files; raise CrackSegError if they are damaged, differ in size or hold unknown values."
     size, _ = image_size(sample.image)
     small = unit_thumbnail(sample.image)
+    if mask_encoding == LABELS: return FileFacts(digests_of(sample), size, label_counts(sample, classes), 0, small)
     mask = read_mask(sample.mask, mask_encoding)
     if mask.shape != size[::-1]:
         raise CrackSegError(f"{sample.mask}: found a mask of {mask.shape[1]}x{mask.shape[0]} for an image of "
@@ -240,8 +252,7 @@ def read_facts(sample: Sample, mask_encoding: str, classes: Classes = Classes())
     counts = value_counts(mask)
     if beyond := [value for value in np.flatnonzero(counts).tolist() if value >= len(classes) and value != VOID]:
         raise CrackSegError(f"{sample.mask}: found class id {beyond[0]}, expected 0 to {len(classes) - 1} or {VOID} for void")
-    digests = (sha256_file(sample.image), sha256_file(sample.mask))
-    return FileFacts(digests, size, counts[:len(classes)], int(counts[VOID]), small)
+    return FileFacts(digests_of(sample), size, counts[:len(classes)], int(counts[VOID]), small)
 
 # %% ../../nbs/02b_data.splits.ipynb #19a20268
 def fingerprint_from(splits: Splits, digests: dict[str, list[tuple[str, str]]]) -> str:
@@ -251,9 +262,8 @@ def fingerprint_from(splits: Splits, digests: dict[str, list[tuple[str, str]]]) 
     return fingerprint_of(sorted(lines))
 
 def fingerprint(splits: Splits) -> str:
-    "Return one SHA-256 over split, name and content of all images and masks; where the folder lies is irrelevant."
-    def hash_files(sample): return sha256_file(sample.image), sha256_file(sample.mask)
-    return fingerprint_from(splits, {split: in_threads(hash_files, samples, f"hashing {split}") for split, samples in splits})
+    "Return one SHA-256 over split, name and content of all images and masks or labels; where the folder lies is irrelevant."
+    return fingerprint_from(splits, {split: in_threads(digests_of, samples, f"hashing {split}") for split, samples in splits})
 
 # %% ../../nbs/02b_data.splits.ipynb #8b7c61a2
 @dataclass
@@ -265,7 +275,7 @@ class Audit:
     notes: list[str] = field(default_factory=list)
     overlapping_test_names: list[str] = field(default_factory=list)
     fingerprint: str = ""  # empty if a file could not be read
-    pixels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) pixels of each class, void aside
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) pixels of each class, void aside; images where labelled
     images: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) images that show each class
 
     def raise_if_fatal(self) -> None:
@@ -281,17 +291,20 @@ class Audit:
         return "\n".join(lines + ([f"fingerprint: {self.fingerprint}"] if self.fingerprint else []))
 
 # %% ../../nbs/02b_data.splits.ipynb #61c4e202
-def summarise(samples: list[Sample], facts: list[FileFacts], classes: Classes) -> dict:
+def summarise(samples: list[Sample], facts: list[FileFacts], classes: Classes,
+              labelled: bool = False,  # images carry labels instead of masks
+             ) -> dict:
     "Return a split's row of the audit table."
-    pixels = sum((fact.counts for fact in facts), np.zeros(len(classes), np.int64))
-    void, sizes = sum(fact.void for fact in facts), Counter(fact.size for fact in facts)
+    counts, sizes = sum((fact.counts for fact in facts), np.zeros(len(classes), np.int64)), Counter(fact.size for fact in facts)
     width, height = max(sizes, key=sizes.get, default=(0, 0))
-    shares = np.round(100 * pixels / max(int(pixels.sum()), 1), 2).tolist()
+    row = {"images": len(samples), "groups": len({sample.group for sample in samples}),
+           "image size": f"{width}x{height}" + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else "")}
+    if labelled:
+        return row | {"classes": int((counts > 0).sum()), "fewest per class": int(counts.min()), "most per class": int(counts.max())}
+    void, shares = sum(fact.void for fact in facts), np.round(100 * counts / max(int(counts.sum()), 1), 2).tolist()
     shown = {"crack %": shares[1]} if classes.binary else {f"{name} %": share for name, share in zip(classes.names, shares)}
     without = {"without crack": sum(not fact.counts[1] for fact in facts)} if classes.binary else {}
-    return {"images": len(samples), "groups": len({sample.group for sample in samples}),
-            "image size": f"{width}x{height}" + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
-            **shown, "void %": round(100 * void / max(int(pixels.sum()) + void, 1), 2), **without}
+    return row | shown | {"void %": round(100 * void / max(int(counts.sum()) + void, 1), 2)} | without
 
 # %% ../../nbs/02b_data.splits.ipynb #403f32a9
 def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
@@ -318,11 +331,17 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     return problems, warnings
 
 # %% ../../nbs/02b_data.splits.ipynb #f82ff6d7
-def class_warnings(images: dict[str, np.ndarray], classes: Classes) -> list[str]:
-    "Return a warning for each class that no image of a split shows."
-    results = {"train": "cannot be learned", "val": "has no validation score", "test": "has no test score"}
-    return [f"class {name} never occurs in {split}: it {results[split]}" for split, counts in images.items()
-            for name, count in zip(classes.names, counts) if not count]
+def class_warnings(images: dict[str, np.ndarray], classes: Classes,
+                   limit: int = 10,  # classes of a split that get a line each
+                  ) -> list[str]:
+    "Return a warning for each class that no image of a split shows, or one for all where they are many."
+    results, lines = {"train": "cannot be learned", "val": "has no validation score", "test": "has no test score"}, []
+    for split, counts in images.items():
+        missing = [name for name, count in zip(classes.names, counts) if not count]
+        if len(missing) > limit:
+            lines.append(f"{len(missing)} of {len(classes)} classes never occur in {split} ({some(missing)}): each {results[split]}")
+        else: lines += [f"class {name} never occurs in {split}: it {results[split]}" for name in missing]
+    return lines
 
 def balance_warnings(table: pd.DataFrame) -> list[str]:
     "Return warnings about splits without cracks and about masks of two classes that look inverted."
@@ -358,14 +377,16 @@ def audit(splits: Splits,
     "Read every file of the splits once and report; near duplicates are also kept in `splits`."
     found, errors = read_all(splits)
     facts = {split: [fact for _, fact in pairs] for split, pairs in found.items()}
-    rows = {split: summarise([sample for sample, _ in pairs], facts[split], splits.classes) for split, pairs in found.items()}
+    labelled = splits.mask_encoding == LABELS
+    rows = {split: summarise([sample for sample, _ in pairs], facts[split], splits.classes, labelled) for split, pairs in found.items()}
     counts = {split: np.array([fact.counts for fact in part], np.int64).reshape(-1, len(splits.classes)) for split, part in facts.items()}
     problems, warnings = border_findings(splits)
     report = Audit(pd.DataFrame.from_dict(rows, orient="index"), errors + problems, warnings, list(splits.notes),
                    pixels={split: part.sum(0) for split, part in counts.items()},
                    images={split: (part > 0).sum(0) for split, part in counts.items()})
     shown = {split: images for split, images in report.images.items() if facts[split]}
-    report.warnings += balance_warnings(report.table) if splits.classes.binary else class_warnings(shown, splits.classes)
+    cracks = splits.classes.binary and not labelled
+    report.warnings += balance_warnings(report.table) if cracks else class_warnings(shown, splits.classes)
     if errors: return report  # the rest needs all files
     report.fingerprint = fingerprint_from(splits, {split: [fact.digests for fact in part] for split, part in facts.items()})
     thumbnails = {split: np.array([fact.thumbnail for fact in part]) for split, part in facts.items()}

@@ -258,7 +258,7 @@ def published_at(encoder: Encoder) -> tuple[str, str | None]:
         place = mix_transformer_encoders[encoder.architecture]["pretrained_settings"]["imagenet"]
         return place["repo_id"], place["revision"]
     repository = getattr(timm.get_pretrained_cfg(encoder.architecture), "hf_hub_id", None)
-    if repository and not encoder.options: return repository, None
+    if repository and not encoder.options.keys() - {"output_stride"}: return repository, None  # dilation changes no weight
     told = "".join(f" with {name}={value}" for name, value in encoder.options.items())
     raise CrackSegError(f"pretrained: no weights of {encoder.architecture}{told} are published, expected false, or a path to a safetensors file")
 

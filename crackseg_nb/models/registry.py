@@ -12,18 +12,23 @@ from torch import nn
 
 # %% ../../nbs/10_models.registry.ipynb #0bd5e88f
 from ..core import choose
+from .deeplab_lite import DeepLabOptimized, DeepLabOptimizedConfig, DeepLabOriginal, DeepLabOriginalConfig
 from .encoders import count_flops
+from .swin_classifier import SwinClassifier, SwinClassifierConfig
 from .swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig
 from .unet import Unet, UnetConfig
 
 # %% ../../nbs/10_models.registry.ipynb #fb97eb42
-MODELS = {"swinv2_hybrid": (SwinV2HybridConfig, SwinV2Hybrid), "unet": (UnetConfig, Unet)}  # name -> (settings, class)
+MODELS = {  # name -> (settings, class)
+    "swinv2_hybrid": (SwinV2HybridConfig, SwinV2Hybrid), "unet": (UnetConfig, Unet),
+    "deeplab_original": (DeepLabOriginalConfig, DeepLabOriginal), "deeplab_optimized": (DeepLabOptimizedConfig, DeepLabOptimized),
+    "swin_classifier": (SwinClassifierConfig, SwinClassifier)}
 
 # %% ../../nbs/10_models.registry.ipynb #0915189a
 def create_model(name: str = "swinv2_hybrid",  # a name of MODELS
                  **settings,  # fields of the family's settings
                 ) -> nn.Module:
-    "Build a model that maps images `(B, 3, H, W)` to logits `(B, num_classes, H, W)`; raise CrackSegError on unknown settings."
+    "Build a model that maps images `(B, 3, H, W)` to logits `(B, num_classes, H, W)`, a classifier `(B, num_classes)`; raise CrackSegError on unknown settings."
     config_class, model_class = MODELS[choose("model", name, MODELS)]
     known = [field.name for field in fields(config_class)]
     for key in settings:

@@ -334,7 +334,7 @@ def load_weights(model: nn.Module,
     own, report = model.state_dict(), LoadReport()
     for name, tensor in own.items():
         if name not in found: report.missing.append(name)
-        elif found[name].shape != tensor.shape: report.mismatched.append(name)
+        elif found[name].shape != tensor.shape: report.mismatched.append(f"{name}, found {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
         else: report.loaded.append(name)
     report.unexpected = [name for name in found if name not in own]
     fits = not (report.missing or report.unexpected or report.mismatched)

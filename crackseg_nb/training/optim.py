@@ -11,7 +11,7 @@ __all__ = ['OPTIMIZERS', 'WARMUP_FRACTIONS', 'SCHEDULERS', 'NO_DECAY_WORDS', 'ON
 # %% ../../nbs/13_training.optim.ipynb #6779d78d
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -37,7 +37,9 @@ class OptimConfig:
     encoder_lr_scale: float = 1.0  # learning rate of `model.encoder` relative to `lr`; 0.1 is usual for fine-tuning
     scheduler: str = "cosine"  # constant, cosine, warmup_cosine or onecycle
     warmup_fraction: float | None = None  # share of the steps that warms up; None: 0.05 (warmup_cosine) or 0.3 (onecycle)
+    warmup_start: float = 0.0  # learning rate at which the warm-up of the cosine begins, relative to `lr`
     min_lr_fraction: float = 0.0  # last learning rate of the two cosine schedules relative to `lr`
+    lr_batch_size: int = 0  # images per step for which `lr` is meant: with others it is scaled in proportion; 0: it is meant for any
 
     def __post_init__(self):
         choose("optimizer", self.optimizer, OPTIMIZERS)
@@ -47,7 +49,8 @@ class OptimConfig:
         self.weight_decay = check_number("weight_decay", self.weight_decay, low=0)
         self.eps = check_number("eps", self.eps, low=0)
         self.encoder_lr_scale = check_number("encoder_lr_scale", self.encoder_lr_scale, low=0)
-        self.min_lr_fraction = check_number("min_lr_fraction", self.min_lr_fraction, low=0, high=1)
+        for name in ("min_lr_fraction", "warmup_start"): setattr(self, name, check_number(name, getattr(self, name), low=0, high=1))
+        self.lr_batch_size = check_number("lr_batch_size", self.lr_batch_size, int, low=0)
         self.betas = check_betas(self.betas)
         if self.warmup_fraction is not None:
             self.warmup_fraction = check_number("warmup_fraction", self.warmup_fraction, low=0, high=0.9)
@@ -56,6 +59,11 @@ class OptimConfig:
     def warmup(self) -> float:
         "The share of the steps that warms up, with the schedule's usual one in place of None."
         return WARMUP_FRACTIONS[self.scheduler] if self.warmup_fraction is None else self.warmup_fraction
+
+    def for_batch(self, images: int  # per optimiser step
+                 ) -> "OptimConfig":
+        "Return these settings with the learning rate scaled in proportion to the batch, if it is meant for one (Goyal et al. 2017)."
+        return replace(self, lr=self.lr * images / self.lr_batch_size, lr_batch_size=images) if self.lr_batch_size else self
 
 # %% ../../nbs/13_training.optim.ipynb #15b2710f
 def check_betas(betas) -> tuple[float, float]:
@@ -123,10 +131,10 @@ def cosine_between(start: float, end: float, progress: float) -> float:
     "Return the half cosine wave from `start` (progress 0) to `end` (progress 1 and beyond)."
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
-def cosine_factor(step: int, total_steps: int, warmup: float = 0.0, min_lr_fraction: float = 0.0) -> float:
-    "Return the factor at `step` of a cosine after a linear warm-up over `warmup` of the steps."
+def cosine_factor(step: int, total_steps: int, warmup: float = 0.0, min_lr_fraction: float = 0.0, warmup_start: float = 0.0) -> float:
+    "Return the factor at `step` of a cosine after a linear warm-up from `warmup_start` over `warmup` of the steps."
     warmup_steps = min(round(warmup * total_steps), total_steps - 1)
-    if step < warmup_steps: return (step + 1) / (warmup_steps + 1)
+    if step < warmup_steps: return warmup_start + (1 - warmup_start) * (step + 1) / (warmup_steps + 1)
     return cosine_between(1.0, min_lr_fraction, (step - warmup_steps) / (total_steps - warmup_steps))
 
 # %% ../../nbs/13_training.optim.ipynb #6b7dd326
@@ -145,7 +153,7 @@ def schedule_factor(config: OptimConfig, total_steps: int) -> Callable[[int], fl
     total = max(check_number("total_steps", total_steps, int, low=0), 1)
     if config.scheduler == "constant": return lambda step: 1.0
     if config.scheduler == "onecycle": return lambda step: onecycle_factor(step, total, config.warmup)
-    return lambda step: cosine_factor(step, total, config.warmup, config.min_lr_fraction)
+    return lambda step: cosine_factor(step, total, config.warmup, config.min_lr_fraction, config.warmup_start)
 
 # %% ../../nbs/13_training.optim.ipynb #19c4f1b1
 def create_scheduler(optimizer: Optimizer, config: OptimConfig,

@@ -6,7 +6,8 @@
 __all__ = ['LOOK_EVERY', 'TrainConfig', 'BestSoFar', 'Trainer', 'create_guard', 'begin_epoch', 'gradient_norm', 'train_window',
            'look_for_nan', 'repeat_step', 'last_good', 'pause_if_asked', 'next_step', 'train_epoch', 'training_state',
            'state_name', 'save_state', 'save_tables', 'save_epoch', 'load_optimizer_state', 'restore',
-           'restore_schedule', 'restore_files', 'write_scalars', 'validation_row', 'finish_epoch', 'run_epoch', 'fit']
+           'restore_schedule', 'restore_files', 'write_scalars', 'validation_row', 'training_row', 'epoch_line',
+           'finish_epoch', 'run_epoch', 'fit']
 
 # %% ../../nbs/16_training.trainer.ipynb #389c0021
 import platform
@@ -48,7 +49,7 @@ class TrainConfig:
     eval_batch_size: int = 4
     amp: str = "auto"  # auto, bf16, fp16 or off
     clip_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
-    patience: int = 20  # epochs without a better val_iou before training stops; 0 never stops
+    patience: int = 20  # epochs without a better validation score before training stops; 0 never stops
     checkpoint_every: int = 5  # epochs between full training states; 0 keeps none beyond the run
     checkpoint_minutes: float = 10.0  # minutes after which a state is written within an epoch; 0 never
     gradient_checkpointing: bool = True
@@ -81,7 +82,8 @@ class BestSoFar:
 # %% ../../nbs/16_training.trainer.ipynb #3f655535
 class Trainer:
     "Train `model` on `train_loader` and keep the epoch that is best on `val_loader`."
-    def __init__(self, model: nn.Module, criterion: Loss, train_loader: DataLoader, val_loader: DataLoader,
+    def __init__(self, model: nn.Module, criterion: Loss, train_loader: DataLoader,
+                 val_loader: DataLoader | None,  # None: nothing is validated, and the last epoch is kept
                  config: TrainConfig, optim: OptimConfig, folder: RunFolder,
                  device: torch.device,
                  on_epoch: Callable[["Trainer"], None] | None = None,  # called after each epoch, for example to draw
@@ -99,6 +101,7 @@ class Trainer:
         # Without accelerate's wrapper for several processes: the gradients of a window are summed once, at its end.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         if config.compile: self.model.compile()
+        optim = optim.for_batch(self.sampler.window_size)
         self.optimizer = self.accelerator.prepare_optimizer(create_optimizer(model, optim))
         self.steps_per_epoch = self.sampler.windows_per_epoch
         self.scheduler = create_scheduler(self.optimizer.optimizer, optim, self.steps_per_epoch * config.epochs)
@@ -124,7 +127,9 @@ def create_guard(trainer: Trainer) -> FiniteGuard:
 def begin_epoch(trainer: Trainer) -> None:
     "Start the count of an epoch."
     trainer.step, trainer.images_done, trainer.seconds = 0, 0, 0.0
-    trainer.loss_sum = torch.zeros((), device=trainer.accelerator.device, dtype=sum_type(trainer.accelerator.device))
+    device = trainer.accelerator.device
+    trainer.loss_sum = torch.zeros((), device=device, dtype=sum_type(device))
+    trainer.tallies = torch.zeros(len(trainer.criterion.tallies), device=device, dtype=sum_type(device))
     trainer.rate = trainer.scheduler.get_last_lr()[-1]
 
 # %% ../../nbs/16_training.trainer.ipynb #17377a73
@@ -138,9 +143,10 @@ def gradient_norm(trainer: Trainer) -> list[torch.Tensor]:
 def train_window(trainer: Trainer, window: list[dict]) -> None:
     "Take one optimiser step on this process's batches of a window."
     accelerator, sampler = trainer.accelerator, trainer.sampler
-    loss, trainer.micro_batch = accumulate_window(trainer.model, trainer.criterion, window, accelerator, trainer.statistics, trainer.micro_batch)
+    found, trainer.micro_batch = accumulate_window(trainer.model, trainer.criterion, window, accelerator, trainer.statistics, trainer.micro_batch)
     trainer.updating = True
-    loss = sum_over_processes(loss, accelerator)
+    found = sum_over_processes(found, accelerator)
+    loss, tallies = found[0], found[1:]
     trainer.statistics.combine(accelerator)
     sum_gradients(trainer.model.parameters(), accelerator)
     trainer.guard.check(trainer.step + 1, loss, *gradient_norm(trainer))
@@ -150,6 +156,7 @@ def train_window(trainer: Trainer, window: list[dict]) -> None:
     trainer.cleaner.step()
     images = min(sampler.window_size, sampler.num_samples - trainer.step * sampler.window_size)
     trainer.loss_sum += loss * images
+    trainer.tallies += tallies
     trainer.images_done += images
     trainer.step += 1
     trainer.updating = False
@@ -240,7 +247,7 @@ def training_state(trainer: Trainer) -> dict:
     "Return all that a run needs, beside the weights, to go on as if it had not stopped; every process has to ask."
     scaler, best = trainer.accelerator.scaler, trainer.best
     own = best.epoch == trainer.epoch and trainer.step == 0  # the best weights are those of this very state
-    return {"epoch": trainer.epoch, "step": trainer.step, "loss_sum": trainer.loss_sum, "images_done": trainer.images_done, "rate": trainer.rate,
+    return {"epoch": trainer.epoch, "step": trainer.step, "loss_sum": trainer.loss_sum, "tallies": trainer.tallies, "images_done": trainer.images_done, "rate": trainer.rate,
             "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {}, "rng": gather_objects(capture_rng_state(), trainer.accelerator),
             "best": vars(best).copy(), "best_rows": trainer.best_rows, "best_weights": None if own else trainer.best_weights,
@@ -303,7 +310,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.best_weights = state["best_weights"] if state["best_weights"] is not None or not trainer.best.epoch else checkpoint.model_state
     for name in ("epoch", "step", "images_done", "rate", "micro_batch", "seconds"): setattr(trainer, name, state[name])
     trainer.guard = create_guard(trainer)  # loading may have changed whether the optimiser is fused
-    trainer.loss_sum = state["loss_sum"].to(accelerator.device)
+    trainer.loss_sum, trainer.tallies = (state[name].to(accelerator.device) for name in ("loss_sum", "tallies"))
     trainer.history, trainer.performance = list(state["history"]), list(state["performance"])
     trainer.saved_at = trainer.position
     if accelerator.is_main_process: restore_files(trainer)
@@ -337,8 +344,10 @@ def write_scalars(writer: SummaryWriter, row: dict, performance: dict) -> None:
         if scalar: writer.add_scalar(f"{part}/{scalar}", value, row["epoch"])
 
 # %% ../../nbs/16_training.trainer.ipynb #8eddc908
-def validation_row(trainer: Trainer, train_loss: float) -> dict:
-    "Evaluate on the validation images and return the epoch's row of `history.csv`."
+def validation_row(trainer: Trainer) -> dict:
+    "Evaluate on the validation images, if there are any, and return the `val_…` columns of the epoch's row of `history.csv`."
+    trainer.val_rows = None
+    if trainer.val_loader is None: return {}
     alone = trainer.accelerator.num_processes == 1  # several processes have batches of their own, and can only agree between them
     try: metrics, val_loss = evaluate(trainer.model, trainer.val_loader, trainer.accelerator, trainer.criterion,
                                       interrupt=(lambda: pause_if_asked(trainer)) if alone else None, metrics=trainer.metrics.blank())
@@ -346,9 +355,22 @@ def validation_row(trainer: Trainer, train_loss: float) -> dict:
         if alone: save_state(trainer)
         raise
     trainer.val_rows, scores = metrics.state().cpu(), metrics.compute(0.5)
-    return {"epoch": trainer.epoch + 1, "train_loss": train_loss, "train_learning_rate": trainer.rate, "val_loss": val_loss,
-            **{f"val_{name}": value for name, value in scores["pooled"].items()},
+    return {"val_loss": val_loss, **{f"val_{name}": value for name, value in scores["pooled"].items()},
             **{f"val_per_image_{name}": value for name, value in scores["per_image"].items() if name in ("iou", "f1")}}
+
+def training_row(trainer: Trainer, train_loss: float) -> dict:
+    "Return the columns of the epoch's row that training itself gives."
+    shares = {f"train_{name}": value.item() / trainer.images_done for name, value in zip(trainer.criterion.tallies, trainer.tallies)}
+    return {"epoch": trainer.epoch + 1, "train_loss": train_loss, **shares, "train_learning_rate": trainer.rate}
+
+def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -> str:
+    "Return what is logged after an epoch."
+    known = {"train loss": "train_loss", "train accuracy": "train_accuracy", "val loss": "val_loss",
+             f"val {trainer.metrics.iou_name}": f"val_{trainer.metrics.score}", "val F1": "val_f1", "val top-5": "val_top5_accuracy"}
+    numbers = [f"{label} {row[name]:.4f}" for label, name in known.items() if name in row]
+    memory = performance.get("peak_cuda_mib", performance["peak_rss_mib"])
+    return (f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, {performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
+            + (", best so far" if improved and trainer.val_loader is not None else ""))
 
 # %% ../../nbs/16_training.trainer.ipynb #de23c386
 def finish_epoch(trainer: Trainer, row: dict, performance: dict) -> bool:
@@ -357,7 +379,7 @@ def finish_epoch(trainer: Trainer, row: dict, performance: dict) -> bool:
     trainer.performance.append(performance)
     trainer.epoch += 1
     begin_epoch(trainer)
-    improved = trainer.best.update(trainer.epoch, row["val_iou"])
+    improved = trainer.best.update(trainer.epoch, row.get(f"val_{trainer.metrics.score}", trainer.epoch))  # unvalidated, the last is the best
     if improved:
         trainer.best_rows = trainer.val_rows
         trainer.best_weights = {name: value.detach().to("cpu", copy=True) for name, value in trainer.model.state_dict().items()}
@@ -369,13 +391,11 @@ def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter | 
     start, before = time.perf_counter(), trainer.seconds
     train_loss = train_epoch(trainer)
     seconds, images = trainer.seconds, trainer.images_done
-    row = validation_row(trainer, train_loss)
+    row = training_row(trainer, train_loss) | validation_row(trainer)
     performance = {"epoch": trainer.epoch + 1, "train_seconds": round(seconds, 3), "images_per_second": round(images / seconds, 3),
                    "epoch_seconds": round(before + time.perf_counter() - start, 3), "micro_batch": trainer.micro_batch, **monitor.read()}
     improved = finish_epoch(trainer, row, performance)
-    logger.info("epoch %d/%d: train loss %.4f, val loss %.4f, val %s %.4f, val F1 %.4f, %.1f images/s, peak %.0f MiB%s", trainer.epoch,
-                trainer.config.epochs, train_loss, row["val_loss"], trainer.metrics.iou_name, row["val_iou"], row["val_f1"], performance["images_per_second"],
-                performance.get("peak_cuda_mib", performance["peak_rss_mib"]), ", best so far" if improved else "")
+    logger.info("%s", epoch_line(trainer, row, performance, improved))
     save_epoch(trainer, improved)
     if writer is not None: write_scalars(writer, row, performance)
     if trainer.on_epoch is not None: trainer.on_epoch(trainer)

@@ -54,18 +54,20 @@ def backward_window(model: nn.Module, criterion: Loss,
                     normalizers: torch.Tensor,  # of the whole window
                     micro_batch: int | None = None,  # images that go through the model at once; None: a batch
                    ) -> torch.Tensor:
-    "Give `model` the gradients of `window`, in place of older ones; return its part of the window's loss, detached."
+    "Give `model` the gradients of `window`, in place of older ones; return `(1 + K,)`: its part of the window's loss, and the criterion's K tallies."
     total = None
     for batch in window:
         for part in split_batch(batch, micro_batch):
-            loss = criterion(model(part["image"]), part["mask"], normalizers)
+            logits = model(part["image"])
+            loss = criterion(logits, part["mask"], normalizers)
             # Not earlier: where freed memory is not kept (`keep_freed_memory`), it would go back to the system, to be asked for again at once.
             if total is None: model.zero_grad(set_to_none=True)
             accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
+            found = torch.cat([loss.detach().reshape(1), criterion.tally(logits.detach(), part["mask"])])
+            total = found if total is None else total + found
     if total is not None: return total
     model.zero_grad(set_to_none=True)
-    return torch.zeros((), device=accelerator.device)
+    return torch.zeros(1 + len(criterion.tallies), device=accelerator.device)
 
 # %% ../../nbs/15d_training.window.ipynb #8142d170
 def smaller_micro_batch(tried: int,  # images that were too many
@@ -86,7 +88,7 @@ def forget_window(model: nn.Module, statistics: RunningStatistics, rng_state: di
 def accumulate_window(model: nn.Module, criterion: Loss, window: list[dict], accelerator: Accelerator, statistics: RunningStatistics,
                       micro_batch: int,  # images that go through the model at once
                      ) -> tuple[torch.Tensor, int]:
-    "Give `model` the gradients of `window`, in smaller parts if memory runs out; return its loss and the micro-batch that fitted."
+    "Give `model` the gradients of `window`, in smaller parts if memory runs out; return what `backward_window` does, and the micro-batch that fitted."
     window = [to_device(batch, accelerator.device) for batch in window]
     normalizers = window_normalizers(criterion, window, accelerator)
     statistics.snapshot()
