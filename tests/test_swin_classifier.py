@@ -39,13 +39,28 @@ def test_a_name_and_its_layout_build_the_same_network(name):
 def test_the_published_sizes_compute_what_timm_computes(name):
     size = 224 if name == 'swin_tiny' else 256
     whole = timm.create_model(SWIN_ENCODERS[name], num_classes=11).eval()
-    for value in whole.parameters(): nn.init.normal_(value, std=0.05)
+    for value in whole.parameters():
+        if value.ndim == 1: nn.init.uniform_(value, 0.5, 1.5)
     model = SwinClassifier(SwinClassifierConfig(name, image_size=size, num_classes=11, pretrained='false')).eval()
     theirs = {plain_name(key): value for key, value in whole.state_dict().items()}
     model.encoder.body.load_state_dict({key: theirs[plain_name(key)] for key in model.encoder.body.state_dict()})
     for part, other in ((model.norm, whole.norm), (model.head, whole.head.fc)): part.load_state_dict(other.state_dict())
     images = photos(size, size, batch=1)
     with torch.no_grad(): torch.testing.assert_close(model(images), whole(images), atol=1e-4, rtol=1e-4)
+
+
+def test_every_position_is_normalised_before_the_mean():
+    class Deepest(nn.Module):
+        def forward(self, images): return [10 * torch.arange(2 * 128 * 15).view(2, 128, 3, 5).sin().cumsum(-1)]
+    model = make().eval()
+    nn.init.normal_(model.norm.weight)
+    whole = timm.create_model(SWIN_ENCODERS['swin_tiny'], num_classes=7, img_size=64, **model.encoder.options).eval()
+    for part, other in ((model.norm, whole.norm), (model.head, whole.head.fc)): other.load_state_dict(part.state_dict())
+    model.encoder = Deepest()
+    features, images = model.encoder(None)[0], photos(64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), whole.forward_head(whole.norm(features.permute(0, 2, 3, 1))))
+        assert not torch.allclose(model(images), model.head(model.norm(features.mean((2, 3)))), atol=0.01)
 
 
 @pytest.mark.parametrize('name, image_size', list(itertools.product(VERSIONS, [32, 33, 96])))

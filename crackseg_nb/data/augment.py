@@ -62,6 +62,7 @@ def strong_colours() -> list:
     return [A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.05, 0.05), p=0.8)]
 
 AUGMENTATIONS = {"none": Recipe(random=False),
+                 "mirror": Recipe(mirror=True),
                  "basic": Recipe(symmetry=True),
                  "enhanced": Recipe(mirror=True, scales=(0.5, 2.0), colours=strong_colours),
                  "crack": Recipe(symmetry=True, warps=mild_warps, colours=mild_colours, margin=1.2)}

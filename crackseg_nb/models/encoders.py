@@ -282,7 +282,8 @@ def known_names(encoder: Encoder) -> set[str]:
     "Return the plain names of all tensors of the whole network, classifier included."
     if encoder.architecture in mix_transformer_encoders: whole = [*encoder.body.state_dict(), "head.weight", "head.bias"]
     else:
-        with torch.device("meta"): whole = timm.create_model(encoder.architecture, **encoder.options).state_dict()
+        options = {name: value for name, value in encoder.options.items() if name != "output_stride"}  # timm has it for features alone
+        with torch.device("meta"): whole = timm.create_model(encoder.architecture, **options).state_dict()
     return {plain_name(name) for name in (*whole, *encoder.body.state_dict())}
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,121 @@
+"""The Swin classifier end to end: scores agree with the kept answers, TensorBoard's names, resuming, and its encoder in the hybrid."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crackseg_nb.config import RECIPES, configure
+from crackseg_nb.core import CrackSegError, Stopped, read_yaml
+from crackseg_nb.experiment import Experiment, prepare, run
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+SMALL = dict(recipe='swin_classifier', encoder='swinv2', embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4), window_size=4, synthetic_images=80,
+             image_size=32, epochs=2, batch_size=16, device='cpu', amp='off', lr=1e-3, checkpoint_every=1)
+
+
+def begin(config):
+    "Return an experiment with data and model that goes no further."
+    experiment = prepare(config)
+    experiment.folder.mark('stopped')
+    return experiment
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('outputs')
+
+
+@pytest.fixture(scope='module')
+def done(folder): return run(configure(**SMALL, outputs=str(folder), run_name='textures'))
+
+
+def test_the_recipe_is_the_guide():
+    settings = RECIPES['swin_classifier'].settings
+    expected = dict(batch_size=64, lr=3e-4, weight_decay=0.05, epochs=100, time_limit=24 * 60, clip_norm=1.0, image_size=224, encoder='swin_tiny', label_smoothing=0.1,
+                    drop_path_rate=0.1, betas=(0.9, 0.999), lr_batch_size=64, checkpoint_every=10, scheduler='warmup_cosine', augmentation='advanced')
+    assert {name: settings[name] for name in expected} == expected
+    assert settings['warmup_fraction'] * settings['epochs'] == pytest.approx(5)
+    assert settings['warmup_start'] * settings['lr'] == pytest.approx(1e-6) and settings['min_lr_fraction'] * settings['lr'] == pytest.approx(1e-5)
+
+
+def test_scores_equal_the_kept_answers(done):
+    table, results = pd.read_csv(done.folder / 'predictions' / 'per_image.csv'), read_yaml(done.folder / 'final_results.yaml')
+    names = {sample.name: sample.name.split('/')[0] for sample in done.splits.test}
+    assert table['label'].tolist() == [names[name] for name in table['name']]
+    assert results['test']['pooled']['accuracy'] == pytest.approx((table['label'] == table['answer']).mean())
+    assert results['test']['pooled']['top5_accuracy'] == pytest.approx((table['rank'] < 5).mean())
+    means = (table['label'] == table['answer']).groupby(table['label']).mean()
+    assert results['test']['pooled']['mean_class_accuracy'] == pytest.approx(means.mean())
+    matrix = pd.read_csv(done.folder / 'confusion_matrix.csv', index_col=0)
+    assert matrix.to_numpy().sum() == len(table) and matrix.to_numpy().trace() == (table['label'] == table['answer']).sum()
+    assert results['protocol']['epoch_rule'] == 'highest top-1 accuracy on the validation images'
+
+
+def test_scalars_have_the_names_of_the_guide(done):
+    events = EventAccumulator(str(done.folder / 'tensorboard'))
+    events.Reload()
+    assert {'train/loss', 'train/accuracy', 'train/learning_rate', 'val/loss', 'val/accuracy'} <= set(events.Tags()['scalars'])
+    history = pd.read_csv(done.folder / 'history.csv')
+    assert [event.value for event in events.Scalars('train/accuracy')] == pytest.approx(history['train_accuracy'].tolist())
+
+
+def test_training_accuracy_counts_each_image_once(done):
+    images = len(done.splits.train)
+    counted = pd.read_csv(done.folder / 'history.csv')['train_accuracy'] * images
+    assert np.allclose(counted, counted.round()) and (counted <= images).all()
+
+
+def test_the_rate_grows_with_the_batch(folder):
+    rates = {}
+    for accumulation in (1, 2):
+        experiment = prepare(configure(**{**SMALL, 'lr_batch_size': 16, 'accumulation': accumulation, 'epochs': 1}, outputs=str(folder), run_name=f'rate{accumulation}'))
+        experiment.train()
+        experiment.folder.mark('stopped')
+        rates[accumulation] = experiment.trainer.scheduler.base_lrs[0]
+    assert rates[2] == 2 * rates[1] == pytest.approx(2e-3)
+
+
+def test_a_stopped_classifier_resumes_to_the_same(folder, done):
+    stopped = Experiment(configure(**SMALL, outputs=str(folder), run_name='stopped'))
+    stopped.load_data(), stopped.build_model()
+    asked = iter(range(100))
+    type(stopped.stop).reason, kept = property(lambda self: 'SIGTERM' if next(asked) > 2 else None), type(stopped.stop).reason
+    try:
+        with pytest.raises(Stopped): stopped.train()
+    finally: type(stopped.stop).reason = kept
+    resumed = run(configure(resume=str(stopped.folder.path)))
+    assert (resumed.folder / 'history.csv').read_bytes() == (done.folder / 'history.csv').read_bytes()
+    for name, value in done.model.state_dict().items(): assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_labels_and_masks_want_their_models():
+    with pytest.raises(CrackSegError, match='found swinv2_hybrid with data synthetic_textures, expected swin_classifier, as of -p recipe'):
+        configure(data='synthetic_textures', augmentation='basic')
+    with pytest.raises(CrackSegError, match='found swin_classifier with data synthetic, expected a model that segments'):
+        configure(**{**SMALL, 'data': 'synthetic', 'augmentation': 'basic'})
+    with pytest.raises(CrackSegError, match="loss: found 'dice'"): configure(**SMALL, loss='dice')
+
+
+@pytest.mark.real_data
+def test_the_published_layout_runs(folder, data_folder):
+    settings = dict(SMALL, data='ImageFolder', data_dir=str(data_folder / 'cifar10'), epochs=0)
+    experiment = begin(configure(**settings, outputs=str(folder), run_name='cifar'))
+    assert experiment.splits.lengths['test'] == 1000 and len(experiment.splits.classes) == 10
+    assert experiment.config.model_config().num_classes == 10
+
+
+def test_its_encoder_serves_the_hybrid(folder):
+    classifier = run(configure(**{**SMALL, 'embed_dim': 0, 'depths': (), 'num_heads': (), 'window_size': 0, 'epochs': 1, 'synthetic_images': 40}, outputs=str(folder), run_name='tiny'))
+    hybrid = dict(synthetic_images=12, image_size=64, epochs=0, device='cpu', amp='off', outputs=str(folder))
+    begun = begin(configure(**hybrid, encoder_weights='tiny', run_name='transfer'))
+    source, own = classifier.trainer.best_weights, begun.model.state_dict()
+    learned = [name for name in own if name.startswith('encoder.') and name in source]
+    assert len(learned) > 150
+    for name in learned:
+        if own[name].shape == source[name].shape and not name.endswith(('relative_coords_table', 'relative_position_index', 'attn_mask')):
+            assert torch.equal(own[name], source[name]), name
+    weights = read_yaml(begun.folder / 'environment.yaml')['weights']
+    assert weights['requested'] == 'encoder_weights' and 'tensors loaded' in weights['report']
+    scratch = begin(configure(**hybrid, run_name='scratch'))
+    for name, value in scratch.model.state_dict().items():  # the rest begins as without the transfer
+        if not name.startswith('encoder.'): assert torch.equal(value, own[name]), name
