@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=[settings['lib_path'], settings['lib_path'] + '.*']),
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
-    extras_require={name: settings[f'{name}_requirements'].split() for name in ('dev', 'benchmark', 'artefact')},
+    extras_require={name: settings[f'{name}_requirements'].split() for name in ('dev', 'benchmark', 'artefact', 'compression')},
     entry_points={
         'console_scripts': settings.get('console_scripts', '').split(),
         'nbdev': [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],
