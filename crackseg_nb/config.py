@@ -133,7 +133,7 @@ FIRST_WEIGHTS = ("fine_tune", "encoder_weights")
 def find_run_folder(parameter: str, run: str,  # folder of a run, or its name in the folder of all runs
                     outputs: str = "") -> RunFolder:
     "Return the folder of `run`; raise CrackSegError with the nearest name."
-    folder = next((RunFolder(path) for path in (Path(run), outputs_folder(outputs)/run) if (path/"status.yaml").is_file()), None)
+    folder = next((RunFolder(path) for path in (find_path(run), outputs_folder(outputs)/run) if (path/"status.yaml").is_file()), None)
     if folder: return folder
     close = nearest(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
     raise CrackSegError(f"{parameter}: found no run {run!r}" + (f" (did you mean {close!r}?)" if close else "") + ", expected the folder of a run, "
@@ -142,7 +142,7 @@ def find_run_folder(parameter: str, run: str,  # folder of a run, or its name in
 def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
     "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
     path = find_path(where)
-    if path.is_file() or path.is_dir() and any(path.glob("best.json")): return path
+    if path.is_file() or (path/"best.json").is_file(): return path
     folder = find_run_folder(parameter, str(where), outputs)
     if (folder/"checkpoints"/"best.json").is_file(): return folder/"checkpoints"
     raise CrackSegError(f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights")
@@ -186,7 +186,9 @@ class ExperimentConfig:
                                 + " or ".join(name for name in losses_for(self.data.num_channels) if "class_weights" in loss_settings(name)))
 
     def check_first_weights(self) -> None:
-        "Raise CrackSegError unless the weights that training begins with can be found, and are asked for once."
+        "Raise CrackSegError unless the weights that training begins with can be found, and are asked for once; none stands for nothing."
+        for name in FIRST_WEIGHTS:
+            if getattr(self, name).lower() == "none": setattr(self, name, "")
         if self.fine_tune and self.encoder_weights:
             raise CrackSegError(f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, expected one of the two")
         for name in FIRST_WEIGHTS:

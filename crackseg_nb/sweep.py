@@ -86,13 +86,14 @@ def expand(grid: dict[str, list],  # for each parameter the values to try
            fixed: dict | None = None,  # parameters that all runs share
           ) -> list[dict]:
     "Return the parameters of each run, the last name varying fastest; raise CrackSegError if one of them is wrong."
-    from crackseg_nb.config import configure  # imports every model; a job that only carries runs does without
+    from crackseg_nb.config import FIRST_WEIGHTS, configure  # imports every model; a job that only carries runs does without
     fixed = dict(fixed or {})
     check_grid(grid, fixed)
     found = [fixed | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for parameters in found:
-        for name in ("data_dir", "config"):  # a job may be resumed from another folder
-            if parameters.get(name): parameters[name] = path_from_anywhere(parameters[name])
+        for name in ("data_dir", "config", *FIRST_WEIGHTS):  # a job may be resumed from another folder
+            named = name in FIRST_WEIGHTS and not find_path(parameters.get(name) or "").exists()  # a run's name, or none
+            if parameters.get(name) and not named: parameters[name] = path_from_anywhere(parameters[name])
         configure(**parameters)
     return found
 
