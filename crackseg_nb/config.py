@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/17_config.ipynb #0880e6ba
 from .core import CrackSegError, RunFolder, check_number, choose, find_path, get_device, nearest, outputs_folder, plain_variables, read_yaml
@@ -84,24 +85,25 @@ class DataConfig:
         check_place(self.data, self.data_dir, self.class_names)
         self.classes  # raises if the names are none of this layout
 
-    @property
-    def labelled(self) -> bool:
-        "Whether images carry one label each, in place of a mask."
-        return self.data == "synthetic_textures" or self.data in SOURCES and SOURCES[self.data].labels is not None
+# %% ../nbs/17_config.ipynb #be7ef1c2
+@patch(as_prop=True)
+def labelled(self: DataConfig) -> bool:
+    "Whether images carry one label each, in place of a mask."
+    return self.data == "synthetic_textures" or self.data in SOURCES and SOURCES[self.data].labels is not None
 
-    @property
-    def num_channels(self) -> int:
-        "Channels of the logits."
-        return len(self.classes) if self.labelled else self.classes.num_channels
+@patch(as_prop=True)
+def num_channels(self: DataConfig) -> int:
+    "Channels of the logits."
+    return len(self.classes) if self.labelled else self.classes.num_channels
 
-    @property
-    def classes(self) -> Classes:
-        "The classes that the masks or labels tell apart."
-        if self.data == "synthetic_textures": return Classes(tuple(TEXTURES))
-        if self.labelled: return label_classes(self.data, find_path(self.data_dir), self.class_names)
-        if self.data == "synthetic": return Classes()
-        if self.data == "synthetic_damage": return Classes(tuple(DAMAGE_CLASSES), tuple(DAMAGE_CLASSES.values()))
-        return choose_classes(self.data, self.class_names, self.mask_encoding)[0]
+@patch(as_prop=True)
+def classes(self: DataConfig) -> Classes:
+    "The classes that the masks or labels tell apart."
+    if self.data == "synthetic_textures": return Classes(tuple(TEXTURES))
+    if self.labelled: return label_classes(self.data, find_path(self.data_dir), self.class_names)
+    if self.data == "synthetic": return Classes()
+    if self.data == "synthetic_damage": return Classes(tuple(DAMAGE_CLASSES), tuple(DAMAGE_CLASSES.values()))
+    return choose_classes(self.data, self.class_names, self.mask_encoding)[0]
 
 # %% ../nbs/17_config.ipynb #49759b9a
 @dataclass
@@ -185,23 +187,26 @@ class ExperimentConfig:
             raise CrackSegError(f"class_weights: found {self.class_weights} with loss {self.loss.name}, which has none; expected none, or the loss "
                                 + " or ".join(name for name in losses_for(self.data.num_channels) if "class_weights" in loss_settings(name)))
 
-    def check_first_weights(self) -> None:
-        "Raise CrackSegError unless the weights that training begins with can be found, and are asked for once; none stands for nothing."
-        for name in FIRST_WEIGHTS:
-            if getattr(self, name).lower() == "none": setattr(self, name, "")
-        if self.fine_tune and self.encoder_weights:
-            raise CrackSegError(f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, expected one of the two")
-        for name in FIRST_WEIGHTS:
-            if not getattr(self, name): continue
-            locate_weights(name, getattr(self, name), self.run.outputs)
-            pretrained = str(self.model_settings.get("pretrained", "auto")).lower()
-            if pretrained not in ("auto", "true", "false"): raise CrackSegError(f"pretrained: found {pretrained!r} beside {name}, expected one of the two")
-            self.model_settings["pretrained"] = "false"  # they would be overwritten
+# %% ../nbs/17_config.ipynb #59cb160e
+@patch
+def check_first_weights(self: ExperimentConfig) -> None:
+    "Raise CrackSegError unless the weights that training begins with can be found, and are asked for once; none stands for nothing."
+    for name in FIRST_WEIGHTS:
+        if getattr(self, name).lower() == "none": setattr(self, name, "")
+    if self.fine_tune and self.encoder_weights:
+        raise CrackSegError(f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, expected one of the two")
+    for name in FIRST_WEIGHTS:
+        if not getattr(self, name): continue
+        locate_weights(name, getattr(self, name), self.run.outputs)
+        pretrained = str(self.model_settings.get("pretrained", "auto")).lower()
+        if pretrained not in ("auto", "true", "false"): raise CrackSegError(f"pretrained: found {pretrained!r} beside {name}, expected one of the two")
+        self.model_settings["pretrained"] = "false"  # they would be overwritten
 
-    def model_config(self):
-        "Return the model's typed settings; image size and number of channels follow from the data."
-        settings = dict(self.model_settings, image_size=self.data.image_size, num_classes=self.data.num_channels)
-        return MODELS[choose("model", self.model, MODELS)][0](**settings)
+@patch
+def model_config(self: ExperimentConfig):
+    "Return the model's typed settings; image size and number of channels follow from the data."
+    settings = dict(self.model_settings, image_size=self.data.image_size, num_classes=self.data.num_channels)
+    return MODELS[choose("model", self.model, MODELS)][0](**settings)
 
 # %% ../nbs/17_config.ipynb #b21e2fe9
 SECTIONS = {"run": RunConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}

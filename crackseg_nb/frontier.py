@@ -182,6 +182,7 @@ def trained_further(frontier: Frontier, taught: bool) -> tuple[nn.Module, str]:
     with taught_by(model, frontier.teacher.model): train_on(frontier, model, "distilled", criterion)
     return model, f"{config.epochs} more epochs with {config.teacher} as teacher"
 
+# %% ../nbs/24_frontier.ipynb #babe3066
 STEPS = {
     "student": lambda frontier: (frontier.student.model, "as trained"),
     "INT8": quantised,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 from .core import VOID, CrackSegError, check_number, choose
@@ -92,11 +93,13 @@ class Loss(nn.Module):
         divisors = torch.where(normalizers > 0, normalizers, 1)
         return (self.weights.to(logits.device) * self.sums(logits, target) / divisors).sum()
 
-    tallies: tuple[str, ...] = ()  # what else is counted while training, as shares of the loss's first normalizer
+# %% ../nbs/11_losses.ipynb #b87b6b3a
+Loss.tallies = ()  # names of what is counted
 
-    def tally(self, logits: Tensor, target: Tensor) -> Tensor:
-        "Return the counts of `tallies`, `(K,)`; they add up over batches."
-        return logits.new_zeros(len(self.tallies), dtype=torch.float32)
+@patch
+def tally(self: Loss, logits: Tensor, target: Tensor) -> Tensor:
+    "Return the counts of `tallies`, `(K,)`; they add up over batches."
+    return logits.new_zeros(len(self.tallies), dtype=torch.float32)
 
 # %% ../nbs/11_losses.ipynb #0bad0c40
 def members(pixels: Pixels) -> Tensor:

@@ -438,7 +438,7 @@ def answers(self: LabelMetrics) -> pd.DataFrame:
     if table.empty: raise CrackSegError('metrics: found no image with a label, expected at least one')
     return table
 
-
+# %% ../nbs/12_metrics.ipynb #78ff808f
 @patch(as_prop=True)
 def matrix(self: LabelMetrics) -> np.ndarray:
     "Return the numbers of images, int64 `(C, C)`, true classes down."
