@@ -390,7 +390,7 @@ def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfi
     "Sort flat settings, those of `base` as far as they hold beside what is `given`, into sections."
     known, settings = known_parameters(), {**inherit(base, given), **given}
     model, loss = settings.pop("model"), choose("loss", settings.pop("loss", "focal_dice"), LOSSES)
-    extra = {name: settings.pop(name) for name in (*WEIGHTING, *FIRST_WEIGHTS) if settings.get(name) is not None}
+    extra = {name: value for name in (*WEIGHTING, *FIRST_WEIGHTS) if (value := settings.pop(name, None)) is not None}
     own = {"model": model_settings(model), "loss": loss_parameters(loss)}
     parts: dict[str, dict] = {section: {} for section in ("run", "data", "model", "loss", "optim", "train")}
     for name, value in settings.items():

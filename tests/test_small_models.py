@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from crackseg_nb.config import RECIPES, configure
-from crackseg_nb.core import CrackSegError, RunFolder, Stopped, read_yaml
+from crackseg_nb.core import CrackSegError, RunFolder, Stopped, project_root, read_yaml
 from crackseg_nb.experiment import Experiment, prepare, run
 from crackseg_nb.models.registry import count_parameters, create_model
 
@@ -180,3 +180,13 @@ def test_a_mobile_encoder_moves_between_models(folder, first):
     for name, value in unet.model.state_dict().items():
         if name.startswith('encoder.'): assert torch.equal(value, source[name]), name
     assert ' 0 tensors left' in read_yaml(unet.folder / 'environment.yaml')['weights']['report']
+
+
+@pytest.mark.parametrize('path', sorted(path.relative_to(project_root()) for path in project_root().glob('outputs/**/config.yaml')), ids=str)
+def test_the_configurations_of_committed_runs_can_be_read(path):
+    settings = read_yaml(project_root() / path)
+    labelled = settings['data']['data'] in ('ImageFolder', 'TinyImageNet')  # their folder tells the classes
+    weights = settings['model'].get('encoder_weights')  # of a run whose checkpoint is not committed
+    if labelled or weights: pytest.skip('needs files that are not committed')
+    config = configure(config=str(project_root() / path))
+    assert config.model == settings['model']['model'] and config.run.seed == settings['run']['seed']
