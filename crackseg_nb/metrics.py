@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOL', 'CLASS_PROTOCOL', 'SCORES', 'THRESHOLDS', 'LABEL_PROTOCOL', 'scores_from_counts', 'count_sorted',
            'count_keys', 'check_batch', 'count_images', 'histograms', 'ImageCounts', 'BinaryMetrics', 'check_logits',
-           'ClassMetrics', 'class_scores', 'mean_scores', 'LabelMetrics', 'create_metrics']
+           'check_class_names', 'ClassMetrics', 'class_scores', 'mean_scores', 'LabelMetrics', 'create_metrics']
 
 # %% ../nbs/12_metrics.ipynb #1f6898d4
 from collections.abc import Sequence
@@ -294,15 +294,20 @@ def observe(
     return probability
 
 # %% ../nbs/12_metrics.ipynb #72f5af39
+def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    "Return the names as a tuple; raise `CrackSegError` unless they are 2 to 255 different ones."
+    if isinstance(class_names, str) or len(set(class_names)) != len(class_names) or not 2 <= len(class_names) <= VOID:
+        raise CrackSegError(f'class_names: found {class_names!r}, expected 2 to {VOID} different names')
+    return tuple(class_names)
+
+
 class ClassMetrics(ImageCounts):
     "Collect a confusion matrix for each image of a segmentation into several classes; see `CLASS_PROTOCOL`."
     setting, protocol, iou_name = 'class_names', CLASS_PROTOCOL, 'mIoU'
 
     def __init__(self, class_names: Sequence[str]):  # in the order of their ids, background first
-        self.class_names = tuple(class_names)
+        self.class_names = check_class_names(class_names)
         self.num_classes = len(self.class_names)
-        if isinstance(class_names, str) or len(set(self.class_names)) != self.num_classes or not 2 <= self.num_classes <= VOID:
-            raise CrackSegError(f'class_names: found {class_names!r}, expected 2 to {VOID} different names')
         self.num_counts = self.num_classes ** 2 + 1
         self.mistake = f'class ids beyond the {self.num_classes} classes, or logits that are NaN; expected ids 0..{self.num_classes - 1}, and {VOID} for void in the target'
         self.reset()
@@ -399,10 +404,8 @@ class LabelMetrics(ImageCounts):
     setting, protocol, iou_name, score, num_counts = 'class_names', LABEL_PROTOCOL, 'accuracy', 'accuracy', 3
 
     def __init__(self, class_names: Sequence[str]):  # in the order of their ids
-        self.class_names = tuple(class_names)
+        self.class_names = check_class_names(class_names)
         self.num_classes = len(self.class_names)
-        if isinstance(class_names, str) or len(set(self.class_names)) != self.num_classes or not 2 <= self.num_classes <= VOID:
-            raise CrackSegError(f'class_names: found {class_names!r}, expected 2 to {VOID} different names')
         self.reset()
 
     def observe(

@@ -67,3 +67,21 @@ def slurm_environment():
 def slurm(slurm_environment, monkeypatch):
     "A SLURM of one node; its tests are marked `slurm`."
     for name, value in slurm_environment.items(): monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A folder for the runs of a module's tests."
+    return tmp_path_factory.mktemp('outputs')
+
+
+@pytest.fixture
+def begin():
+    "A function that returns an experiment with data and model, which goes no further."
+    from crackseg_nb.experiment import prepare
+
+    def prepared(config):
+        experiment = prepare(config)
+        experiment.folder.mark('stopped')
+        return experiment
+    return prepared

@@ -7,22 +7,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crackseg_nb.config import RECIPES, configure
 from crackseg_nb.core import CrackSegError, Stopped, read_yaml
-from crackseg_nb.experiment import Experiment, prepare, run
+from crackseg_nb.experiment import prepare, run
+from crackseg_nb.training.checkpoint import checkpoint_names
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = dict(recipe='swin_classifier', encoder='swinv2', embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4), window_size=4, synthetic_images=80,
              image_size=32, epochs=2, batch_size=16, device='cpu', amp='off', lr=1e-3, checkpoint_every=1)
-
-
-def begin(config):
-    "Return an experiment with data and model that goes no further."
-    experiment = prepare(config)
-    experiment.folder.mark('stopped')
-    return experiment
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('outputs')
 
 
 @pytest.fixture(scope='module')
@@ -75,15 +65,14 @@ def test_the_rate_grows_with_the_batch(folder):
     assert rates[2] == 2 * rates[1] == pytest.approx(2e-3)
 
 
-def test_a_stopped_classifier_resumes_to_the_same(folder, done):
-    stopped = Experiment(configure(**SMALL, outputs=str(folder), run_name='stopped'))
-    stopped.load_data(), stopped.build_model()
-    asked = iter(range(100))
-    type(stopped.stop).reason, kept = property(lambda self: 'SIGTERM' if next(asked) > 2 else None), type(stopped.stop).reason
-    try:
-        with pytest.raises(Stopped): stopped.train()
-    finally: type(stopped.stop).reason = kept
-    resumed = run(configure(resume=str(stopped.folder.path)))
+def test_a_time_limited_classifier_resumes_to_the_same(folder, done):
+    limit = done.timings['train'] / 4 / 60
+    with pytest.raises(Stopped): run(configure(**SMALL, time_limit=limit, outputs=str(folder), run_name='limited'))
+    status = read_yaml(folder / 'limited' / 'status.yaml')
+    assert status['state'] == 'stopped' and 'time limit' in status['reason']
+    states = checkpoint_names(folder / 'limited' / 'checkpoints')
+    assert states and f'epoch_{2:04}' not in states  # it stopped before the end, with a state
+    resumed = run(configure(resume='limited', outputs=str(folder), time_limit=0))
     assert (resumed.folder / 'history.csv').read_bytes() == (done.folder / 'history.csv').read_bytes()
     for name, value in done.model.state_dict().items(): assert torch.equal(value, resumed.model.state_dict()[name]), name
 
@@ -97,14 +86,14 @@ def test_labels_and_masks_want_their_models():
 
 
 @pytest.mark.real_data
-def test_the_published_layout_runs(folder, data_folder):
+def test_the_published_layout_runs(folder, data_folder, begin):
     settings = dict(SMALL, data='ImageFolder', data_dir=str(data_folder / 'cifar10'), epochs=0)
     experiment = begin(configure(**settings, outputs=str(folder), run_name='cifar'))
     assert experiment.splits.lengths['test'] == 1000 and len(experiment.splits.classes) == 10
     assert experiment.config.model_config().num_classes == 10
 
 
-def test_its_encoder_serves_the_hybrid(folder):
+def test_its_encoder_serves_the_hybrid(folder, begin):
     classifier = run(configure(**{**SMALL, 'embed_dim': 0, 'depths': (), 'num_heads': (), 'window_size': 0, 'epochs': 1, 'synthetic_images': 40}, outputs=str(folder), run_name='tiny'))
     hybrid = dict(synthetic_images=12, image_size=64, epochs=0, device='cpu', amp='off', outputs=str(folder))
     begun = begin(configure(**hybrid, encoder_weights='tiny', run_name='transfer'))

@@ -82,17 +82,6 @@ def test_a_recipe_says_what_it_needs():
     with pytest.raises(CrackSegError, match='fine_tune: found none, expected it with recipe deeplab_finetune'): configure(recipe='deeplab_finetune')
 
 
-def begin(config):
-    "Return an experiment with data and model that goes no further."
-    experiment = prepare(config)
-    experiment.folder.mark('stopped')
-    return experiment
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('outputs')
-
-
 @pytest.fixture(scope='module')
 def first(folder): return run(configure(**SMALL, outputs=str(folder), run_name='first'))
 
@@ -174,7 +163,7 @@ def test_weights_of_another_model_or_class_count_are_refused(folder, first):
     with pytest.raises(CrackSegError, match='expected one of the two'): configure(**SMALL, encoder_weights='first', fine_tune='first', outputs=str(folder))
 
 
-def test_a_mobile_encoder_moves_between_models(folder, first):
+def test_a_mobile_encoder_moves_between_models(folder, first, begin):
     unet = begin(configure(**{**SMALL, 'model': 'unet', 'encoder': 'mobilenet_v3_small'}, encoder_weights='first', outputs=str(folder), run_name='moved'))
     source = first.trainer.best_weights
     for name, value in unet.model.state_dict().items():
