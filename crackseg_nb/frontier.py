@@ -59,7 +59,8 @@ def open_run(run: str,  # folder of a run, or its name in the folder of all runs
     config = configure(config=str(folder/"config.yaml"), fine_tune="", encoder_weights="", outputs=outputs, device="cpu", **changes)
     model, kept = make_model(config, fresh=False), (folder/"checkpoints"/"best.json").is_file()
     if kept: load_model_weights(model, folder/"checkpoints")
-    return FinishedRun(folder, config, read_yaml(folder/"final_results.yaml"), model.eval(), kept)
+    model = model.eval().to(memory_format=torch.channels_last)  # as the trainer lays models out: it decides about speed and memory
+    return FinishedRun(folder, config, read_yaml(folder/"final_results.yaml"), model, kept)
 
 # %% ../nbs/24_frontier.ipynb #e365ba9b
 @dataclass
@@ -203,7 +204,7 @@ def take_steps(frontier: Frontier,
         models[name], remark = STEPS[choose("step", name, STEPS)](frontier)
         rows[name] = {**score(frontier, models[name]), "remark": remark}
         logger.info("frontier: %s: test iou %.4f (%s)", name, rows[name]["iou"], remark)
-    table = frontier_table(models, frontier.config.size, rounds=frontier.config.rounds)
+    table = frontier_table({name: model.to(memory_format=torch.channels_last) for name, model in models.items()}, frontier.config.size, rounds=frontier.config.rounds)
     return frontier.keep("steps", table.join(pd.DataFrame(rows).T.infer_objects()))
 
 # %% ../nbs/24_frontier.ipynb #971f197f
