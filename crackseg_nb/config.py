@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SYNTHETIC', 'FIRST_WEIGHTS', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PUBLISHED_360', 'HERITAGE', 'DICE_FOCAL', 'DEEPLAB',
            'ENHANCED', 'COMBINED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'check_place', 'DataConfig',
-           'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig', 'default_of', 'model_settings',
-           'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure', 'find_run',
-           'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
-           'notebook_parameters', 'describe_config']
+           'is_labelled', 'check_model_of', 'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig',
+           'default_of', 'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe',
+           'configure', 'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict',
+           'read_config', 'notebook_parameters', 'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
@@ -86,10 +86,20 @@ class DataConfig:
         self.classes  # raises if the names are none of this layout
 
 # %% ../nbs/17_config.ipynb #be7ef1c2
+def is_labelled(data: str) -> bool:
+    "Return whether images of this kind carry one label each, in place of a mask."
+    return data == "synthetic_textures" or data in SOURCES and SOURCES[data].labels is not None
+
+def check_model_of(model: str, data: str) -> None:
+    "Raise CrackSegError unless labelled images go with the classifier, and masks with a model that segments."
+    if is_labelled(data) == (model == CLASSIFIER): return
+    fitting = f"{CLASSIFIER}, as of -p recipe {CLASSIFIER}" if is_labelled(data) else "a model that segments"
+    raise CrackSegError(f"model: found {model} with data {data}, expected {fitting}")
+
 @patch(as_prop=True)
 def labelled(self: DataConfig) -> bool:
     "Whether images carry one label each, in place of a mask."
-    return self.data == "synthetic_textures" or self.data in SOURCES and SOURCES[self.data].labels is not None
+    return is_labelled(self.data)
 
 @patch(as_prop=True)
 def num_channels(self: DataConfig) -> int:
@@ -169,9 +179,7 @@ class ExperimentConfig:
     def __post_init__(self):
         classes = self.data.classes
         if self.run.test_epoch: self.train.epochs = 1
-        if self.data.labelled != (self.model == CLASSIFIER):
-            fitting = f"{CLASSIFIER}, as of -p recipe {CLASSIFIER}" if self.data.labelled else "a model that segments"
-            raise CrackSegError(f"model: found {self.model} with data {self.data.data}, expected {fitting}")
+        check_model_of(self.model, self.data.data)
         self.model_config()
         self.check_first_weights()
         choose_precision(self.train.amp, get_device(self.run.device))
@@ -397,6 +405,7 @@ def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfi
         section = known[name][0]
         if section in own: choose(f"setting of {dict(model=model, loss=loss)[section]}", name, own[section])
         parts[section][name] = value
+    if "data" in parts["data"]: check_model_of(model, choose("data", parts["data"]["data"], (*SYNTHETIC, *SOURCES)))  # before what follows from the pair
     data = DataConfig(**parts["data"])
     if data.num_channels > 1 and "prior" not in given: parts["model"].pop("prior", None)  # a recipe's, for its cracks
     return ExperimentConfig(RunConfig(**parts["run"]), data, model, parts["model"], LossConfig(loss, parts["loss"]), **extra,

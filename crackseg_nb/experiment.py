@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../nbs/17b_experiment.ipynb #7d1c4d0d
-from .config import SYNTHETIC, ExperimentConfig, config_to_dict, configure, locate_weights, model_settings
+from .config import FIRST_WEIGHTS, SYNTHETIC, ExperimentConfig, config_to_dict, configure, locate_weights, model_settings
 from .core import RESUME_CODE, CrackSegError, RunFolder, Stopped, atomic_write, check_writable, create_run_folder
 from .core import describe_environment, display_path, find_path, get_device, log_to, logger, now, outputs_folder, read_yaml, seed_everything, seed_for
 from .core import this_process, write_text, write_yaml
@@ -32,7 +32,7 @@ from .data.augment import create_augmentation
 from .data.damage import write_damage
 from .data.dataset import CrackDataset, create_loader
 from .data.labels import LabelDataset, create_label_augmentation
-from .data.sources import read_source
+from .data.sources import read_source, some
 from .data.splits import Splits, audit, make_splits
 from .data.synthetic import SyntheticConfig, write_synthetic
 from .data.textures import write_textures
@@ -229,6 +229,22 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
         model.weights = {"requested": name, "loaded": f"{name} {getattr(config, name)}", "report": told, "sha256": digest}
         logger.info("weights: %s", told)
 
+# %% ../nbs/17b_experiment.ipynb #a4c7943e
+@patch
+def check_first_weights(self: Experiment) -> None:
+    "Raise CrackSegError if the run whose weights training begins with has seen test images of this one; warn where that cannot be told."
+    data = self.config.data
+    for name in FIRST_WEIGHTS:
+        if not getattr(self.config, name): continue
+        run = locate_weights(name, getattr(self.config, name), self.config.run.outputs).parent
+        if data.data in SYNTHETIC or not (run/"splits.yaml").is_file(): continue  # with another seed, synthetic images are others
+        theirs, before = read_yaml(run/"splits.yaml"), read_yaml(run/"config.yaml")["data"]
+        seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
+        if before["data"] != data.data or not seen: continue
+        told = f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} learned or chose by ({some(seen)})"
+        if find_path(before["data_dir"]).resolve() != find_path(data.data_dir).resolve(): self.audit.warnings.append(told + ", if they are the same images")
+        else: raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
+
 # %% ../nbs/17b_experiment.ipynb #50f43803
 def make_model(config: ExperimentConfig,
                fresh: bool = True,  # False: all weights will come from a state
@@ -255,6 +271,7 @@ def check_same_world(old: dict, new: dict, folder: str) -> None:
 def build_model(self: Experiment) -> None:
     "Build the model and write environment.yaml; raise CrackSegError if weights or disk space can't be had."
     config, path = self.config, self.folder/"environment.yaml"
+    self.check_first_weights()
     self.model = make_model(config, fresh=self.resume_from is None)
     self.parameters = count_parameters(self.model)
     kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights

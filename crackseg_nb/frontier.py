@@ -110,6 +110,8 @@ class Frontier:
 
     def check_runs(self) -> None:
         "Raise CrackSegError unless all runs saw the same images in the same splits, judged alike, and what is compressed has its weights."
+        for name, run in self.runs.items():
+            if run.config.data.labelled: raise CrackSegError(f"runs: found {name}, which names whole images; expected runs that segment")
         def told(run): return run.results["data_fingerprint"][:12], run.config.data.eval_fit, run.config.data.train_set
         first, *others = self.runs
         for name in others:

@@ -338,7 +338,7 @@ def draw_shares(report: Audit, classes: Classes) -> Figure:
     else: axis.set_xlim(0, 1.1 * present.max(initial=0.1))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_yticks(rows, [shorten(name) for name in classes.names])
-    axis.set(xlabel=f"share of a class, % of {'labelled images' if 'fewest of a class' in report.table else 'annotated pixels'}", ylim=(len(classes) - 0.5, -0.7))
+    axis.set(xlabel=f"share of a class, % of {'labelled images' if 'fewest per class' in report.table else 'annotated pixels'}", ylim=(len(classes) - 0.5, -0.7))
     plain_axis(axis)
     axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     plt.close(figure)
@@ -493,7 +493,7 @@ def show_confusion(matrix: np.ndarray,  # pixels (C, C), true classes down
     figure, axis = plt.subplots(figsize=(side + 2.4, side + 1.5), dpi=DPI, layout="constrained")
     drawn = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     for row, line in enumerate(shares):
-        if np.isnan(line).any(): mark_row(axis, row, len(names), "no true pixel")
+        if np.isnan(line).any(): mark_row(axis, row, len(names), "none")
         elif len(names) <= 12:
             for column, share in enumerate(line): write_share(axis, row, column, share)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)

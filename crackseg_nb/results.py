@@ -166,7 +166,8 @@ def write_report(experiment: "Experiment") -> str:
     sizes = ", ".join(f"{split} {size}" for split, size in experiment.splits.lengths.items())
     lines = [f"Run {experiment.folder.run_id}", "",
              f"Recipe {config.run.recipe}, {config.model}, {results['model']['parameters']:,} parameters, weights: {results['model']['weights']}.",
-             f"Data {experiment.source.name}: {sizes} images.", "", *score_lines(results), "", *read_training(pd.DataFrame(experiment.trainer.history)), "",
+             f"Data {experiment.source.name}: {sizes} images.",
+             "".join(f"{name.removesuffix('_rule').capitalize()}: {rule}. " for name, rule in results["protocol"].items() if name.endswith("_rule")).strip(), "", *score_lines(results), "", *read_training(pd.DataFrame(experiment.trainer.history)), "",
              *[f"Warning: {warning}" for warning in experiment.audit.warnings], results["protocol"]["text"]]
     return "\n".join(lines) + "\n"
 

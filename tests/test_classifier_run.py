@@ -82,6 +82,9 @@ def test_labels_and_masks_want_their_models():
         configure(data='synthetic_textures', augmentation='basic')
     with pytest.raises(CrackSegError, match='found swin_classifier with data synthetic, expected a model that segments'):
         configure(**{**SMALL, 'data': 'synthetic', 'augmentation': 'basic'})
+    for data in ('synthetic', 'NEU_Seg'):
+        with pytest.raises(CrackSegError, match=f'found swin_classifier with data {data}'): configure(recipe='swin_classifier', data=data, data_dir='' if data == 'synthetic' else 'x')
+    with pytest.raises(CrackSegError, match='found deeplab_optimized with data ImageFolder'): configure(recipe='deeplab_test', data='ImageFolder', data_dir='x')
     with pytest.raises(CrackSegError, match="loss: found 'dice'"): configure(**SMALL, loss='dice')
 
 

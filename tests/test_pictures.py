@@ -211,7 +211,7 @@ def test_classes_without_a_pixel():
     assert texts == ['0.00', '0', 'no true pixel', '0', 'true pixels']
     matrix = np.array([[5, 5, 0], [0, 0, 0], [1, 0, 999]])
     texts = [text.get_text() for text in show_confusion(matrix, names).axes[0].texts]
-    assert texts == ['50', '50', 'no true pixel', '<1', '>99']
+    assert texts == ['50', '50', 'none', '<1', '>99']
 
 
 @pytest.mark.parametrize('count, figures', [(2, True), (12, True), (13, False), (21, False)])

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from crackseg_nb.config import RECIPES, configure
 from crackseg_nb.core import CrackSegError, RunFolder, Stopped, project_root, read_yaml
+from crackseg_nb.data.synthetic import SyntheticConfig, write_synthetic
 from crackseg_nb.experiment import Experiment, prepare, run
 from crackseg_nb.models.registry import count_parameters, create_model
 
@@ -161,6 +162,18 @@ def test_weights_of_another_model_or_class_count_are_refused(folder, first):
     with pytest.raises(CrackSegError, match="encoder_weights: found no run 'frist' .did you mean 'first'"):
         configure(**SMALL, encoder_weights='frist', outputs=str(folder))
     with pytest.raises(CrackSegError, match='expected one of the two'): configure(**SMALL, encoder_weights='first', fine_tune='first', outputs=str(folder))
+
+
+def test_weights_of_a_run_that_learned_test_images_are_refused(tmp_path):
+    write_synthetic(tmp_path / 'mini', 20, (32, 32), 1, SyntheticConfig(crack_width=(3, 6)))
+    settings = dict(SMALL, data='folder', data_dir=str(tmp_path / 'mini'), epochs=1, outputs=str(tmp_path))
+    before = run(configure(**settings, seed=42, run_name='before'))
+    same = prepare(configure(**settings, seed=42, fine_tune='before', run_name='same'))
+    same.folder.mark('stopped')
+    with pytest.raises(CrackSegError) as caught: prepare(configure(**settings, seed=7, fine_tune='before', run_name='other'))
+    learned, test = {sample.name for sample in before.splits.train + before.splits.val}, read_yaml(tmp_path / 'other' / 'splits.yaml')['test']
+    assert str(caught.value).startswith(f'fine_tune: found {len(learned & set(test))} of {len(test)} test images among those that before learned')
+    assert '\n' not in str(caught.value)
 
 
 def test_a_mobile_encoder_moves_between_models(folder, first, begin):

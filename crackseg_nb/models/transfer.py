@@ -178,6 +178,6 @@ def load_model_weights(model: nn.Module,
     if tensors.keys() == own.keys() and others and all(name.startswith("head.") for name in others):
         found, expected = tensors[others[0]].shape[0], own[others[0]].shape[0]
         raise CrackSegError(f"{source}: found a head for num_classes={found}, expected num_classes={expected}; "
-                            "load_encoder_weights takes over the encoder alone")
+                            "encoder_weights takes over the encoder alone")
     check_finite(tensors, str(source))
     return load_weights(model, find_source(source))

@@ -405,8 +405,8 @@ def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
     "Train to the last epoch or until early stopping and return the history; the best weights are in checkpoint `best`."
     if resume is not None: restore(trainer, resume)
     config, accelerator = trainer.config, trainer.accelerator
-    logger.info("training on %s (%s)%s, precision %s, %d steps of %d images per epoch, %d at a time", accelerator.device, platform.machine(),
-                f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else "", accelerator.mixed_precision,
+    logger.info("training on %s (%s)%s, precision %s, learning rate up to %g, %d steps of %d images per epoch, %d at a time", accelerator.device,
+                platform.machine(), f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else "", accelerator.mixed_precision, max(trainer.scheduler.base_lrs),
                 trainer.steps_per_epoch, trainer.sampler.window_size, trainer.micro_batch)
     # A resumed run writes some steps again: `purge_step` makes TensorBoard forget the first writing.
     events = SummaryWriter(str(trainer.folder/"tensorboard"), purge_step=trainer.epoch + 1) if accelerator.is_main_process else nullcontext()
