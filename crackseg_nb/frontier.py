@@ -118,9 +118,9 @@ class Frontier:
             if told(self.runs[name]) != told(self.runs[first]):
                 raise CrackSegError(f"runs: found {name} with other images, splits or evaluation {told(self.runs[name])} than {first} {told(self.runs[first])}, "
                                     "expected the same for all")
+        if "val" not in self.runs[first].results: raise CrackSegError(f"runs: {first} learned the validation images, expected runs that left them to choose by")
         for name in (self.config.student, self.config.teacher):
             if not self.runs[name].trained: raise CrackSegError(f"runs: {name} has no checkpoint, expected one of student and teacher")
-        if "val" not in self.runs[first].results: raise CrackSegError(f"runs: {first} learned the validation images, expected runs that left them to choose by")
 
     def costs(self) -> pd.DataFrame:
         "Return what the models of all runs cost, beside their own test scores."

@@ -365,9 +365,8 @@ def draw_curves(axis, history: pd.DataFrame, names: dict[str, str]) -> None:
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
     axis.set_xlabel("epoch", fontsize=8)
-    if axis.lines: axis.legend(frameon=False, fontsize=8)
-    elif len(history): return
-    else: axis.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=axis.transAxes, color="grey")
+    if axis.lines and len(history): axis.legend(frameon=False, fontsize=8)
+    elif not len(history): axis.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=axis.transAxes, color="grey")
 
 # %% ../nbs/12b_pictures.ipynb #c6ac82a6
 def mark_best(axis, history: pd.DataFrame, label: str) -> None:
