@@ -294,7 +294,7 @@ def test_a_whole_model_is_loaded_or_its_classes_are_named(tmp_path, make):
     source, model = make(num_classes=4), make(num_classes=4, seed=1)
     report = load_model_weights(model, saved(source, tmp_path))
     assert not changed(model, source.state_dict()) and len(report.loaded) == len(model.state_dict())
-    refused(load_model_weights, make(num_classes=6, seed=1), tmp_path / 'source.safetensors', r'found a head for num_classes=4, expected num_classes=6; load_encoder_weights')
+    refused(load_model_weights, make(num_classes=6, seed=1), tmp_path / 'source.safetensors', r'found a head for num_classes=4, expected num_classes=6; encoder_weights takes')
 
 
 def test_another_whole_model_is_refused(tmp_path):
