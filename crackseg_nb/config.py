@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'FIRST_WEIGHTS', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PUBLISHED_360', 'HERITAGE', 'DICE_FOCAL', 'DEEPLAB',
-           'ENHANCED', 'COMBINED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'check_place', 'DataConfig',
-           'is_labelled', 'check_model_of', 'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig',
-           'default_of', 'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe',
-           'configure', 'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict',
-           'read_config', 'notebook_parameters', 'describe_config']
+           'ENHANCED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'check_place', 'DataConfig', 'is_labelled',
+           'check_model_of', 'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig', 'default_of',
+           'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure',
+           'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
+           'notebook_parameters', 'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
@@ -69,7 +69,7 @@ class DataConfig:
     preload: str = "auto"  # decoded images in memory (true), in a memory-mapped file (disk), the first of them that can be had (auto), or not at all (false)
     num_workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
     loader_timeout: float = 300.0  # seconds to wait for a batch from them before the run stops; 0 waits for ever
-    synthetic_images: int = 240  # how many synthetic images to make; of textures, of each class
+    synthetic_images: int = 240  # how many synthetic images to make, in all
     synthetic_width: tuple[float, float] = (1.0, 12.0)  # narrowest and widest synthetic crack, in pixels
 
     def __post_init__(self):
@@ -198,14 +198,13 @@ class ExperimentConfig:
 # %% ../nbs/17_config.ipynb #59cb160e
 @patch
 def check_first_weights(self: ExperimentConfig) -> None:
-    "Raise CrackSegError unless the weights that training begins with can be found, and are asked for once; none stands for nothing."
+    "Raise CrackSegError unless the weights that training begins with are asked for once; none stands for nothing."
     for name in FIRST_WEIGHTS:
         if getattr(self, name).lower() == "none": setattr(self, name, "")
     if self.fine_tune and self.encoder_weights:
         raise CrackSegError(f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, expected one of the two")
     for name in FIRST_WEIGHTS:
         if not getattr(self, name): continue
-        locate_weights(name, getattr(self, name), self.run.outputs)
         pretrained = str(self.model_settings.get("pretrained", "auto")).lower()
         if pretrained not in ("auto", "true", "false"): raise CrackSegError(f"pretrained: found {pretrained!r} beside {name}, expected one of the two")
         self.model_settings["pretrained"] = "false"  # they would be overwritten
@@ -297,9 +296,8 @@ DEEPLAB = dict(
     augmentation="mirror", loss="focal", alpha=0.25, gamma=2.0, optimizer="adamw", lr=1e-4, weight_decay=1e-4, scheduler="cosine", epochs=50, batch_size=8,
     accumulation=1, eval_batch_size=8, amp="auto", patience=0, checkpoint_every=5, gradient_checkpointing=False, train_set="train", seed=42)
 ENHANCED = dict(augmentation="enhanced")
-COMBINED = dict(loss="focal_dice", focal_weight=0.5, dice_weight=0.5, smooth=1.0)
 SWIN = dict(
-    data="synthetic_textures", synthetic_images=150, model="swin_classifier", encoder="swin_tiny", pretrained="false", image_size=224, drop_path_rate=0.1,
+    data="synthetic_textures", synthetic_images=800, model="swin_classifier", encoder="swin_tiny", pretrained="false", image_size=224, drop_path_rate=0.1,
     augmentation="advanced", loss="label_ce", label_smoothing=0.1, optimizer="adamw", lr=3e-4, lr_batch_size=64, betas=(0.9, 0.999), weight_decay=0.05,
     scheduler="warmup_cosine", warmup_fraction=0.05, warmup_start=1e-6 / 3e-4, min_lr_fraction=1e-5 / 3e-4, clip_norm=1.0, epochs=100, batch_size=64,
     accumulation=1, eval_batch_size=64, amp="auto", patience=0, checkpoint_every=10, gradient_checkpointing=False, time_limit=1440.0, seed=42)
@@ -320,7 +318,8 @@ RECIPES = {
         **{name: value for name, value in DEEPLAB.items() if name not in ("alpha", "gamma")}, "model": "deeplab_original", "loss": "ce"}),
     "deeplab_test": Recipe("the optimised DeepLab, focal loss, 50 epochs: does it come near the original?", DEEPLAB),
     "deeplab_enhanced": Recipe("the same with zoom, crop, flip and colour, 100 epochs", DEEPLAB | ENHANCED | dict(epochs=100)),
-    "deeplab_maximum": Recipe("all training and validation images, focal and Dice loss, 150 epochs", DEEPLAB | ENHANCED | COMBINED | dict(train_set="trainval", epochs=150)),
+    "deeplab_maximum": Recipe("all training and validation images, focal and Dice loss, 150 epochs", {
+        **DEEPLAB, **ENHANCED, "loss": "focal_dice", "focal_weight": 0.5, "dice_weight": 0.5, "smooth": 1.0, "train_set": "trainval", "epochs": 150}),
     "deeplab_finetune": Recipe("100 more epochs at half the rate for a trained DeepLab, with -p fine_tune RUN",
                                DEEPLAB | ENHANCED | dict(train_set="trainval", epochs=100, lr=5e-5), needs=("fine_tune",)),
     "deeplab_quick": Recipe("the optimised DeepLab at 384x384, 30 epochs", DEEPLAB | dict(image_size=384, epochs=30)),
@@ -346,7 +345,10 @@ def configure(**parameters  # any of `known_parameters()`; `config` with a run's
         if not (given.get(name) or base.get(name)): raise CrackSegError(f"{name}: found none, expected it with recipe {recipe}: {RECIPES[recipe].purpose}")
     base = base or dict(RECIPES[recipe].settings)
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
-    return build_config({**base, "recipe": recipe}, given)
+    config = build_config({**base, "recipe": recipe}, given)
+    for name in FIRST_WEIGHTS:  # those of an earlier configuration may be gone: a run that goes on does not need them any more
+        if name in given and getattr(config, name): locate_weights(name, getattr(config, name), config.run.outputs)
+    return config
 
 # %% ../nbs/17_config.ipynb #06e2c7a4
 SAME_NUMBERS = ("data_dir", "preload", "num_workers", "loader_timeout", "devices", "time_limit", "checkpoint_minutes", "checkpoint_every", "outputs")

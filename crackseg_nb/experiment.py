@@ -231,7 +231,7 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
 
 # %% ../nbs/17b_experiment.ipynb #a4c7943e
 @patch
-def check_first_weights(self: Experiment) -> None:
+def refuse_seen_images(self: Experiment) -> None:
     "Raise CrackSegError if the run whose weights training begins with has seen test images of this one; warn where that cannot be told."
     data = self.config.data
     for name in FIRST_WEIGHTS:
@@ -242,8 +242,10 @@ def check_first_weights(self: Experiment) -> None:
         seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
         if before["data"] != data.data or not seen: continue
         told = f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} learned or chose by ({some(seen)})"
-        if find_path(before["data_dir"]).resolve() != find_path(data.data_dir).resolve(): self.audit.warnings.append(told + ", if they are the same images")
-        else: raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
+        if find_path(before["data_dir"]).resolve() == find_path(data.data_dir).resolve():
+            raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
+        self.audit.warnings.append(told + ", if they are the same images")
+        logger.warning("data: %s", self.audit.warnings[-1])
 
 # %% ../nbs/17b_experiment.ipynb #50f43803
 def make_model(config: ExperimentConfig,
@@ -271,7 +273,7 @@ def check_same_world(old: dict, new: dict, folder: str) -> None:
 def build_model(self: Experiment) -> None:
     "Build the model and write environment.yaml; raise CrackSegError if weights or disk space can't be had."
     config, path = self.config, self.folder/"environment.yaml"
-    self.check_first_weights()
+    if self.resume_from is None: self.refuse_seen_images()
     self.model = make_model(config, fresh=self.resume_from is None)
     self.parameters = count_parameters(self.model)
     kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights

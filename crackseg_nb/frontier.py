@@ -56,7 +56,7 @@ def open_run(run: str,  # folder of a run, or its name in the folder of all runs
     folder = find_run_folder("runs", run, outputs)
     if folder.state != "done": raise CrackSegError(f"runs: {folder.run_id} is {folder.state}, expected a run that is done")
     changes = {"data_dir": data_dir} if data_dir else {}
-    config = configure(config=str(folder/"config.yaml"), fine_tune="", encoder_weights="", outputs=outputs, device="cpu", **changes)
+    config = configure(config=str(folder/"config.yaml"), outputs=outputs, device="cpu", **changes)
     model, kept = make_model(config, fresh=False), (folder/"checkpoints"/"best.json").is_file()
     if kept: load_model_weights(model, folder/"checkpoints")
     model = model.eval().to(memory_format=torch.channels_last)  # as the trainer lays models out: it decides about speed and memory

@@ -7,23 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from messages import one_line
 from PIL import Image
 
-from crackseg_nb.core import CrackSegError, fingerprint_of, read_yaml, write_yaml
+from crackseg_nb.core import fingerprint_of, read_yaml, write_yaml
 from crackseg_nb.data import sources
 from crackseg_nb.data.dataset import create_loader
 from crackseg_nb.data.labels import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
 from crackseg_nb.data.sources import LABELS, Classes, Sample, Source, label_classes, read_image, read_source
 from crackseg_nb.data.splits import audit, fingerprint, make_splits
 from crackseg_nb.data.textures import TEXTURES, synthesize_texture, write_textures
-
-
-def one_line(action, *parts):
-    "Check that `action` raises a CrackSegError of one line that contains all `parts`."
-    with pytest.raises(CrackSegError) as caught: action()
-    message = str(caught.value)
-    assert '\n' not in message
-    for part in parts: assert part in message, message
 
 
 def noise(seed, size=(32, 32)): return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)

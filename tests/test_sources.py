@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from messages import one_line
 from PIL import Image
 from scipy.io import savemat
 
-from crackseg_nb.core import CrackSegError
 from crackseg_nb.data.sources import ENCODINGS, SOURCES, Sample, Source, read_image, read_mask, read_source
 from crackseg_nb.data.splits import audit, crossing_groups, fingerprint, make_splits, pick_groups
 
@@ -32,14 +32,6 @@ def write_folder(root, masks, images=None, image_names=None, mask_names=None, fo
             if isinstance(content, bytes): path.write_bytes(content)
             else: (content if isinstance(content, Image.Image) else Image.fromarray(content)).save(path)
     return root
-
-
-def one_line(action, *parts):
-    "Check that `action` raises a CrackSegError of one line that contains all `parts`."
-    with pytest.raises(CrackSegError) as caught: action()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts: assert part in message, message
 
 
 def read_folder(root, **options):

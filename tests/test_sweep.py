@@ -181,9 +181,9 @@ def test_slurm_warns_cancels_and_goes_on(slurm, sweep):
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_job_whose_time_is_up_queues_itself_again(slurm, sweep):
-    one = sweep('seed=1', 'epochs=700', cluster='slurm', cpus=1, time=1)
+    one = sweep('seed=1', 'epochs=1400', cluster='slurm', cpus=1, time=2)  # minutes; SLURM may warn a whole minute early
     one.submit()
-    assert wait_until_done(one, 300)['attempts'].iloc[0] >= 2
+    assert wait_until_done(one, 600)['attempts'].iloc[0] >= 2
     first = attempts_of(folder(one, 0).path)[0]
     assert (first['code'], first['failed']) == (75, False)
 

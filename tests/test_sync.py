@@ -139,3 +139,6 @@ def test_readme_is_generated_from_the_index():
 def test_readme_links_lead_somewhere():
     targets = re.findall(r'''(?:\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s#]+)''', (ROOT / 'README.md').read_text('utf-8'))
     assert not [target for target in targets if not (ROOT / target).exists()]
+    if not (ROOT / '.git').exists(): return
+    kept = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')  # outputs/ is ignored
+    assert not [target for target in targets if not any(name == target or name.startswith(target.rstrip('/') + '/') for name in kept)]
