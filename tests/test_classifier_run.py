@@ -1,12 +1,13 @@
 """The Swin classifier end to end: scores agree with the kept answers, TensorBoard's names, resuming, and its encoder in the hybrid."""
 import numpy as np
+import papermill
 import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crackseg_nb.config import RECIPES, configure
-from crackseg_nb.core import CrackSegError, Stopped, read_yaml
+from crackseg_nb.core import CrackSegError, Stopped, project_root, read_yaml
 from crackseg_nb.experiment import prepare, run
 from crackseg_nb.training.checkpoint import checkpoint_names
 
@@ -17,6 +18,12 @@ SMALL = dict(recipe='swin_classifier', encoder='swinv2', embed_dim=24, depths=(1
 
 @pytest.fixture(scope='module')
 def done(folder): return run(configure(**SMALL, outputs=str(folder), run_name='textures'))
+
+
+@pytest.fixture(scope='module')
+def lender(folder):
+    "A classifier with a whole SwinV2-tiny."
+    return run(configure(**{**SMALL, 'embed_dim': 0, 'depths': (), 'num_heads': (), 'window_size': 0, 'epochs': 1, 'synthetic_images': 40}, outputs=str(folder), run_name='tiny'))
 
 
 def test_the_recipe_is_the_guide():
@@ -96,11 +103,10 @@ def test_the_published_layout_runs(folder, data_folder, begin):
     assert experiment.config.model_config().num_classes == 10
 
 
-def test_its_encoder_serves_the_hybrid(folder, begin):
-    classifier = run(configure(**{**SMALL, 'embed_dim': 0, 'depths': (), 'num_heads': (), 'window_size': 0, 'epochs': 1, 'synthetic_images': 40}, outputs=str(folder), run_name='tiny'))
+def test_its_encoder_serves_the_hybrid(folder, lender, begin):
     hybrid = dict(synthetic_images=12, image_size=64, epochs=0, device='cpu', amp='off', outputs=str(folder))
     begun = begin(configure(**hybrid, encoder_weights='tiny', run_name='transfer'))
-    source, own = classifier.trainer.best_weights, begun.model.state_dict()
+    source, own = lender.trainer.best_weights, begun.model.state_dict()
     learned = [name for name in own if name.startswith('encoder.') and name in source]
     assert len(learned) > 150
     for name in learned:
@@ -111,3 +117,11 @@ def test_its_encoder_serves_the_hybrid(folder, begin):
     scratch = begin(configure(**hybrid, run_name='scratch'))
     for name, value in scratch.model.state_dict().items():  # the rest begins as without the transfer
         if not name.startswith('encoder.'): assert torch.equal(value, own[name]), name
+
+
+@pytest.mark.slow
+def test_the_notebook_of_pairs_runs(folder, lender, tmp_path):
+    papermill.execute_notebook(project_root() / 'nbs' / 'transfer.ipynb', tmp_path / 'out.ipynb', kernel_name='python3', progress_bar=False, parameters=dict(
+        encoder_weights='tiny', outputs=str(folder), seeds='1', fixed='synthetic_images=12 image_size=64 epochs=1 batch_size=4 device=cpu amp=off'))
+    runs = pd.read_csv(folder / 'transfer' / 'runs.csv')
+    assert runs['state'].tolist() == ['done', 'done'] and runs['test_iou'].notna().all()
