@@ -16,7 +16,6 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -41,7 +40,7 @@ from .losses import Loss
 from .metrics import ImageCounts, create_metrics
 from .models.registry import count_parameters, create_model
 from .models.transfer import load_encoder_weights, load_model_weights
-from .results import collect_results, resumes, save_prediction, write_report
+from .results import collect_results, image_scores, resumes, save_prediction, write_manifest, write_report
 from .training.checkpoint import find_weights, latest_checkpoint, load_checkpoint, prune_checkpoints, weights_to_bytes
 from .training.evaluation import evaluate
 from .training.interrupt import StopRequest
@@ -402,17 +401,16 @@ def test(self: Experiment) -> dict:
     with self.stop: self.test_metrics, _ = evaluate(trainer.model, self.loaders["test"], trainer.accelerator, on_batch=keep, progress="test",
                                                     interrupt=self.stop_if_asked, metrics=trainer.metrics.blank())
     self.timings["test"] = time.perf_counter() - start
-    self.keep_tables(names)
+    self.keep_tables()
     self.results = collect_results(self)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in self.results["test"]["pooled"].items() if name != "dice")
     logger.info("test: pooled %s%s", scores, "" if self.threshold is None else f" at threshold {self.threshold:.2f}")
     return self.results
 
 @patch
-def keep_tables(self: Experiment, names: list[str]) -> None:
+def keep_tables(self: Experiment) -> None:
     "Write the scores of each test image, and for several classes the confusion matrix."
-    self.per_image = self.test_metrics.per_image(self.threshold)
-    self.per_image.insert(1, "name", [names[index] for index in self.per_image["index"]])
+    self.per_image = image_scores(self.test_metrics, self.threshold, self.splits.test)
     with atomic_write(self.folder/"predictions"/"per_image.csv", "w") as handle: self.per_image.to_csv(handle, index=False)
     if self.threshold is not None: return
     classes = self.splits.classes.names
@@ -423,9 +421,10 @@ def keep_tables(self: Experiment, names: list[str]) -> None:
 @patch
 @step
 def finish(self: Experiment) -> RunFolder:
-    "Write the report and, last of all, final_results.yaml; mark the run as done and return its folder."
+    "Write the report, the manifest and, last of all, final_results.yaml; mark the run as done and return its folder."
     if not self.results: raise CrackSegError("finish: found no results, expected test() before finish()")
     write_text(self.folder/"analysis_report.txt", write_report(self))
+    write_manifest(self)
     write_yaml(self.folder/"final_results.yaml", self.results)
     self.folder.mark("done")
     if not self.config.train.checkpoint_every: prune_checkpoints(self.folder/"checkpoints", keep_last=0)  # nothing is left to resume

@@ -277,6 +277,7 @@ class Audit:
     fingerprint: str = ""  # empty if a file could not be read
     pixels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) pixels of each class, void aside; images where labelled
     images: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) images that show each class
+    digests: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)  # by split and sample name; see `digests_of`
 
     def raise_if_fatal(self) -> None:
         "Raise CrackSegError with the first problem, if there is one."
@@ -389,6 +390,7 @@ def audit(splits: Splits,
     report.warnings += balance_warnings(report.table) if cracks else class_warnings(shown, splits.classes)
     if errors: return report  # the rest needs all files
     report.fingerprint = fingerprint_from(splits, {split: [fact.digests for fact in part] for split, part in facts.items()})
+    report.digests = {split: {sample.name: fact.digests for sample, fact in pairs} for split, pairs in found.items()}
     thumbnails = {split: np.array([fact.thumbnail for fact in part]) for split, part in facts.items()}
     splits.near_duplicates = find_near_duplicates(splits, thumbnails) if near_duplicates else []
     report.problems += repeat_problems(splits)
