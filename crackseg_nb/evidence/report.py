@@ -136,7 +136,7 @@ def begin_comparison(variables: dict  # the notebook's `globals()`
     return comparison, outputs_folder(config.outputs)/config.name
 
 def finish_comparison(comparison: Comparison, folder: Path) -> None:
-    "Write scores.csv, tests.csv, left_out.csv, training.csv, analysis_report.txt, the pictures and comparison.html."
+    "Write scores.csv, tests.csv, left_out.csv, training.csv, analysis_report.txt, the pictures and comparison.html; for a single run also its report.html."
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in {"scores": comparison.scores.reset_index(), "tests": comparison.tests, "left_out": comparison.left_out,
                         "training": training_table(comparison).reset_index()}.items():
@@ -144,3 +144,5 @@ def finish_comparison(comparison: Comparison, folder: Path) -> None:
     write_text(folder/"analysis_report.txt", "\n".join(comparison.sentences) + "\n\nProtocol\n" + protocol_lines(comparison) + "\n")
     for name, figure in pictures_of(comparison).items(): save_figure(figure, folder/f"{name.replace(' ', '-')}.png")
     comparison_page(comparison, folder/"comparison.html")
+    taking_part = [entry for system in comparison.systems.values() for entry in system.entries]
+    if len(taking_part) == 1: run_page(str(taking_part[0].folder.path), folder/"report.html")
