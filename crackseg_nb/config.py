@@ -8,7 +8,7 @@ __all__ = ['SYNTHETIC', 'FIRST_WEIGHTS', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PU
            'check_model_of', 'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig', 'default_of',
            'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure',
            'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
-           'notebook_parameters', 'describe_config']
+           'notebook_parameters', 'notebook_settings', 'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
@@ -438,6 +438,16 @@ def notebook_parameters(variables: dict[str, Any]  # the notebook's `globals()`
                        ) -> dict[str, Any]:
     "Return the parameters among a notebook's variables; raise CrackSegError for a plain value that is none."
     return plain_variables(variables, [*known_parameters(), "config", "resume"])
+
+# %% ../nbs/17_config.ipynb #caefef42
+def notebook_settings(kind: type,  # a dataclass
+                      variables: dict[str, Any],  # the notebook's `globals()`
+                     ):
+    "Return a `kind` from a notebook's variables, None standing for the default; raise CrackSegError for a plain value that is no field, or a wrong one."
+    kinds = {item.name: item.type for item in fields(kind)}
+    found = {name: value for name, value in plain_variables(variables, kinds).items() if value is not None}
+    single = {name for name, value in found.items() if typing.get_origin(kinds[name]) is tuple and isinstance(value, (int, float))}
+    return kind(**{name: coerce(name, [value] if name in single else value, kinds[name]) for name, value in found.items()})
 
 # %% ../nbs/17_config.ipynb #ec9121e6
 def describe_config(config: ExperimentConfig) -> str:

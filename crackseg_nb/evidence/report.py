@@ -10,7 +10,7 @@ __all__ = ['STYLE', 'as_image', 'as_html', 'write_page', 'pictures_of', 'protoco
 import base64
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/25d_evidence.report.ipynb #15b239bc
-from ..config import coerce
-from ..core import CrackSegError, atomic_write, outputs_folder, plain_variables, read_yaml, write_text
+from ..config import notebook_settings
+from ..core import CrackSegError, atomic_write, outputs_folder, read_yaml, write_text
 from .calibration import show_reliability
 from .comparison import Comparison, System, compare, enter, published, rows_for, show_width_recall, training_table
 from .curves import show_curves
@@ -137,9 +137,7 @@ class ComparisonConfig:
 def begin_comparison(variables: dict  # the notebook's `globals()`
                     ) -> tuple[Comparison, Path]:
     "Return the comparison that a notebook's parameters ask for and its folder; raise CrackSegError for wrong ones."
-    kinds = {item.name: item.type for item in fields(ComparisonConfig)}
-    found = plain_variables(variables, kinds)
-    config = ComparisonConfig(**{name: coerce(name, value, kinds[name]) for name, value in found.items() if value is not None})
+    config = notebook_settings(ComparisonConfig, variables)
     if not config.runs: raise CrackSegError("runs: found none, expected at least one, such as -p runs first,second")
     if Path(config.name).name != config.name or config.name in ("", ".", ".."): raise CrackSegError(f"name: found {config.name!r}, expected a plain folder name")
     comparison = compare(config.runs, config.statistic, config.baseline, config.margin, config.outputs, config.data_dir)
