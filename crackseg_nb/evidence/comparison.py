@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/25c_evidence.comparison.ipynb #272f7ab3
 from ..config import SAME_NUMBERS, find_run_folder
-from ..core import CrackSegError, RunFolder, choose, fingerprint_of, read_yaml
+from ..core import CrackSegError, RunFolder, choose, display_path, fingerprint_of, read_yaml
 from ..data.sources import some
 from .scores import Evidence, evidence_of
 from .statistics import Interval, bootstrap, compare_all, spread
@@ -57,7 +57,7 @@ class Entry:
 
 def system_of(folder: RunFolder) -> tuple[str, int]:
     "Return the fingerprint of a run's settings without the seed, and the seed."
-    settings = read_yaml(folder/"config.yaml")
+    settings = read_yaml(folder/"config.yaml") | {"images": read_yaml(folder/"final_results.yaml")["protocol"]["split"]}
     seed = settings["run"].pop("seed")
     for section in settings.values():
         if isinstance(section, dict):
@@ -81,22 +81,25 @@ RULES = ("threshold_rule", "epoch_rule", "evaluation", "tolerances")
 
 def difference_in_protocol(one: Evidence, other: Evidence) -> str:
     "Return in what `other` cannot be compared with `one`; empty if it can."
-    mine, theirs = one.per_image["mask"], other.per_image["mask"]
+    mine, theirs = one.per_image, other.per_image
     alone = sorted({*mine.index} ^ {*theirs.index})
     if alone: return f"other test images: {len(alone)} are in only one of the two ({some(alone)})"
-    changed = mine.index[mine != theirs[mine.index]].tolist()
-    if changed: return f"other masks, or another size: {len(changed)} of {len(mine)} ({some(changed)})"
+    for kind in ("photo", "mask"):
+        changed = mine.index[mine[kind] != theirs.loc[mine.index, kind]].tolist()
+        if changed: return f"other {kind}s, or another size: {len(changed)} of {len(mine)} ({some(changed)})"
     differing = [name for name in RULES if one.protocol[name] != other.protocol[name]]
     return "; ".join(f"other {name}: {other.protocol[name]}, not {one.protocol[name]}" for name in differing)
 
 def settle(entries: list[Entry]) -> list[Entry]:
     "Give a reason to each entry that cannot be compared with the first that can."
-    reference = next((entry.evidence for entry in entries if not entry.reason), None)
-    seen = set()
+    reference, seen = next((entry for entry in entries if not entry.reason), None), set()
     for entry in entries:
-        if not entry.reason: entry.reason = difference_in_protocol(reference, entry.evidence)
+        if not entry.reason: entry.reason = difference_in_protocol(reference.evidence, entry.evidence)
+        elif entry.evidence is None: continue
+        if entry.reason.startswith("other test images") and entry.system == reference.system:
+            entry.reason += f"; the settings are the same, but seed {entry.seed} drew another split: only data with a published one has several seeds"
         if not entry.reason and (entry.system, entry.seed) in seen: entry.reason = "a repetition: another run with the same settings and seed takes part"
-        seen.add((entry.system, entry.seed))
+        if not entry.reason: seen.add((entry.system, entry.seed))
     return entries
 
 # %% ../../nbs/25c_evidence.comparison.ipynb #00c61bdc
@@ -124,14 +127,16 @@ def systems_of(entries: list[Entry]) -> dict[str, System]:
     members: dict[str, list[Entry]] = {}
     for entry in entries:
         if not entry.reason: members.setdefault(entry.system, []).append(entry)
-    return {own[0].run_id: System(own[0].run_id, own) for own in members.values()}
+    names = [own[0].run_id for own in members.values()]
+    clear = [name if names.count(name) == 1 else display_path(own[0].folder.path) for name, own in zip(names, members.values())]  # runs of two sweeps
+    return {name: System(name, own) for name, own in zip(clear, members.values())}
 
 # %% ../../nbs/25c_evidence.comparison.ipynb #a8ca1e1c
 SHOWN = {"pooled IoU": ("pooled", "iou"), "pooled F1": ("pooled", "f1"), "mean IoU": ("per_image", "iou"), "mean F1": ("per_image", "f1"),
-         "ODS": ("curves 0 px", "ods_f1"), "OIS": ("curves 0 px", "ois_f1"), "AP": ("curves 0 px", "ap"), "ODS, 2 px": ("curves 2 px", "ods_f1"),
+         "ODS (pooled)": ("curves 0 px", "ods_f1"), "OIS (mean)": ("curves 0 px", "ois_f1"), "AP": ("curves 0 px", "ap"), "ODS, 2 px": ("curves 2 px", "ods_f1"),
          "two-class mIoU": ("curves 0 px", "two_class_miou"), "clDice": ("geometry 2 px", "cldice"), "centre line F1, 2 px": ("geometry 2 px", "centreline_f1"),
-         "boundary F1, 2 px": ("geometry 2 px", "boundary_f1"), "NSD, 2 px": ("geometry 2 px", "nsd"), "Betti-0 error": ("geometry 2 px", "betti0_error"),
-         "ECE": ("calibration", "ece"), "ECE near cracks": ("calibration", "near_ece")}
+         "boundary F1, 2 px": ("geometry 2 px", "boundary_f1"), "NSD, 2 px": ("geometry 2 px", "nsd"), "Betti-0 error, lower is better": ("geometry 2 px", "betti0_error"),
+         "ECE, lower is better": ("calibration", "ece"), "ECE near cracks, lower is better": ("calibration", "near_ece")}
 
 def score_table(systems: dict[str, System]) -> pd.DataFrame:
     "Return a row for each system with the means of its scores over seeds."
@@ -153,6 +158,9 @@ class Comparison:
     def scores(self) -> pd.DataFrame: return score_table(self.systems)
 
     @property
+    def label(self) -> str: return self.statistic.replace("_", " ").replace("iou", "IoU").replace("f1", "F1")
+
+    @property
     def left_out(self) -> pd.DataFrame:
         "The runs that take no part, and why."
         return pd.DataFrame([(entry.run_id, entry.state, entry.reason) for entry in self.entries if entry.reason], columns=["run", "state", "reason"])
@@ -160,8 +168,13 @@ class Comparison:
     @property
     def sentences(self) -> list[str]:
         "What the comparison says, in words."
-        told = [*self.tests["verdict"]] if len(self.tests) else ["One system takes part: nothing is compared."]
-        return told + [f"{name}: {self.statistic} {spread([score_of(entry, self.statistic) for entry in system.entries])}."
+        told = [f"{self.label}: {verdict}" for verdict in self.tests["verdict"]] if len(self.tests) else ["One system takes part: nothing is compared."]
+        if len(self.tests): told.append("Each interval is that of a single comparison; the p-values are corrected for their number, and the verdict wants both.")
+        for test in self.tests.itertuples():
+            if test.result == "can't tell" and test.corrected_rank_p <= 0.05:
+                told.append(f"{test.run} and {test.other}: the signed-rank test, in which each photo has one vote, does see a difference (corrected p = {test.corrected_rank_p:.2g}, "
+                            f"{test.run if test.effect > 0 else test.other} ahead).")
+        return told + [f"{name}: {self.label} {spread([score_of(entry, self.statistic) for entry in system.entries])}."
                        for name, system in self.systems.items()] + [f"Left out: {run} ({reason})." for run, _, reason in self.left_out.itertuples(index=False)]
 
 # %% ../../nbs/25c_evidence.comparison.ipynb #8876b656
@@ -188,6 +201,8 @@ def compare(runs: Sequence[str],  # by name or folder
     systems = systems_of(entries)
     if not systems: raise CrackSegError("runs: found none that can take part: " + "; ".join(f"{entry.run_id} ({entry.reason})" for entry in entries))
     own = {entry.run_id: name for name, system in systems.items() for entry in system.entries}
+    left = {entry.run_id: entry.reason for entry in entries if entry.reason}
+    if Path(baseline).name in left: raise CrackSegError(f"baseline: {baseline} takes no part ({left[Path(baseline).name]}), expected a run that does")
     if baseline: baseline = own[choose("baseline", Path(baseline).name, own)]
     rows = {name: rows_for(system, statistic) for name, system in systems.items()}
     groups, column = next(iter(systems.values())).groups, rows[next(iter(rows))][1]

@@ -146,8 +146,9 @@ def begin_comparison(variables: dict  # the notebook's `globals()`
 def finish_comparison(comparison: Comparison, folder: Path) -> None:
     "Write scores.csv, tests.csv, left_out.csv, training.csv, analysis_report.txt, the pictures and comparison.html; for a single run also its report.html."
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in {"scores": comparison.scores.reset_index(), "tests": comparison.tests, "left_out": comparison.left_out,
-                        "training": training_table(comparison).reset_index()}.items():
+    tables = {"scores": comparison.scores.reset_index(), "tests": comparison.tests, "left_out": comparison.left_out, "training": training_table(comparison).reset_index()}
+    for name, table in tables.items():
+        if table.columns.empty: continue  # one system has no tests
         with atomic_write(folder/f"{name}.csv", "w") as handle: table.to_csv(handle, index=False, lineterminator="\n")
     write_text(folder/"analysis_report.txt", "\n".join(comparison.sentences) + "\n\nProtocol\n" + protocol_lines(comparison) + "\n")
     for name, figure in pictures_of(comparison).items(): save_figure(figure, folder/f"{name.replace(' ', '-')}.png")
