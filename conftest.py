@@ -34,12 +34,7 @@ def prepare_cell(item):
     if item.cell.outputs or item.options['check']: item.cell.execution_count = 1
 
 
-# A file's tests stay in one process, so the files that take longest are begun first; the others fill what time is left.
-LONGEST = ('test_sweep.py', 'test_resume.py', 'test_run.py', 'test_experiment.py', 'test_frontier.py', 'test_devices.py', 'test_faults.py', 'test_parallel.py')
-
-
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if type(item).__name__ == 'IPyNbCell': prepare_cell(item)
         elif item.get_closest_marker('slow') and not config.getoption('--slow'):
