@@ -1,6 +1,9 @@
 """What every test run needs: an offline environment, the markers, and nbval's chapters."""
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 from queue import Empty
 
 import pytest
@@ -16,6 +19,23 @@ MARKERS = {
     'slurm': 'needs SLURM (sbatch)',
     'browser': 'needs a Chromium',
 }
+
+
+# Where kernels and other child processes keep their temporary files: what chapters leave behind, checkpoints among it, would fill a disk.
+TEMPORARY = Path(tempfile.mkdtemp(prefix='nb-'))  # short: the paths of sockets have a limit
+os.environ['TMPDIR'] = str(TEMPORARY)
+
+
+def pytest_unconfigure(): shutil.rmtree(TEMPORARY, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    "Empty the folder of temporary files after each chapter, once its kernel is gone."
+    result = yield
+    if type(item).__name__ == 'IPyNbCell' and (nextitem is None or nextitem.parent is not item.parent):
+        for path in TEMPORARY.iterdir(): shutil.rmtree(path, ignore_errors=True)
+    return result
 
 
 def pytest_addoption(parser):

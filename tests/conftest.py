@@ -55,6 +55,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def tidy(request, tmp_path_factory):
+    "Removes what a file's tests wrote, unless one of them failed: the checkpoints of all tests would fill a disk."
+    base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(base.iterdir())
+    yield
+    if request.session.testsfailed > failed: return
+    for path in set(base.iterdir()) - before: path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture(scope='session')
 def slurm_environment():
     "The environment variables of a SLURM of one node that lives as long as the tests."
