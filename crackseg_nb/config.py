@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SYNTHETIC', 'FIRST_WEIGHTS', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PUBLISHED_360', 'HERITAGE', 'DICE_FOCAL', 'DEEPLAB',
            'ENHANCED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'check_place', 'DataConfig', 'is_labelled',
-           'check_model_of', 'RunConfig', 'find_run_folder', 'locate_weights', 'ExperimentConfig', 'default_of',
-           'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe', 'configure',
-           'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict', 'read_config',
-           'notebook_parameters', 'notebook_settings', 'describe_config']
+           'check_model_of', 'RunConfig', 'find_run_folder', 'find_finished_run', 'locate_weights', 'ExperimentConfig',
+           'default_of', 'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe',
+           'configure', 'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict',
+           'read_config', 'notebook_parameters', 'notebook_settings', 'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
@@ -150,6 +150,12 @@ def find_run_folder(parameter: str, run: str,  # folder of a run, or its name in
     close = nearest(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
     raise CrackSegError(f"{parameter}: found no run {run!r}" + (f" (did you mean {close!r}?)" if close else "") + ", expected the folder of a run, "
                         f"or its name in {outputs_folder(outputs)}")
+
+def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
+    "Return the folder of a run that is done; raise CrackSegError otherwise."
+    folder = find_run_folder(parameter, run, outputs)
+    if folder.state != "done": raise CrackSegError(f"{parameter}: {folder.run_id} is {folder.state}, expected a run that is done")
+    return folder
 
 def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
     "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."

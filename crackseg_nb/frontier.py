@@ -10,7 +10,6 @@ __all__ = ['STEPS', 'FinishedRun', 'open_run', 'FrontierConfig', 'Frontier', 'sc
 import copy
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 # %% ../nbs/24_frontier.ipynb #f3d575c0
 from .compression import DistillationLoss, Ensemble, keep_zeros, prune_weights, quantize_int8, sparsity, taught_by
-from .config import ExperimentConfig, configure, find_run_folder
+from .config import ExperimentConfig, configure, find_finished_run
 from .core import CrackSegError, RunFolder, atomic_write, check_number, choose, create_run_folder, get_device, logger, outputs_folder
 from .core import read_yaml, seed_everything
 from .data.splits import make_splits
@@ -53,8 +52,7 @@ def open_run(run: str,  # folder of a run, or its name in the folder of all runs
              data_dir: str = "",  # where the images lie now; empty: where they lay
             ) -> FinishedRun:
     "Return a finished run; raise CrackSegError if it is not done or its weights do not fit."
-    folder = find_run_folder("runs", run, outputs)
-    if folder.state != "done": raise CrackSegError(f"runs: {folder.run_id} is {folder.state}, expected a run that is done")
+    folder = find_finished_run("runs", run, outputs)
     changes = {"data_dir": data_dir} if data_dir else {}
     config = configure(config=str(folder/"config.yaml"), outputs=outputs, device="cpu", **changes)
     model, kept = make_model(config, fresh=False), (folder/"checkpoints"/"best.json").is_file()

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'CODES', 'OPTIONAL', 'PER_IMAGE', 'WORLD', 'TOLERANCE', 'Check', 'flatten', 'cells', 'is_number', 'distance',
-           'shown', 'compare', 'Verification', 'finished', 'KeptRun', 'open_manifest', 'compare_yaml', 'check_files',
-           'check_means', 'check_world', 'settled', 'settled_for_evaluation', 'threads_of', 'look_for_changes',
-           'check_images', 'evaluate_again', 'only_scores', 'compare_scores', 'evaluated', 'weights_digest',
-           'changed_on_the_way', 'compare_training', 'trained', 'read_splits', 'repeat', 'verify', 'command_line',
-           'main']
+           'shown', 'compare', 'Verification', 'KeptRun', 'open_manifest', 'compare_yaml', 'check_files', 'check_means',
+           'check_world', 'settled', 'settled_for_evaluation', 'threads_of', 'look_for_changes', 'check_images',
+           'evaluate_again', 'only_scores', 'compare_scores', 'evaluated', 'weights_digest', 'changed_on_the_way',
+           'compare_training', 'trained', 'read_splits', 'repeat', 'verify', 'command_line', 'main']
 
 # %% ../nbs/26_verify.ipynb #e78b11a8
 import argparse
@@ -28,7 +27,7 @@ import torch
 from torch import nn
 
 # %% ../nbs/26_verify.ipynb #de7a3798
-from .config import SYNTHETIC, ExperimentConfig, configure, find_run_folder, read_config
+from .config import SYNTHETIC, ExperimentConfig, configure, find_finished_run, read_config
 from .core import CrackSegError, RunFolder, describe_environment, find_path, get_device, quiet_loggers, read_yaml
 from .data.sources import in_threads
 from .data.splits import Splits, digests_of, fingerprint_from, make_splits
@@ -133,12 +132,6 @@ class Verification:
         return {"run": self.run, "outcome": self.outcome, "code": self.code, "checks": [vars(check) for check in self.checks]}
 
 # %% ../nbs/26_verify.ipynb #b7e2e4d5
-def finished(run: str, outputs: str = "") -> RunFolder:
-    "Return the folder of a finished run by its path or name; raise CrackSegError, with the nearest name, if there is none or it is not done."
-    folder = find_run_folder("run", run, outputs)
-    if folder.state != "done": raise CrackSegError(f"run: {folder.run_id} is {folder.state}, expected a run that is done")
-    return RunFolder(folder.path.resolve())
-
 @dataclass
 class KeptRun:
     "Hold what the folder of a finished run says."
@@ -380,7 +373,7 @@ def verify(run: str,  # folder of a finished run, or its name in the folder of a
            outputs: str = "",  # folder of all runs
           ) -> Verification:
     "Repeat a finished run from its folder and say what is equal; raise CrackSegError if there is none, or it is not done."
-    kept = KeptRun(finished(run, outputs))
+    kept = KeptRun(RunFolder(find_finished_run("run", run, outputs).path.resolve()))
     found = Verification(kept.folder.run_id, check_files(kept))
     if "configuration" in found.table.query("outcome == 'different'").index:
         found.checks.append(Check("evaluated scores", "not checked", ["config.yaml is not what the run ended with; restore it first"]))

@@ -18,12 +18,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/25d_evidence.report.ipynb #15b239bc
-from ..config import notebook_settings
+from ..config import find_finished_run, notebook_settings
 from ..core import CrackSegError, atomic_write, outputs_folder, read_yaml, write_text
 from .calibration import show_reliability
 from .comparison import Comparison, System, compare, enter, published, rows_for, show_width_recall, training_table
 from .curves import show_curves
-from .scores import finished_run
 from .statistics import show_intervals, show_paired
 from ..pictures import save_figure
 
@@ -64,11 +63,11 @@ def write_page(path: Path, title: str, parts: Sequence) -> Path:
     return Path(path)
 
 # %% ../../nbs/25d_evidence.report.ipynb #4be26169
-def pictures_of(comparison: Comparison, tolerance: float = 0.0) -> dict[str, Figure]:
-    "Return the pictures of a comparison by name: intervals, curves, recall by width, reliability, and the pairs against the first system."
+def pictures_of(comparison: Comparison) -> dict[str, Figure]:
+    "Return the pictures of a comparison by name: intervals, curves, recall by width, reliability, and the first three pairs."
     systems, first = comparison.systems, {name: system.entries[0].evidence.metrics for name, system in comparison.systems.items()}
-    figures = {"intervals": show_intervals(comparison.intervals, f"{comparison.statistic.replace('_', ' ')}, 95 % interval over images"),
-               "curves": show_curves({name: metrics[f"curves {tolerance:g} px"] for name, metrics in first.items()}),
+    figures = {"intervals": show_intervals(comparison.intervals, f"{comparison.label}, 95 % interval over images"),
+               "curves": show_curves({name: metrics["curves 0 px"] for name, metrics in first.items()}),
                "widths": show_width_recall(systems), "reliability": show_reliability({name: metrics["calibration"] for name, metrics in first.items()})}
     rows = {name: rows_for(system, comparison.statistic) for name, system in systems.items()}
     for one, other in [(test.run, test.other) for test in comparison.tests.itertuples()][:3]:
@@ -106,12 +105,12 @@ def run_page(run: str,  # folder of a run, or its name
              path: Path | None = None,  # default: report.html in the run's folder
              outputs: str = "", data_dir: str = "") -> Path:
     "Write a finished run as one HTML file and return its path; raise CrackSegError if it is not done."
-    folder = finished_run(run, outputs)
+    folder = find_finished_run("run", run, outputs)
     parts = ["## Report", (folder/"analysis_report.txt").read_text("utf-8").strip()]
     entry = enter(run, outputs, data_dir)
     if entry.evidence:
         scores = pd.DataFrame({kind: pd.Series(values, dtype=float) for kind, values in entry.evidence.scores.items()}).round(4)
-        parts += ["## Scores by protocol", scores, show_curves({f"within {kind[7:]}": metric for kind, metric in entry.evidence.metrics.items() if kind.startswith("curves")}),
+        parts += ["## Scores by protocol", scores, show_curves({f"within {kind.removeprefix('curves ')}": metric for kind, metric in entry.evidence.metrics.items() if kind.startswith("curves")}),
                   show_width_recall({entry.run_id: System(entry.run_id, [entry])}), show_reliability({entry.run_id: entry.evidence.metrics["calibration"]})]
     else: parts += ["## Scores by protocol", f"Not measured: {entry.reason}"]
     performance = pd.read_csv(folder/"performance.csv").drop(columns="epoch")
