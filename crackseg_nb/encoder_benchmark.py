@@ -11,7 +11,6 @@ __all__ = ['OWN', 'BATCHES', 'COSTS', 'FAMILIES', 'FAMILY_COLOURS', 'COST_LABELS
            'sentences', 'bullets']
 
 # %% ../nbs/22_encoder_benchmark.ipynb #d26afa1c
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from pathlib import Path
@@ -39,7 +38,7 @@ from .models.encoders import ENCODERS, count_flops
 from .models.registry import count_parameters
 from .pictures import CURVE_COLOURS, DPI, save_figure, shorten
 from .results import class_table
-from .sweep import SCORES, JobConfig, Sweep, markdown_table, rank, read_fixed, read_if_there, read_settings, score
+from .sweep import JobConfig, Sweep, markdown_table, rank, read_fixed, read_if_there, read_settings, score
 
 # %% ../nbs/22_encoder_benchmark.ipynb #cbaa476c
 @dataclass

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCORES_KEPT', 'EPOCH_SCORES', 'KEPT', 'LATER', 'prediction_path', 'save_prediction', 'read_prediction',
            'without_images', 'scores_of', 'split_scores', 'protocol_of', 'resumes', 'performance_of', 'collect_results',
-           'score_table', 'class_table', 'read_losses', 'read_training', 'score_lines', 'write_report', 'image_scores',
-           'image_table', 'kept_files', 'write_manifest', 'cases', 'show_answers', 'show_extremes', 'show_decision']
+           'score_table', 'class_table', 'read_losses', 'read_training', 'score_lines', 'warn_of_amounts',
+           'write_report', 'image_scores', 'image_table', 'kept_files', 'write_manifest', 'cases', 'show_answers',
+           'show_extremes', 'show_decision']
 
 # %% ../nbs/17a_results.ipynb #64fd81c7
 from pathlib import Path
@@ -161,6 +162,18 @@ def score_lines(results: dict) -> list[str]:
         lines.append(f"  without {len(results['overlapping_test_images'])} test images that overlap with training: {numbers}")
     return lines
 
+def warn_of_amounts(test: dict  # the results on the test images
+                   ) -> list[str]:
+    "Return a warning for each class that was never found, or that far more or far fewer pixels are given than the labels have."
+    warnings = []
+    for name, scores in (test.get("per_class") or {"crack": test["pooled"]}).items():
+        precision, recall = scores.get("precision"), scores.get("recall")
+        if recall is None or precision is None: continue  # nothing to find, or no pixels to count
+        ratio = recall / precision if precision else 0.0  # (TP + FP) / (TP + FN)
+        if not recall: warnings.append(f"{name}: no pixel of it was found in the test images")
+        elif not 1 / 3 <= ratio <= 3: warnings.append(f"{name}: predicted for {100 * ratio:.0f} test pixels for every 100 that the labels have")
+    return warnings
+
 def write_report(experiment: "Experiment") -> str:
     "Return the text of analysis_report.txt."
     results, config = experiment.results, experiment.config
@@ -169,7 +182,7 @@ def write_report(experiment: "Experiment") -> str:
              f"Recipe {config.run.recipe}, {config.model}, {results['model']['parameters']:,} parameters, weights: {results['model']['weights']}.",
              f"Data {experiment.source.name}: {sizes} images.",
              "".join(f"{name.removesuffix('_rule').capitalize()}: {rule}. " for name, rule in results["protocol"].items() if name.endswith("_rule")).strip(), "", *score_lines(results), "", *read_training(pd.DataFrame(experiment.trainer.history)), "",
-             *[f"Warning: {warning}" for warning in experiment.audit.warnings], results["protocol"]["text"]]
+             *[f"Warning: {warning}" for warning in (*warn_of_amounts(results["test"]), *experiment.audit.warnings)], results["protocol"]["text"]]
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/17a_results.ipynb #c9b4d8de

@@ -17,7 +17,7 @@ from crackseg_nb import core, experiment as experiment_module
 from crackseg_nb.config import configure, known_parameters
 from crackseg_nb.core import CrackSegError, RunFolder, read_yaml
 from crackseg_nb.data.synthetic import write_synthetic
-from crackseg_nb.experiment import Experiment, run
+from crackseg_nb.experiment import run
 from crackseg_nb.results import prediction_path
 from crackseg_nb.training.checkpoint import load_checkpoint
 

@@ -46,7 +46,7 @@ def as_html(part: str | pd.DataFrame | Figure | Path) -> str:
     if isinstance(part, Figure):
         buffer = BytesIO()
         part.savefig(buffer, format="png", bbox_inches="tight", dpi=150)
-        return as_image(buffer.getvalue())
+        return as_image(buffer.getvalue(), "; ".join(axis.get_title() or axis.get_ylabel() for axis in part.axes))
     if isinstance(part, pd.DataFrame):
         named = part.index.name is not None
         return (part.reset_index() if named else part).to_html(border=0, na_rep="-", index=not named, float_format=lambda value: f"{value:.4g}")

@@ -13,7 +13,6 @@ from torch import nn
 # %% ../../nbs/10_models.registry.ipynb #0bd5e88f
 from ..core import choose
 from .deeplab_lite import DeepLabOptimized, DeepLabOptimizedConfig, DeepLabOriginal, DeepLabOriginalConfig
-from .encoders import count_flops
 from .swin_classifier import SwinClassifier, SwinClassifierConfig
 from .swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig
 from .unet import Unet, UnetConfig

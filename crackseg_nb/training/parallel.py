@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 # %% ../../nbs/14c_training.parallel.ipynb #9f0a7362
 from ..core import RESUME_CODE, CrackSegError, Stopped, check_number, quiet_loggers, signal_handlers
-from ..metrics import BinaryMetrics, ImageCounts
+from ..metrics import ImageCounts
 
 # %% ../../nbs/14c_training.parallel.ipynb #5894572f
 def sum_over_processes(tensor: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
