@@ -46,7 +46,7 @@ def as_html(part: str | pd.DataFrame | Figure | Path) -> str:
     if isinstance(part, Figure):
         buffer = BytesIO()
         part.savefig(buffer, format="png", bbox_inches="tight", dpi=150)
-        return as_image(buffer.getvalue(), "; ".join(axis.get_title() or axis.get_ylabel() for axis in part.axes))
+        return as_image(buffer.getvalue(), part.get_label())
     if isinstance(part, pd.DataFrame):
         named = part.index.name is not None
         return (part.reset_index() if named else part).to_html(border=0, na_rep="-", index=not named, float_format=lambda value: f"{value:.4g}")
@@ -72,6 +72,7 @@ def pictures_of(comparison: Comparison) -> dict[str, Figure]:
     rows = {name: rows_for(system, comparison.statistic) for name, system in systems.items()}
     for one, other in [(test.run, test.other) for test in comparison.tests.itertuples()][:3]:
         figures[f"pair {one} {other}"] = show_paired(rows[one][0], rows[other][0], rows[one][1], (one, other))
+    for name, figure in figures.items(): figure.set_label(name)  # the text for who cannot see it
     return figures
 
 def protocol_lines(comparison: Comparison) -> str:
@@ -110,8 +111,10 @@ def run_page(run: str,  # folder of a run, or its name
     entry = enter(run, outputs, data_dir)
     if entry.evidence:
         scores = pd.DataFrame({kind: pd.Series(values, dtype=float) for kind, values in entry.evidence.scores.items()}).round(4)
-        parts += ["## Scores by protocol", scores, show_curves({f"within {kind.removeprefix('curves ')}": metric for kind, metric in entry.evidence.metrics.items() if kind.startswith("curves")}),
-                  show_width_recall({entry.run_id: System(entry.run_id, [entry])}), show_reliability({entry.run_id: entry.evidence.metrics["calibration"]})]
+        figures = {"curves": show_curves({f"within {kind.removeprefix('curves ')}": metric for kind, metric in entry.evidence.metrics.items() if kind.startswith("curves")}),
+                   "widths": show_width_recall({entry.run_id: System(entry.run_id, [entry])}), "reliability": show_reliability({entry.run_id: entry.evidence.metrics["calibration"]})}
+        for name, figure in figures.items(): figure.set_label(name)
+        parts += ["## Scores by protocol", scores, *figures.values()]
     else: parts += ["## Scores by protocol", f"Not measured: {entry.reason}"]
     performance = pd.read_csv(folder/"performance.csv").drop(columns="epoch")
     parts += ["## Speed and memory", "Over the epochs; memory in MiB.", performance.describe().loc[["min", "50%", "max"]].rename(index={"50%": "median"}).T]
