@@ -9,8 +9,8 @@ __all__ = ['ENTRANTS', 'TARGETS', 'STOP_CELL', 'PHASES', 'PARTS', 'POINT', 'Cont
            'turns', 'race', 'torch_settings', 'unchanged_settings', 'check_equal_work', 'enter_all', 'ratios', 'judge',
            'options_of', 'algorithms', 'enter_with', 'measure_options', 'measure_compile', 'measure_evaluation',
            'measure_cost', 'phase_of', 'stopping_notebook', 'read_phases', 'time_first_step', 'BenchmarkConfig',
-           'read_parameters', 'create_contest', 'Benchmark', 'not_measured', 'relative_to', 'rounded', 'plain_axes',
-           'show_ratios', 'show_cost']
+           'create_contest', 'Benchmark', 'not_measured', 'relative_to', 'rounded', 'plain_axes', 'show_ratios',
+           'show_cost']
 
 # %% ../nbs/20b_benchmark.ipynb #b9883fee
 import copy
@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import cycle, islice
 from pathlib import Path
@@ -46,15 +46,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.std import tqdm
 
 # %% ../nbs/20b_benchmark.ipynb #bc87624a
-from .config import coerce, configure, model_settings
-from .core import CrackSegError, check_number, choose, create_run_folder, describe_environment, display_path, get_device
-from .core import outputs_folder, package_versions, plain_variables, project_root, quiet_loggers, seed_everything, seed_for
+from .config import configure, model_settings
+from .core import CrackSegError, check_folder_name, check_number, choose, create_run_folder, describe_environment, display_path, get_device
+from .core import outputs_folder, package_versions, project_root, quiet_loggers, seed_everything, seed_for
 from .core import write_text, write_yaml
 from .data.augment import create_augmentation
 from .data.dataset import CrackDataset, create_loader
 from .experiment import find_source
 from .losses import Loss
-from .models.registry import MODELS, count_parameters, create_model
+from .models.registry import CLASSIFIER, MODELS, count_parameters, create_model
 from .pictures import CURVE_COLOURS, DPI
 from .training.evaluation import evaluate
 from .training.memory import MemoryMonitor, clear_cache, enable_gradient_checkpointing
@@ -476,7 +476,7 @@ class BenchmarkConfig:
     "Describe one run of nbs/benchmark_training.ipynb."
     name: str = ""  # folder below outputs; empty: benchmark and the time
     outputs: str = ""  # empty: outputs/ of the project
-    models: tuple[str, ...] = ()  # model families; empty: all
+    models: tuple[str, ...] = ()  # model families; empty: all that segment
     encoder: str = ""  # of the families that have a setting of that name; empty: each family's own
     data: str = "synthetic"
     data_dir: str = ""
@@ -495,26 +495,16 @@ class BenchmarkConfig:
     seed: int = 42
 
     def __post_init__(self):
-        for name in self.models: choose("models", name, MODELS)
+        families = [name for name in MODELS if name != CLASSIFIER]  # the data of the contest are cracks
+        for name in self.models: choose("models", name, families)
         for name in self.parts: choose("parts", name, PARTS)
-        self.models = tuple(self.models) or tuple(MODELS)
+        self.models = tuple(self.models) or tuple(families)
         self.name = self.name or f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
-        if Path(self.name).name != self.name or self.name == "..":
-            raise CrackSegError(f"name: found {self.name!r}, expected a plain folder name")
+        check_folder_name("name", self.name)
         check_number("rounds", self.rounds, int, low=1)
         check_number("threads", self.threads, int, low=0)
         for name, low in (("sizes", 32), ("batches", 1)):
             for number in getattr(self, name): check_number(name, number, int, low=low)
-
-# %% ../nbs/20b_benchmark.ipynb #96d071a0
-def read_parameters(variables: dict[str, Any]  # the notebook's `globals()`
-                   ) -> BenchmarkConfig:
-    "Return the settings among a notebook's variables; raise CrackSegError for a plain value that is none."
-    kinds = {item.name: item.type for item in fields(BenchmarkConfig)}
-    found = plain_variables(variables, kinds)
-    for name in {"sizes", "batches"} & found.keys():
-        if isinstance(found[name], int): found[name] = [found[name]]  # -p sizes 64
-    return BenchmarkConfig(**{name: coerce(name, value, kinds[name]) for name, value in found.items()})
 
 # %% ../nbs/20b_benchmark.ipynb #66f542b7
 def create_contest(settings: BenchmarkConfig, name: str,  # a model family

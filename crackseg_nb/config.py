@@ -23,7 +23,8 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/17_config.ipynb #0880e6ba
-from .core import CrackSegError, RunFolder, check_number, choose, find_path, get_device, nearest, outputs_folder, plain_variables, read_yaml
+from .core import PLAIN, CrackSegError, RunFolder, check_folder_name, check_number, choose, find_path, get_device, nearest
+from .core import outputs_folder, plain_variables, read_yaml
 from .data.augment import AUGMENTATIONS
 from .data.damage import DAMAGE_CLASSES
 from .data.labels import LABEL_AUGMENTATIONS
@@ -134,8 +135,7 @@ class RunConfig:
         self.devices = check_number("devices", self.devices, int, low=1)
         self.time_limit = check_number("time_limit", self.time_limit, float, low=0)
         get_device(self.device)
-        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
-            raise CrackSegError(f"run_name: found {self.run_name!r}, expected a plain folder name")
+        if self.run_name: check_folder_name("run_name", self.run_name)
         choose("threshold_criterion", self.threshold_criterion,
                [f"{kind}_{score}" for kind in ("pooled", "per_image") for score in ("iou", "f1")])
 
@@ -451,9 +451,10 @@ def notebook_settings(kind: type,  # a dataclass
                      ):
     "Return a `kind` from a notebook's variables, None standing for the default; raise CrackSegError for a plain value that is no field, or a wrong one."
     kinds = {item.name: item.type for item in fields(kind)}
-    found = {name: value for name, value in plain_variables(variables, kinds).items() if value is not None}
+    plain = (*PLAIN, dict) if dict in kinds.values() else PLAIN
+    found = {name: value for name, value in plain_variables(variables, kinds, plain).items() if value is not None}
     single = {name for name, value in found.items() if typing.get_origin(kinds[name]) is tuple and isinstance(value, (int, float))}
-    return kind(**{name: coerce(name, [value] if name in single else value, kinds[name]) for name, value in found.items()})
+    return kind(**{name: value if kinds[name] is dict else coerce(name, [value] if name in single else value, kinds[name]) for name, value in found.items()})
 
 # %% ../nbs/17_config.ipynb #ec9121e6
 def describe_config(config: ExperimentConfig) -> str:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['VOID', 'IMAGENET_MEAN', 'IMAGENET_STD', 'RESUME_CODE', 'PLAIN', 'PACKAGES', 'logger', 'CrackSegError', 'Stopped',
-           'nearest', 'choose', 'check_number', 'plain_variables', 'seed_for', 'seed_everything', 'get_device',
-           'atomic_write', 'write_text', 'to_plain', 'write_yaml', 'read_yaml', 'sha256_file', 'fingerprint_of',
-           'package_versions', 'project_root', 'git_state', 'processor_name', 'cores', 'describe_environment',
-           'outputs_folder', 'display_path', 'find_path', 'check_writable', 'now', 'RunFolder', 'this_process',
-           'is_alive', 'process_is_gone', 'create_run_folder', 'log_to', 'quiet_loggers', 'signal_handlers']
+           'nearest', 'choose', 'check_number', 'check_folder_name', 'plain_variables', 'seed_for', 'seed_everything',
+           'get_device', 'atomic_write', 'write_text', 'to_plain', 'write_yaml', 'read_yaml', 'sha256_file',
+           'fingerprint_of', 'package_versions', 'project_root', 'git_state', 'processor_name', 'cores',
+           'describe_environment', 'outputs_folder', 'display_path', 'find_path', 'check_writable', 'now', 'RunFolder',
+           'this_process', 'is_alive', 'process_is_gone', 'create_run_folder', 'log_to', 'quiet_loggers',
+           'signal_handlers']
 
 # %% ../nbs/00_core.ipynb #03ca340c
 import difflib
@@ -85,6 +86,11 @@ def check_number(parameter: str,  # name shown in the error
         value = kind(found)
         if (low is None or value >= low) and (high is None or value <= high): return value
     raise CrackSegError(f"{parameter}: found {found!r}, expected {expected}")
+
+def check_folder_name(parameter: str, name: str) -> str:
+    "Return `name`; raise CrackSegError unless it names a folder that is neither hidden nor elsewhere."
+    if not name or Path(name).name != name or name.startswith("."): raise CrackSegError(f"{parameter}: found {name!r}, expected a plain folder name")
+    return name
 
 # %% ../nbs/00_core.ipynb #bbcb7bfd
 PLAIN = (str, int, float, bool, list, tuple, type(None))  # what a parameter of a notebook may be
@@ -336,8 +342,7 @@ def create_run_folder(outputs: Path,  # folder of all runs
                       need_bytes: int = 0,  # free space that the run will want
                      ) -> RunFolder:
     "Make the folder of a new run, prove that it can be written, and mark it running."
-    if Path(run_id).name != run_id or run_id in ("", ".", ".."):
-        raise CrackSegError(f"run_id: found {run_id!r}, expected a plain folder name")
+    check_folder_name("run_id", run_id)
     check_writable(outputs, need_bytes)
     for number in range(1, 1000):
         path = outputs/(run_id if number == 1 else f"{run_id}-{number}")

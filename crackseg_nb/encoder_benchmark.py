@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'BATCHES', 'COSTS', 'FAMILIES', 'FAMILY_COLOURS', 'COST_LABELS', 'BUSY', 'RULE', 'LIMITS',
-           'EncoderBenchmarkConfig', 'read_jobs', 'read_parameters', 'EncoderBenchmark', 'training_speed', 'machine_of',
-           'read_run', 'check_same_data', 'summarise', 'family_of', 'class_means', 'verdict', 'compare_pairs',
+           'EncoderBenchmarkConfig', 'read_jobs', 'EncoderBenchmark', 'training_speed', 'machine_of', 'read_run',
+           'check_same_data', 'summarise', 'family_of', 'class_means', 'verdict', 'compare_pairs',
            'chance_of_false_difference', 'strength_of', 'enter_inference', 'measure_inference', 'readable',
            'free_place', 'taken_by', 'label_means', 'finish_axis', 'show_accuracy', 'show_classes', 'cautions',
            'sentences', 'bullets']
@@ -29,7 +29,7 @@ from torch import nn
 # %% ../nbs/22_encoder_benchmark.ipynb #e85050d0
 from .benchmark import Contestant, hidden_bars, race, seconds_of
 from .config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
-from .core import PLAIN, CrackSegError, check_number, choose, display_path, get_device, plain_variables, read_yaml, write_text
+from .core import CrackSegError, check_number, choose, display_path, get_device, read_yaml, write_text
 from .data.augment import create_augmentation
 from .data.dataset import measure_loading
 from .data.splits import make_splits
@@ -78,15 +78,6 @@ def read_jobs(given: dict | str) -> dict:
     for name in found: choose("jobs", name, kinds)
     return {name: value if kinds[name] is dict else coerce(name, value if kinds[name] is str else to_number(value), kinds[name])
             for name, value in found.items()}
-
-# %% ../nbs/22_encoder_benchmark.ipynb #04165b1c
-def read_parameters(variables: dict  # the notebook's `globals()`
-                   ) -> EncoderBenchmarkConfig:
-    "Return the settings among a notebook's variables; raise CrackSegError for a plain value that is none."
-    kinds = {item.name: item.type for item in fields(EncoderBenchmarkConfig)}
-    found = plain_variables(variables, kinds, (*PLAIN, dict))
-    if isinstance(found.get("seeds"), int): found["seeds"] = [found["seeds"]]  # -p seeds 3
-    return EncoderBenchmarkConfig(**{name: value if kinds[name] is dict else coerce(name, value, kinds[name]) for name, value in found.items()})
 
 # %% ../nbs/22_encoder_benchmark.ipynb #887a0bfd
 class EncoderBenchmark:

@@ -36,7 +36,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/21_sweep.ipynb #d4294545
-from .core import PLAIN, CrackSegError, RunFolder, atomic_write, check_number, choose, cores, is_alive, now, outputs_folder
+from .core import PLAIN, CrackSegError, RunFolder, atomic_write, check_folder_name, check_number, choose, cores, is_alive, now, outputs_folder
 from .core import find_path, plain_variables, project_root, read_yaml, signal_handlers, to_plain, write_text, write_yaml
 from .run import Claimed, Outcome, SignalRelay, claim, command, execute, find_notebook, given_parameters, parse_value, take_parameters
 
@@ -296,7 +296,7 @@ class Sweep:
                  notebook=None,  # None: the run notebook of this checkout
                  **jobs,  # of `JobConfig`
                 ):
-        if not name or Path(name).name != name or name.startswith("."): raise CrackSegError(f"name: found {name!r}, expected a plain folder name")
+        check_folder_name("name", name)
         for key in jobs: choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
         self.name, self.folder, self.notebook, self.jobs = name, outputs_folder(outputs)/name, notebook, JobConfig(**jobs)
         path = self.folder/"sweep.yaml"

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from crackseg_nb.config import notebook_settings
 from crackseg_nb.core import CrackSegError, RunFolder, write_yaml
 from crackseg_nb.encoder_benchmark import FAMILY_COLOURS, EncoderBenchmark, EncoderBenchmarkConfig, cautions, chance_of_false_difference
-from crackseg_nb.encoder_benchmark import class_means, compare_pairs, readable, read_parameters, show_accuracy, show_classes, summarise
+from crackseg_nb.encoder_benchmark import class_means, compare_pairs, readable, show_accuracy, show_classes, summarise
 from crackseg_nb.sweep import read_fixed
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -210,7 +211,7 @@ def test_the_parameters_cell_says_what_the_settings_are():
     source = ''.join(next(cell for cell in cells if 'parameters' in cell['metadata'].get('tags', []))['source'])
     given = {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
     assert list(given) == list(vars(EncoderBenchmarkConfig()))
-    differing = {name for name, value in vars(read_parameters(given)).items() if value != getattr(EncoderBenchmarkConfig(), name)}
+    differing = {name for name, value in vars(notebook_settings(EncoderBenchmarkConfig, given)).items() if value != getattr(EncoderBenchmarkConfig(), name)}
     assert differing == {'name', 'image_size', 'epochs', 'batch_size'}  # a small budget
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 # %% ../../nbs/25e_evidence.ablation.ipynb #ba7e1158
-from ..core import CrackSegError, atomic_write, choose, outputs_folder
+from ..core import CrackSegError, atomic_write, check_folder_name, choose, outputs_folder
 from .statistics import holm, spread
 from ..pictures import CURVE_COLOURS, DPI, plain_axis
 from ..sweep import Sweep, read_fixed
@@ -50,7 +50,7 @@ class AblationConfig:
         for arm in self.arms: choose("arms", arm, [name for name in ARMS if name != BASE])
         if not self.arms or len({*self.arms}) < len(self.arms): raise CrackSegError(f"arms: found {self.arms}, expected at least one, each once")
         if not self.seeds or len({*self.seeds}) < len(self.seeds): raise CrackSegError(f"seeds: found {self.seeds}, expected at least one, each once")
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."): raise CrackSegError(f"name: found {self.name!r}, expected a plain folder name")
+        check_folder_name("name", self.name)
 
 # %% ../../nbs/25e_evidence.ablation.ipynb #0406b266
 def sweeps_of(config: AblationConfig) -> dict[str, Sweep]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/25d_evidence.report.ipynb #15b239bc
 from ..config import find_finished_run, notebook_settings
-from ..core import CrackSegError, atomic_write, outputs_folder, read_yaml, write_text
+from ..core import CrackSegError, atomic_write, check_folder_name, outputs_folder, read_yaml, write_text
 from .calibration import show_reliability
 from .comparison import Comparison, System, compare, enter, published, rows_for, show_width_recall, training_table
 from .curves import show_curves
@@ -141,7 +141,7 @@ def begin_comparison(variables: dict  # the notebook's `globals()`
     "Return the comparison that a notebook's parameters ask for and its folder; raise CrackSegError for wrong ones."
     config = notebook_settings(ComparisonConfig, variables)
     if not config.runs: raise CrackSegError("runs: found none, expected at least one, such as -p runs first,second")
-    if Path(config.name).name != config.name or config.name in ("", ".", ".."): raise CrackSegError(f"name: found {config.name!r}, expected a plain folder name")
+    check_folder_name("name", config.name)
     comparison = compare(config.runs, config.statistic, config.baseline, config.margin, config.outputs, config.data_dir)
     return comparison, outputs_folder(config.outputs)/config.name
 
