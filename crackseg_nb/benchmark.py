@@ -329,7 +329,8 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     "Return the trainer's ratios with its targets, and whether the medians reach them or miss them by less than is known."
     found = ratios(table)
     found["target"] = [TARGETS[name] for name in found.index]
-    found["reached"] = np.select([found["median"] >= found["target"], found["to"] >= found["target"]], ["yes", "can't tell"], "no")
+    single = np.full(len(found), table["round"].nunique() < 2)  # one round has no interval
+    found["reached"] = np.select([single, found["median"] >= found["target"], found["to"] >= found["target"]], ["can't tell", "yes", "can't tell"], "no")
     return found
 
 # %% ../nbs/20b_benchmark.ipynb #f5a30f31

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYNTHETIC', 'FIRST_WEIGHTS', 'SECTIONS', 'DERIVED', 'WEIGHTING', 'PUBLISHED_360', 'HERITAGE', 'DICE_FOCAL', 'DEEPLAB',
-           'ENHANCED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'check_place', 'DataConfig', 'is_labelled',
-           'check_model_of', 'RunConfig', 'find_run_folder', 'find_finished_run', 'locate_weights', 'ExperimentConfig',
-           'default_of', 'model_settings', 'loss_parameters', 'known_parameters', 'coerce', 'to_number', 'Recipe',
-           'configure', 'find_run', 'configure_resumed', 'choose_model', 'inherit', 'build_config', 'config_to_dict',
-           'read_config', 'notebook_parameters', 'notebook_settings', 'describe_config']
+           'ENHANCED', 'SWIN', 'RECIPES', 'SAME_NUMBERS', 'OTHER_NUMBERS', 'CARRIED', 'check_place', 'DataConfig',
+           'is_labelled', 'check_model_of', 'RunConfig', 'find_run_folder', 'find_finished_run', 'locate_weights',
+           'ExperimentConfig', 'default_of', 'model_settings', 'loss_parameters', 'known_parameters', 'coerce',
+           'to_number', 'Recipe', 'configure', 'find_run', 'configure_resumed', 'choose_model', 'inherit',
+           'build_config', 'config_to_dict', 'read_config', 'notebook_parameters', 'notebook_settings',
+           'describe_config']
 
 # %% ../nbs/17_config.ipynb #32bb7fe3
 import inspect
@@ -391,13 +392,15 @@ def choose_model(base: dict[str, Any], given: dict[str, Any]) -> str:
     if "model" not in given and model == "swinv2_hybrid" and given.get("encoder", "swinv2") not in SWINV2_ENCODERS: return "unet"
     return choose("model", model, MODELS)
 
+CARRIED = ("pretrained", "prior", "drop_path_rate")  # what another model takes over from a recipe; its architecture is its own
+
 def inherit(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     "Return the settings of `base` that hold beside what is `given`."
     known, model, loss = known_parameters(), choose_model(base, given), given.get("loss", base.get("loss"))
     other = {"model": model != base.get("model", "swinv2_hybrid"), "loss": loss != base.get("loss", loss)}
     def holds(name):
         section = known[name][0]
-        if section == "model" and other["model"]: return name in model_settings(model) and name != "encoder" or name in FIRST_WEIGHTS
+        if section == "model" and other["model"]: return name in CARRIED and name in model_settings(model) or name in FIRST_WEIGHTS
         return section != "loss" or not other["loss"] or name in WEIGHTING and loss in LOSSES and "class_weights" in loss_settings(loss)
     return {name: value for name, value in base.items() if holds(name)} | {"model": model} | ({"loss": loss} if loss else {})
 

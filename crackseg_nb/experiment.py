@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPACE_TO_BEGIN', 'default_run_name', 'step', 'Experiment', 'flat', 'note_resume', 'find_source', 'learned_splits',
-           'make_datasets', 'make_loaders', 'make_criterion', 'take_first_weights', 'make_model', 'check_same_world',
-           'train_in_process', 'prepare', 'run']
+           'make_datasets', 'make_loaders', 'make_criterion', 'run_of_weights', 'take_first_weights', 'make_model',
+           'check_same_world', 'train_in_process', 'prepare', 'run']
 
 # %% ../nbs/17b_experiment.ipynb #dc2ddd93
 import atexit
@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -217,11 +218,20 @@ def load_data(self: Experiment) -> None:
     logger.info("data: %s", ", ".join(f"{split} {size}" for split, size in self.splits.lengths.items()))
 
 # %% ../nbs/17b_experiment.ipynb #fa4b6d88
+def run_of_weights(path: Path  # a file of weights, or a folder of checkpoints
+                  ) -> Path | None:
+    "Return the folder of the run that left these weights; None for weights from elsewhere."
+    run = (path.parent if path.is_file() else path).resolve().parent
+    return run if (run/"splits.yaml").is_file() and (run/"config.yaml").is_file() else None
+
 def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
     "Load the weights that `fine_tune` or `encoder_weights` name, and note it in `model.weights`; raise CrackSegError if they do not fit."
     for name, load in (("fine_tune", load_model_weights), ("encoder_weights", load_encoder_weights)):
         if not getattr(config, name): continue
         path = locate_weights(name, getattr(config, name), config.run.outputs)
+        run = run_of_weights(path)
+        if name == "fine_tune" and run and (kind := read_yaml(run/"config.yaml")["model"]["model"]) != config.model:
+            raise CrackSegError(f"{name}: {run.name} is a run of {kind}, expected one of {config.model}, or -p model {kind}")
         report = load(model, path)
         told = report.describe() if name == "encoder_weights" else str(report)
         digest = hashlib.sha256(weights_to_bytes(find_weights(path))).hexdigest()
@@ -231,20 +241,26 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
 # %% ../nbs/17b_experiment.ipynb #a4c7943e
 @patch
 def refuse_seen_images(self: Experiment) -> None:
-    "Raise CrackSegError if the run whose weights training begins with has seen test images of this one; warn where that cannot be told."
-    data = self.config.data
+    "Raise CrackSegError if the run whose weights training begins with has seen test images of this one; warn of seen validation images, and where nothing can be told."
+    data, warnings = self.config.data, []
     for name in FIRST_WEIGHTS:
-        if not getattr(self.config, name): continue
-        run = locate_weights(name, getattr(self.config, name), self.config.run.outputs).parent
-        if data.data in SYNTHETIC or not (run/"splits.yaml").is_file(): continue  # with another seed, synthetic images are others
+        if not getattr(self.config, name) or data.data in SYNTHETIC: continue  # with another seed, synthetic images are others
+        run = run_of_weights(locate_weights(name, getattr(self.config, name), self.config.run.outputs))
+        if run is None:
+            if name == "fine_tune": warnings.append(f"{name}: {getattr(self.config, name)} lies in no run: whether it learned test images cannot be told")
+            continue
         theirs, before = read_yaml(run/"splits.yaml"), read_yaml(run/"config.yaml")["data"]
+        if before["data"] != data.data: continue
+        same = find_path(before["data_dir"]).resolve() == find_path(data.data_dir).resolve()
         seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
-        if before["data"] != data.data or not seen: continue
         told = f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} learned or chose by ({some(seen)})"
-        if find_path(before["data_dir"]).resolve() == find_path(data.data_dir).resolve():
-            raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
-        self.audit.warnings.append(told + ", if they are the same images")
-        logger.warning("data: %s", self.audit.warnings[-1])
+        if seen and same: raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
+        if seen: warnings.append(told + ", if they are the same images")
+        if learned := {sample.name for sample in self.splits.val} & {*theirs["train"]}:
+            warnings.append(f"{name}: {run.name} learned {len(learned)} of {len(self.splits.val)} validation images, by which this run chooses its epoch and threshold"
+                            + ("" if same else ", if they are the same images"))
+    for warning in warnings: logger.warning("data: %s", warning)
+    self.audit.warnings.extend(warnings)
 
 # %% ../nbs/17b_experiment.ipynb #50f43803
 def make_model(config: ExperimentConfig,

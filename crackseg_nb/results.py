@@ -170,7 +170,7 @@ def warn_of_amounts(test: dict  # the results on the test images
         precision, recall = scores.get("precision"), scores.get("recall")
         if recall is None or precision is None: continue  # nothing to find, or no pixels to count
         ratio = recall / precision if precision else 0.0  # (TP + FP) / (TP + FN)
-        if not recall: warnings.append(f"{name}: no pixel of it was found in the test images")
+        if not recall: warnings.append(f"{name}: none of its test pixels was predicted as it")
         elif not 1 / 3 <= ratio <= 3: warnings.append(f"{name}: predicted for {100 * ratio:.0f} test pixels for every 100 that the labels have")
     return warnings
 

@@ -1,5 +1,6 @@
 """The lightweight DeepLab: its parameters, its sizes and its recipes; learning from validation images; training that begins with earlier weights."""
 import pickle
+import shutil
 
 import pandas as pd
 import pytest
@@ -154,7 +155,7 @@ def test_files_that_cannot_be_trusted_stop_a_run_in_one_line(tmp_path, parameter
 def test_weights_of_another_model_or_class_count_are_refused(folder, first):
     binary = dict(SMALL, data='synthetic', fine_tune='first', outputs=str(folder))
     with pytest.raises(CrackSegError, match='num_classes=5, expected num_classes=1'): prepare(configure(**binary, run_name='binary'))
-    with pytest.raises(CrackSegError, match='expected .* tensors of DeepLabOriginal') as caught:
+    with pytest.raises(CrackSegError, match='first is a run of deeplab_optimized, expected one of deeplab_original') as caught:
         prepare(configure(**SMALL, model='deeplab_original', fine_tune='first', outputs=str(folder), run_name='other'))
     assert '\n' not in str(caught.value)
     with pytest.raises(CrackSegError, match='weights of another network'):
@@ -174,6 +175,24 @@ def test_weights_of_a_run_that_learned_test_images_are_refused(tmp_path):
     learned, test = {sample.name for sample in before.splits.train + before.splits.val}, read_yaml(tmp_path / 'other' / 'splits.yaml')['test']
     assert str(caught.value).startswith(f'fine_tune: found {len(learned & set(test))} of {len(test)} test images among those that before learned')
     assert '\n' not in str(caught.value)
+    # A file of that run is no way around it; of a file from elsewhere nothing is known, and the report says so.
+    [file] = (before.folder / 'checkpoints').glob('best-*.safetensors')
+    with pytest.raises(CrackSegError, match='test images among those that before learned'): prepare(configure(**settings, seed=7, fine_tune=str(file), run_name='file'))
+    shutil.copy(file, tmp_path / 'foreign.safetensors')
+    foreign = prepare(configure(**settings, seed=7, fine_tune=str(tmp_path / 'foreign.safetensors'), run_name='foreign'))
+    foreign.folder.mark('stopped')
+    assert 'foreign.safetensors lies in no run: whether it learned test images cannot be told' in foreign.audit.warnings[-1]
+
+
+def test_weights_of_a_run_that_learned_validation_images_are_told(tmp_path):
+    write_synthetic(tmp_path / 'mini', 20, (32, 32), 1, SyntheticConfig(crack_width=(3, 6)))
+    settings = dict(SMALL, data='folder', data_dir=str(tmp_path / 'mini'), epochs=1, outputs=str(tmp_path))
+    before = run(configure(**settings, train_set='trainval', run_name='before'))
+    after = run(configure(**settings, fine_tune='before', run_name='after'))
+    val = len(after.splits.val)
+    told = f'fine_tune: before learned {val} of {val} validation images, by which this run chooses its epoch and threshold'
+    assert val and told in after.audit.warnings and told in (after.folder / 'analysis_report.txt').read_text('utf-8')
+    assert not [warning for warning in before.audit.warnings if 'learned' in warning]
 
 
 def test_a_mobile_encoder_moves_between_models(folder, first, begin):

@@ -230,6 +230,7 @@ def load_torch(data: bytes,
                path: Path,  # where the bytes come from, for the error message
               ):
     "Return the content of a torch file without running code from it; raise CrackSegError if that is impossible."
+    if not data.startswith((b"PK", b"\x80")): raise CrackSegError(f"{path}: found no readable torch file (it begins with {data[:8]!r}), expected a whole one, or a .safetensors")
     try: return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CrackSegError(f"{path}: found a pickle that needs code to load, expected tensors and plain containers only; "
