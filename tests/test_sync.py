@@ -142,3 +142,11 @@ def test_readme_links_lead_somewhere():
     if not (ROOT / '.git').exists(): return
     kept = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')  # outputs/ is ignored
     assert not [target for target in targets if not any(name == target or name.startswith(target.rstrip('/') + '/') for name in kept)]
+
+
+@every_notebook
+def test_the_first_markdown_cell_holds_title_and_blurb_alone(path):
+    "The site takes title and description from this cell and drops whatever else stands in it."
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), f"{path.name}: the first markdown cell is to hold `# title` and `> blurb`; found {first!r}"
