@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt settings.ini setup.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: $(VENV) help setup experiment benchmark test test-all chapters clean-nbs readme lab hooks constraints
+.PHONY: $(VENV) help format lint setup experiment benchmark test test-all chapters clean-nbs readme lab hooks constraints
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -61,6 +61,15 @@ test-all: test  ## the same and the slow tests
 chapters: $(STAMP)  ## clean the notebooks and export the package
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
+	@$(BIN)/ruff format --quiet crackseg_nb
+
+format: $(STAMP)  ## lay out notebooks, tests and scripts, and export the package
+	@$(BIN)/ruff check --fix --quiet --exclude crackseg_nb . || true
+	@$(BIN)/ruff format --quiet --exclude crackseg_nb .
+	@$(MAKE) --no-print-directory chapters
+
+lint: $(STAMP)  ## check layout and lint; `make format` mends what can be mended
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 clean-nbs: $(STAMP)  ## clean the notebooks only
 	@$(BIN)/nbdev_clean

@@ -1,4 +1,5 @@
 """Fixtures of the tests, and the skips of what this machine cannot run."""
+
 import os
 import shutil
 import signal
@@ -11,32 +12,35 @@ import pytest
 from slurm_cluster import reason_against, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get('CRACKSEG_DATA') or ROOT.parent / 'shared' / 'data')
+DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT.parent / "shared" / "data")
 
 # A shell that starts this in the background has SIGINT ignored, and processes that tests start and interrupt would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-matplotlib.use('Agg')
-hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile('repeatable')
+matplotlib.use("Agg")
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def has_cuda():
     import torch
+
     return torch.cuda.is_available()
 
 
 NEEDS = {
-    'real_data': (DATA.is_dir, 'no real photos: CRACKSEG_DATA names no folder'),
-    'gpu': (has_cuda, 'no CUDA device'),
-    'slurm': (lambda: not reason_against(), reason_against()),
-    'browser': (lambda: shutil.which('chromium') or shutil.which('google-chrome'), 'no Chromium'),
+    "real_data": (DATA.is_dir, "no real photos: CRACKSEG_DATA names no folder"),
+    "gpu": (has_cuda, "no CUDA device"),
+    "slurm": (lambda: not reason_against(), reason_against()),
+    "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no Chromium"),
 }
 
 
 def pytest_runtest_setup(item):
     for marker, (available, reason) in NEEDS.items():
-        if item.get_closest_marker(marker) and not available(): pytest.skip(reason)
+        if item.get_closest_marker(marker) and not available():
+            pytest.skip(reason)
 
 
 @pytest.fixture
@@ -45,44 +49,49 @@ def data_folder():
     return DATA
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def one_thread():
     "Keep thousands of tiny operations from waiting for a second thread on a busy machine."
     import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def tidy(request, tmp_path_factory):
     "Removes what a file's tests wrote, unless one of them failed: the checkpoints of all tests would fill a disk."
     base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
     before = set(base.iterdir())
     yield
-    if request.session.testsfailed > failed: return
-    for path in set(base.iterdir()) - before: path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    if request.session.testsfailed > failed:
+        return
+    for path in set(base.iterdir()) - before:
+        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope="session")
 def slurm_environment():
     "The environment variables of a SLURM of one node that lives as long as the tests."
-    folder = Path(tempfile.mkdtemp(prefix='slurm-'))
-    with slurm_cluster(folder) as environment: yield environment
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    with slurm_cluster(folder) as environment:
+        yield environment
     shutil.rmtree(folder)
 
 
 @pytest.fixture
 def slurm(slurm_environment, monkeypatch):
     "A SLURM of one node; its tests are marked `slurm`."
-    for name, value in slurm_environment.items(): monkeypatch.setenv(name, value)
+    for name, value in slurm_environment.items():
+        monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A folder for the runs of a module's tests."
-    return tmp_path_factory.mktemp('outputs')
+    return tmp_path_factory.mktemp("outputs")
 
 
 @pytest.fixture
@@ -92,6 +101,7 @@ def begin():
 
     def prepared(config):
         experiment = prepare(config)
-        experiment.folder.mark('stopped')
+        experiment.folder.mark("stopped")
         return experiment
+
     return prepared

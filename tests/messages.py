@@ -1,4 +1,5 @@
 """What an error message owes its reader, checked."""
+
 import pytest
 
 from crackseg_nb.core import CrackSegError
@@ -6,7 +7,9 @@ from crackseg_nb.core import CrackSegError
 
 def one_line(action, *parts):
     "Check that `action` raises a CrackSegError of one line that contains all `parts`."
-    with pytest.raises(CrackSegError) as caught: action()
+    with pytest.raises(CrackSegError) as caught:
+        action()
     message = str(caught.value)
-    assert '\n' not in message
-    for part in parts: assert part in message, message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message

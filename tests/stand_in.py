@@ -1,7 +1,8 @@
 """A run notebook that starts in a second: the parameters, signals, states and files of the real one, without torch."""
+
 import nbformat
 
-SOURCE = '''
+SOURCE = """
 import os, pathlib, platform, signal, time, psutil, yaml
 folder = pathlib.Path(resume or f"{outputs}/{run_name}")
 (folder/"checkpoints").mkdir(parents=True, exist_ok=True)
@@ -36,13 +37,16 @@ value = (seed + 10 * lr) / 20
 scores = {kind: dict(iou=value, f1=2 * value / (1 + value)) for kind in ("pooled", "per_image")}
 write("final_results.yaml", dict(val=scores, test=scores, data_fingerprint=str(seed)))
 mark("done")
-'''
-PARAMETERS = 'resume = None\noutputs = None\nrun_name = None\nseed = 1\nepochs = 3\nlr = 0.125'
+"""
+PARAMETERS = "resume = None\noutputs = None\nrun_name = None\nseed = 1\nepochs = 3\nlr = 0.125"
 
 
 def write_stand_in(folder):
     "Write the notebook to `folder` and return its path."
-    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(SOURCE)]
-    kernel = {'name': 'python3', 'language': 'python', 'display_name': 'python3'}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': kernel}), folder / 'stand_in.ipynb')
-    return folder / 'stand_in.ipynb'
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(SOURCE),
+    ]
+    kernel = {"name": "python3", "language": "python", "display_name": "python3"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "stand_in.ipynb")
+    return folder / "stand_in.ipynb"

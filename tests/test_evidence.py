@@ -1,4 +1,5 @@
 """The evidence of a run: it belongs to the run's images, equals the run's own scores, and is fast and small on the real test images."""
+
 import shutil
 import subprocess
 import sys
@@ -18,132 +19,185 @@ from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, 
 from crackseg_nb.experiment import run
 from crackseg_nb.results import prediction_path, save_prediction
 
-pytestmark = pytest.mark.usefixtures('one_thread')
-SMALL = dict(recipe='deeplab_test', data='synthetic', synthetic_images=60, synthetic_width=(3, 6), image_size=48, fit='crop', eval_fit='native', epochs=6, batch_size=4, lr=5e-3,
-             prior=0.05, pretrained='false', device='cpu', amp='off', fractions='0.6,0.15,0.25')
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = dict(
+    recipe="deeplab_test",
+    data="synthetic",
+    synthetic_images=60,
+    synthetic_width=(3, 6),
+    image_size=48,
+    fit="crop",
+    eval_fit="native",
+    epochs=6,
+    batch_size=4,
+    lr=5e-3,
+    prior=0.05,
+    pretrained="false",
+    device="cpu",
+    amp="off",
+    fractions="0.6,0.15,0.25",
+)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('outputs')
-    for name, seed in (('first', 1), ('second', 1)): run(configure(**SMALL | (dict(lr=3e-3) if name == 'second' else {}), seed=seed, outputs=str(folder), run_name=name))
+    folder = tmp_path_factory.mktemp("outputs")
+    for name, seed in (("first", 1), ("second", 1)):
+        run(
+            configure(
+                **SMALL | (dict(lr=3e-3) if name == "second" else {}), seed=seed, outputs=str(folder), run_name=name
+            )
+        )
     return folder
 
 
 @pytest.fixture
 def copied(outputs, tmp_path):
     "The first run, in a place of its own."
-    for name in ('first', 'synthetic'): shutil.copytree(outputs / name, tmp_path / name)
-    shutil.rmtree(tmp_path / 'first' / 'evidence', ignore_errors=True)
+    for name in ("first", "synthetic"):
+        shutil.copytree(outputs / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "first" / "evidence", ignore_errors=True)
     return tmp_path
 
 
 def test_scores_are_those_of_the_run(outputs):
-    found, results = evidence_of('first', str(outputs)), read_yaml(outputs / 'first' / 'final_results.yaml')
-    own = pd.read_csv(outputs / 'first' / 'predictions' / 'per_image.csv', dtype={'name': str}).set_index('name')
+    found, results = evidence_of("first", str(outputs)), read_yaml(outputs / "first" / "final_results.yaml")
+    own = pd.read_csv(outputs / "first" / "predictions" / "per_image.csv", dtype={"name": str}).set_index("name")
     assert found.per_image.index.tolist() == own.index.tolist()
-    assert (found.per_image['tp'] + found.per_image['fn']).tolist() == own['crack_pixels'].tolist()
-    for kind in ('pooled', 'per_image'):
-        for name in ('iou', 'f1', 'precision', 'recall'): assert found.scores[kind][name] == pytest.approx(results['test'][kind][name], abs=1e-12)
-    for name in ('precision', 'recall', 'f1'):  # eight bits move a pixel here and there
-        assert found.scores['curves 0 px'][name] == pytest.approx(results['test']['pooled'][name], abs=0.02)
-    assert found.scores['curves 0 px']['ods_f1'] >= found.scores['pooled']['f1'] - 1e-3
-    assert found.scores['curves 2 px']['ods_f1'] >= found.scores['curves 0 px']['ods_f1']
-    assert found.scores['pooled']['f1'] > 0.2
+    assert (found.per_image["tp"] + found.per_image["fn"]).tolist() == own["crack_pixels"].tolist()
+    for kind in ("pooled", "per_image"):
+        for name in ("iou", "f1", "precision", "recall"):
+            assert found.scores[kind][name] == pytest.approx(results["test"][kind][name], abs=1e-12)
+    for name in ("precision", "recall", "f1"):  # eight bits move a pixel here and there
+        assert found.scores["curves 0 px"][name] == pytest.approx(results["test"]["pooled"][name], abs=0.02)
+    assert found.scores["curves 0 px"]["ods_f1"] >= found.scores["pooled"]["f1"] - 1e-3
+    assert found.scores["curves 2 px"]["ods_f1"] >= found.scores["curves 0 px"]["ods_f1"]
+    assert found.scores["pooled"]["f1"] > 0.2
 
 
 def test_the_number_of_threads_changes_no_digit(outputs):
-    predictions = open_predictions('first', str(outputs))
+    predictions = open_predictions("first", str(outputs))
     one, three = measure(predictions, workers=1), measure(predictions, workers=3)
     assert one.scores == three.scores
     pd.testing.assert_frame_equal(one.per_image, three.per_image)
 
 
 def test_what_was_kept_is_not_measured_again(copied):
-    first = evidence_of('first', str(copied))
-    shutil.rmtree(copied / 'first' / 'predictions')
-    again = evidence_of('first', str(copied))
+    first = evidence_of("first", str(copied))
+    shutil.rmtree(copied / "first" / "predictions")
+    again = evidence_of("first", str(copied))
     assert again.scores == first.scores
     pd.testing.assert_frame_equal(again.per_image, first.per_image, check_dtype=False)
-    for name in first.tables: pd.testing.assert_frame_equal(again.tables[name], first.tables[name])
+    for name in first.tables:
+        pd.testing.assert_frame_equal(again.tables[name], first.tables[name])
 
 
 def test_other_images_are_refused(copied):
-    [mask, *_] = sorted((copied / 'synthetic').rglob('masks/*.png'))
+    [mask, *_] = sorted((copied / "synthetic").rglob("masks/*.png"))
     values = np.array(Image.open(mask))
     values[:2] = values.max() - values[:2]
     Image.fromarray(values).save(mask)
-    one_line(lambda: evidence_of('first', str(copied)), 'found images or masks that differ from those of first')
-    assert not (copied / 'first' / 'evidence').exists()
+    one_line(lambda: evidence_of("first", str(copied)), "found images or masks that differ from those of first")
+    assert not (copied / "first" / "evidence").exists()
 
 
 def test_a_prediction_of_another_size_is_refused(copied):
-    predictions = open_predictions('first', str(copied))
-    save_prediction(copied / 'first' / 'predictions', predictions.names[0], np.zeros((20, 20), np.float32))
-    one_line(lambda: evidence_of('first', str(copied)), 'found size (20, 20), expected that of its mask, (48, 48)')
-    assert not (copied / 'first' / 'evidence').exists()
+    predictions = open_predictions("first", str(copied))
+    save_prediction(copied / "first" / "predictions", predictions.names[0], np.zeros((20, 20), np.float32))
+    one_line(lambda: evidence_of("first", str(copied)), "found size (20, 20), expected that of its mask, (48, 48)")
+    assert not (copied / "first" / "evidence").exists()
 
 
-@pytest.mark.parametrize('state', ['running', 'failed', 'stopped'])
+@pytest.mark.parametrize("state", ["running", "failed", "stopped"])
 def test_unfinished_runs_have_none(copied, state):
-    path = copied / 'first' / 'status.yaml'
-    write_yaml(path, read_yaml(path) | {'state': state, 'pid': 1})
-    one_line(lambda: evidence_of('first', str(copied)), 'expected a run that is done')
+    path = copied / "first" / "status.yaml"
+    write_yaml(path, read_yaml(path) | {"state": state, "pid": 1})
+    one_line(lambda: evidence_of("first", str(copied)), "expected a run that is done")
 
 
 def test_runs_with_several_classes_are_refused(tmp_path):
-    several = run(configure(recipe='damage_quickstart', encoder='mobilenet_v3_small', synthetic_images=12, image_size=32, epochs=1, batch_size=4, device='cpu', amp='off',
-                            outputs=str(tmp_path), run_name='several'))
-    one_line(lambda: evidence_of(several.folder.run_id, str(tmp_path)), 'several knows labels or several classes', 'cracks and background')
+    several = run(
+        configure(
+            recipe="damage_quickstart",
+            encoder="mobilenet_v3_small",
+            synthetic_images=12,
+            image_size=32,
+            epochs=1,
+            batch_size=4,
+            device="cpu",
+            amp="off",
+            outputs=str(tmp_path),
+            run_name="several",
+        )
+    )
+    one_line(
+        lambda: evidence_of(several.folder.run_id, str(tmp_path)),
+        "several knows labels or several classes",
+        "cracks and background",
+    )
 
 
-@pytest.mark.parametrize('name', ['per_image.csv', 'sums.npz'])
+@pytest.mark.parametrize("name", ["per_image.csv", "sums.npz"])
 def test_evidence_that_was_changed_is_not_believed(copied, name):
-    evidence_of('first', str(copied))
-    path = copied / 'first' / 'evidence' / name
+    evidence_of("first", str(copied))
+    path = copied / "first" / "evidence" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    one_line(lambda: evidence_of('first', str(copied)), name, 'was changed after it was written')
+    one_line(lambda: evidence_of("first", str(copied)), name, "was changed after it was written")
 
 
 def test_another_photo_under_the_same_mask_is_another_image(outputs, copied):
-    evidence_of('first', str(outputs))
-    evidence_of('second', str(outputs))
-    shutil.copytree(outputs / 'second', copied / 'second')
-    path = copied / 'second' / 'evidence'
+    evidence_of("first", str(outputs))
+    evidence_of("second", str(outputs))
+    shutil.copytree(outputs / "second", copied / "second")
+    path = copied / "second" / "evidence"
     evidence = read_evidence(path)
-    evidence.per_image.iloc[0, evidence.per_image.columns.get_loc('photo')] = 'another'
+    evidence.per_image.iloc[0, evidence.per_image.columns.get_loc("photo")] = "another"
     evidence.save(path)
-    found = compare(['first', 'second'], outputs=str(copied))
-    assert list(found.systems) == ['first'] and found.left_out['reason'].iloc[0].startswith('other photos, or another size: 1 of')
+    found = compare(["first", "second"], outputs=str(copied))
+    assert list(found.systems) == ["first"] and found.left_out["reason"].iloc[0].startswith(
+        "other photos, or another size: 1 of"
+    )
 
 
 def test_interrupted_writing_leaves_no_evidence(copied, monkeypatch):
-    monkeypatch.setattr('crackseg_nb.evidence.scores.write_yaml', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): evidence_of('first', str(copied))
+    monkeypatch.setattr(
+        "crackseg_nb.evidence.scores.write_yaml", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        evidence_of("first", str(copied))
     monkeypatch.undo()
-    assert evidence_of('first', str(copied)).run_id == 'first' and read_evidence(copied / 'first' / 'evidence').run_id == 'first'
+    assert (
+        evidence_of("first", str(copied)).run_id == "first"
+        and read_evidence(copied / "first" / "evidence").run_id == "first"
+    )
 
 
 def test_committed_runs_are_compared_without_their_images():
     "What is committed in outputs/ is enough for the committed comparison."
-    committed = [path.parent.parent for path in sorted(project_root().glob('outputs/*/evidence/scores.yaml'))]
-    if len(committed) < 2: pytest.skip('fewer than two committed runs with evidence')
+    committed = [path.parent.parent for path in sorted(project_root().glob("outputs/*/evidence/scores.yaml"))]
+    if len(committed) < 2:
+        pytest.skip("fewer than two committed runs with evidence")
     found = compare([str(path) for path in committed])
     assert len(found.systems) + len(found.left_out) == len(committed)
-    for name, system in found.systems.items():
-        results = read_yaml(project_root() / 'outputs' / name / 'final_results.yaml')
-        assert found.scores.loc[name, 'pooled F1'] == pytest.approx(results['test']['pooled']['f1'], abs=1e-9)
+    for name, _system in found.systems.items():
+        results = read_yaml(project_root() / "outputs" / name / "final_results.yaml")
+        assert found.scores.loc[name, "pooled F1"] == pytest.approx(results["test"]["pooled"]["f1"], abs=1e-9)
 
 
 @pytest.mark.slow
 def test_the_notebook_runs(outputs, tmp_path):
-    papermill.execute_notebook(project_root() / 'nbs' / 'compare_experiments.ipynb', tmp_path / 'out.ipynb', kernel_name='python3', progress_bar=False,
-                               parameters=dict(runs='first,second', outputs=str(outputs), name='both'))
-    page = (outputs / 'both' / 'comparison.html').read_text('utf-8')
-    assert page.count('<img') == 5 and not [word for word in ('src="http', 'href=', '<script', '<link') if word in page]
-    assert len(pd.read_csv(outputs / 'both' / 'tests.csv')) == 1
+    papermill.execute_notebook(
+        project_root() / "nbs" / "compare_experiments.ipynb",
+        tmp_path / "out.ipynb",
+        kernel_name="python3",
+        progress_bar=False,
+        parameters=dict(runs="first,second", outputs=str(outputs), name="both"),
+    )
+    page = (outputs / "both" / "comparison.html").read_text("utf-8")
+    assert page.count("<img") == 5 and not [word for word in ('src="http', "href=", "<script", "<link") if word in page]
+    assert len(pd.read_csv(outputs / "both" / "tests.csv")) == 1
 
 
 MEASURE = """
@@ -162,15 +216,36 @@ print(len(found.per_image), time.perf_counter() - start, int(peak.split()[1]) / 
 @pytest.mark.slow
 def test_all_metrics_of_the_real_test_images_take_a_minute(data_folder, tmp_path):
     "99 thresholds, 0 and 2 px, two threads; a run whose answers are the blurred truth with noise."
-    experiment = run(configure(recipe='deeplab_test', data='DeepCrack', data_dir=str(data_folder / 'DeepCrack'), image_size=64, fit='crop', eval_fit='native', epochs=0,
-                               pretrained='false', device='cpu', amp='off', preload='false', outputs=str(tmp_path), run_name='run'))
+    experiment = run(
+        configure(
+            recipe="deeplab_test",
+            data="DeepCrack",
+            data_dir=str(data_folder / "DeepCrack"),
+            image_size=64,
+            fit="crop",
+            eval_fit="native",
+            epochs=0,
+            pretrained="false",
+            device="cpu",
+            amp="off",
+            preload="false",
+            outputs=str(tmp_path),
+            run_name="run",
+        )
+    )
     noise = np.random.default_rng(0)
     for sample in experiment.splits.test:
-        mask = experiment.datasets['test'].pair(experiment.splits.test.index(sample))[1]
+        mask = experiment.datasets["test"].pair(experiment.splits.test.index(sample))[1]
         smooth = cv2.GaussianBlur(noise.normal(0, 6, mask.shape).astype(np.float32), (0, 0), 4)
-        save_prediction(experiment.folder / 'predictions', sample.name, 1 / (1 + np.exp(-6 * (cv2.GaussianBlur((mask == 1).astype(np.float32), (0, 0), 1.5) - 0.5) - smooth)))
-        assert prediction_path(experiment.folder / 'predictions', sample.name).is_file()
-    done = subprocess.run([sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True, text=True, cwd=project_root())
+        save_prediction(
+            experiment.folder / "predictions",
+            sample.name,
+            1 / (1 + np.exp(-6 * (cv2.GaussianBlur((mask == 1).astype(np.float32), (0, 0), 1.5) - 0.5) - smooth)),
+        )
+        assert prediction_path(experiment.folder / "predictions", sample.name).is_file()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, cwd=project_root()
+    )
     assert done.returncode == 0, done.stderr
     images, seconds, mebibytes = map(float, done.stdout.split())
     assert images == 237 and seconds < 60 and mebibytes < 1024, done.stdout

@@ -1,4 +1,5 @@
 """Whole runs: through papermill from another folder, failing ones, bad input, repetition."""
+
 import json
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from crackseg_nb import core, experiment as experiment_module
+from crackseg_nb import core
+from crackseg_nb import experiment as experiment_module
 from crackseg_nb.config import configure, known_parameters
 from crackseg_nb.core import CrackSegError, RunFolder, read_yaml
 from crackseg_nb.data.synthetic import write_synthetic
@@ -22,226 +24,293 @@ from crackseg_nb.results import prediction_path
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = ROOT / 'nbs' / 'run_experiment.ipynb'
-TINY = dict(synthetic_images=12, image_size=32, epochs=1, batch_size=4, device='cpu', amp='off')
+NOTEBOOK = ROOT / "nbs" / "run_experiment.ipynb"
+TINY = dict(synthetic_images=12, image_size=32, epochs=1, batch_size=4, device="cpu", amp="off")
 
 
 def papermill(folder, source=NOTEBOOK, **parameters):
     "Run the notebook `source` with `folder` as working directory; return the process and the executed notebook."
-    words = [word for name, value in parameters.items() for word in ('-p', name, str(value))]
-    done = subprocess.run([sys.executable, '-m', 'papermill', str(source), 'result.ipynb', '-k', 'python3', '--no-progress-bar', *words],
-                          cwd=folder, capture_output=True, text=True, timeout=300)
-    return done, json.loads((folder / 'result.ipynb').read_text('utf-8')) if (folder / 'result.ipynb').exists() else None
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(source), "result.ipynb", "-k", "python3", "--no-progress-bar", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done, json.loads((folder / "result.ipynb").read_text("utf-8")) if (
+        folder / "result.ipynb"
+    ).exists() else None
 
 
 def only_run(outputs):
-    runs = [path.parent for path in Path(outputs).glob('*/status.yaml')]
+    runs = [path.parent for path in Path(outputs).glob("*/status.yaml")]
     assert len(runs) == 1
     return RunFolder(runs[0])
 
 
 def error_of(notebook):
-    outputs = [output for cell in notebook['cells'] for output in cell.get('outputs', [])]
-    return next(f"{output['ename']}: {output['evalue']}" for output in outputs if output['output_type'] == 'error' and output['ename'] != 'PapermillError')
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return next(
+        f"{output['ename']}: {output['evalue']}"
+        for output in outputs
+        if output["output_type"] == "error" and output["ename"] != "PapermillError"
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    return run(configure(**TINY, outputs=str(tmp_path_factory.mktemp('outputs')), run_name='tiny', checkpoint_every=1))
+    return run(configure(**TINY, outputs=str(tmp_path_factory.mktemp("outputs")), run_name="tiny", checkpoint_every=1))
 
 
 # Through papermill
 
+
 def test_the_notebook_runs_from_another_folder(tmp_path):
-    done, notebook = papermill(tmp_path, outputs='made', encoder='swinv2', **TINY)
+    done, notebook = papermill(tmp_path, outputs="made", encoder="swinv2", **TINY)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = only_run(tmp_path / 'made')
-    assert folder.state == 'done'
-    results = read_yaml(folder / 'final_results.yaml')
-    assert set(results['test']['pooled']) == set(results['test']['per_image']) == {'iou', 'f1', 'dice', 'precision', 'recall'}
-    for name in ('config.yaml', 'history.csv', 'performance.csv', 'training.log', 'analysis_report.txt', 'environment.yaml', 'checkpoints/best.json',
-                 'predictions/per_image.csv', 'visualizations/training_curves.png', 'visualizations/worst_cases.png'):
+    folder = only_run(tmp_path / "made")
+    assert folder.state == "done"
+    results = read_yaml(folder / "final_results.yaml")
+    assert (
+        set(results["test"]["pooled"])
+        == set(results["test"]["per_image"])
+        == {"iou", "f1", "dice", "precision", "recall"}
+    )
+    for name in (
+        "config.yaml",
+        "history.csv",
+        "performance.csv",
+        "training.log",
+        "analysis_report.txt",
+        "environment.yaml",
+        "checkpoints/best.json",
+        "predictions/per_image.csv",
+        "visualizations/training_curves.png",
+        "visualizations/worst_cases.png",
+    ):
         assert (folder / name).is_file(), name
-    assert list((folder / 'tensorboard').iterdir())
-    text = ''.join(''.join(output.get('text', '')) for cell in notebook['cells'] for output in cell.get('outputs', []))
-    assert f'Run folder: {Path("made") / folder.run_id}' in text
+    assert list((folder / "tensorboard").iterdir())
+    text = "".join("".join(output.get("text", "")) for cell in notebook["cells"] for output in cell.get("outputs", []))
+    assert f"Run folder: {Path('made') / folder.run_id}" in text
 
 
 def test_an_unknown_parameter_stops_before_anything_is_written(tmp_path):
-    done, notebook = papermill(tmp_path, outputs='made', encodr='swinv2')
-    assert done.returncode != 0 and not (tmp_path / 'made').exists()
-    assert error_of(notebook).startswith("CrackSegError: parameter: found 'encodr'") and "did you mean 'encoder'?" in error_of(notebook)
+    done, notebook = papermill(tmp_path, outputs="made", encodr="swinv2")
+    assert done.returncode != 0 and not (tmp_path / "made").exists()
+    assert error_of(notebook).startswith(
+        "CrackSegError: parameter: found 'encodr'"
+    ) and "did you mean 'encoder'?" in error_of(notebook)
 
 
 def test_a_failing_run_leaves_its_error_and_no_results(tmp_path):
-    root = write_synthetic(tmp_path / 'photos', 12, (64, 64))
-    broken = sorted((root / 'images').iterdir())[3]
+    root = write_synthetic(tmp_path / "photos", 12, (64, 64))
+    broken = sorted((root / "images").iterdir())[3]
     image = cv2.imread(str(broken))
-    cv2.imwrite(str(broken.with_suffix('.jpg')), image)
+    cv2.imwrite(str(broken.with_suffix(".jpg")), image)
     broken.unlink()
-    broken = broken.with_suffix('.jpg')
+    broken = broken.with_suffix(".jpg")
     broken.write_bytes(broken.read_bytes()[:600])
-    done, notebook = papermill(tmp_path, outputs='made', data='folder', data_dir='photos', **TINY)
+    done, notebook = papermill(tmp_path, outputs="made", data="folder", data_dir="photos", **TINY)
     assert done.returncode != 0 and broken.name in error_of(notebook)
-    folder = only_run(tmp_path / 'made')
-    assert folder.state == 'failed' and broken.name in folder.status['error']
-    assert not (folder / 'final_results.yaml').exists()
+    folder = only_run(tmp_path / "made")
+    assert folder.state == "failed" and broken.name in folder.status["error"]
+    assert not (folder / "final_results.yaml").exists()
 
 
 def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
-    notebook = json.loads(NOTEBOOK.read_text('utf-8'))
-    cell = next(cell for cell in notebook['cells'] if 'show_class_balance' in ''.join(cell['source']))
-    cell['source'] = 'raise RuntimeError("no picture")'
-    (tmp_path / 'source.ipynb').write_text(json.dumps(notebook))
-    done, executed = papermill(tmp_path, tmp_path / 'source.ipynb', outputs='made', **TINY)
-    assert done.returncode != 0 and error_of(executed) == 'RuntimeError: no picture'
-    folder = only_run(tmp_path / 'made')
-    assert folder.state == 'failed' and 'before the run was finished' in folder.status['error']
-    assert not (folder / 'final_results.yaml').exists()
+    notebook = json.loads(NOTEBOOK.read_text("utf-8"))
+    cell = next(cell for cell in notebook["cells"] if "show_class_balance" in "".join(cell["source"]))
+    cell["source"] = 'raise RuntimeError("no picture")'
+    (tmp_path / "source.ipynb").write_text(json.dumps(notebook))
+    done, executed = papermill(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
+    assert done.returncode != 0 and error_of(executed) == "RuntimeError: no picture"
+    folder = only_run(tmp_path / "made")
+    assert folder.state == "failed" and "before the run was finished" in folder.status["error"]
+    assert not (folder / "final_results.yaml").exists()
 
 
 def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
-    code = (f'from crackseg_nb.config import configure; from crackseg_nb.experiment import Experiment\n'
-            f'experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise SystemExit(3)')
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3
+    code = (
+        f"from crackseg_nb.config import configure; from crackseg_nb.experiment import Experiment\n"
+        f"experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise SystemExit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3
     folder = only_run(tmp_path)
-    assert folder.state == 'failed' and 'before the run was finished' in folder.status['error']
+    assert folder.state == "failed" and "before the run was finished" in folder.status["error"]
 
 
 def test_the_parameters_cell_is_the_whole_manual():
-    done = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(NOTEBOOK)], capture_output=True, text=True, timeout=120)
-    cell = next(cell for cell in json.loads(NOTEBOOK.read_text('utf-8'))['cells'] if 'parameters' in cell['metadata'].get('tags', []))
-    lines = [line for line in ''.join(cell['source']).splitlines() if not line.startswith('#')]
-    assert {line.split(':')[0] for line in lines} == {*known_parameters(), 'config', 'resume'}
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(NOTEBOOK)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    cell = next(
+        cell
+        for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+        if "parameters" in cell["metadata"].get("tags", [])
+    )
+    lines = [line for line in "".join(cell["source"]).splitlines() if not line.startswith("#")]
+    assert {line.split(":")[0] for line in lines} == {*known_parameters(), "config", "resume"}
     for line in lines:
-        name, comment = line.split(':')[0], line.split('  # ')[1]
-        assert f'{name}: ' in done.stdout and comment.split(';')[0][:20] in ' '.join(done.stdout.split()), name
+        name, comment = line.split(":")[0], line.split("  # ")[1]
+        assert f"{name}: " in done.stdout and comment.split(";")[0][:20] in " ".join(done.stdout.split()), name
 
 
 # The same again
 
-def weights_of(folder): return load_checkpoint(folder / 'checkpoints', 'best').model_state
+
+def weights_of(folder):
+    return load_checkpoint(folder / "checkpoints", "best").model_state
 
 
 def test_a_run_repeats_from_its_config_alone(tiny_run, tmp_path):
-    again = run(configure(config=str(tiny_run.folder / 'config.yaml'), outputs=str(tmp_path)))
-    assert (again.folder / 'history.csv').read_bytes() == (tiny_run.folder / 'history.csv').read_bytes()
+    again = run(configure(config=str(tiny_run.folder / "config.yaml"), outputs=str(tmp_path)))
+    assert (again.folder / "history.csv").read_bytes() == (tiny_run.folder / "history.csv").read_bytes()
     first, second = weights_of(tiny_run.folder), weights_of(again.folder)
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-    assert again.results['test'] == tiny_run.results['test']
+    assert again.results["test"] == tiny_run.results["test"]
 
 
 def test_another_seed_is_another_run(tiny_run, tmp_path):
-    other = run(configure(config=str(tiny_run.folder / 'config.yaml'), outputs=str(tmp_path), seed=1))
-    assert (other.folder / 'history.csv').read_bytes() != (tiny_run.folder / 'history.csv').read_bytes()
+    other = run(configure(config=str(tiny_run.folder / "config.yaml"), outputs=str(tmp_path), seed=1))
+    assert (other.folder / "history.csv").read_bytes() != (tiny_run.folder / "history.csv").read_bytes()
 
 
 def test_results_equal_the_kept_predictions(tiny_run):
     "The table of images is recomputed from the probability maps and masks on disk."
-    table = pd.read_csv(tiny_run.folder / 'predictions' / 'per_image.csv', dtype={'name': str})
+    table = pd.read_csv(tiny_run.folder / "predictions" / "per_image.csv", dtype={"name": str})
     masks = {sample.name: sample.mask for sample in tiny_run.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
-        kept = cv2.imread(str(prediction_path(tiny_run.folder / 'predictions', row.name)), cv2.IMREAD_GRAYSCALE) / 255
+        kept = cv2.imread(str(prediction_path(tiny_run.folder / "predictions", row.name)), cv2.IMREAD_GRAYSCALE) / 255
         predicted = kept >= tiny_run.threshold
         tolerance = int((np.abs(kept - tiny_run.threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
         assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
 
 
 def test_zero_epochs_evaluate_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    done = run(configure(**{**TINY, 'epochs': 0}, pretrained='auto', outputs=str(tmp_path)))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = run(configure(**{**TINY, "epochs": 0}, pretrained="auto", outputs=str(tmp_path)))
     # What was really loaded is written down, and a repetition asks for just that.
-    assert read_yaml(done.folder / 'environment.yaml')['weights'] == {'requested': 'auto', 'loaded': 'from scratch'}
-    assert read_yaml(done.folder / 'config.yaml')['model']['pretrained'] == 'false'
-    results = read_yaml(done.folder / 'final_results.yaml')
-    assert results['protocol']['epoch'] == 0 and results['protocol']['epochs_trained'] == 0
-    assert done.folder.state == 'done' and not (done.folder / 'checkpoints' / 'best.json').exists()
+    assert read_yaml(done.folder / "environment.yaml")["weights"] == {"requested": "auto", "loaded": "from scratch"}
+    assert read_yaml(done.folder / "config.yaml")["model"]["pretrained"] == "false"
+    results = read_yaml(done.folder / "final_results.yaml")
+    assert results["protocol"]["epoch"] == 0 and results["protocol"]["epochs_trained"] == 0
+    assert done.folder.state == "done" and not (done.folder / "checkpoints" / "best.json").exists()
 
 
 # Bad input: one line, a failed folder, no results
 
+
 def expect_failure(tmp_path, words, **parameters):
-    outputs = tmp_path / 'outputs'
-    with pytest.raises(CrackSegError) as caught: run(configure(**{**TINY, **parameters}, outputs=str(outputs)))
+    outputs = tmp_path / "outputs"
+    with pytest.raises(CrackSegError) as caught:
+        run(configure(**{**TINY, **parameters}, outputs=str(outputs)))
     message = str(caught.value)
-    assert '\n' not in message and all(word in message for word in words), message
-    for folder in outputs.glob('*/status.yaml'):
-        assert RunFolder(folder.parent).state == 'failed' and not (folder.parent / 'final_results.yaml').exists()
+    assert "\n" not in message and all(word in message for word in words), message
+    for folder in outputs.glob("*/status.yaml"):
+        assert RunFolder(folder.parent).state == "failed" and not (folder.parent / "final_results.yaml").exists()
     return message
 
 
-@pytest.mark.parametrize('parameters, words', [
-    (dict(recipe='quickstat'), ('recipe', "did you mean 'quickstart'?")),
-    (dict(encoder='swinv3'), ('encoder', "did you mean 'swinv2'?")),
-    (dict(image_size=0), ('image_size: found 0',)),
-    (dict(image_size='large'), ("image_size: found 'large'",)),
-    (dict(epochs=-1), ('epochs: found -1',)),
-    (dict(fractions='0.9,0.3,0.1'), ('fractions',)),
-    (dict(fractions='1,0,0'), ('fractions',)),
-    (dict(batch_size=100), ('batch_size: found 100', 'batch larger than the data')),
-    (dict(synthetic_images=4, fractions='0.98,0.01,0.01', batch_size=9), ('batch_size',)),
-    (dict(pretrained='imagenet'), ('pretrained', 'no file imagenet')),
-    (dict(data='folder'), ('data_dir',)),
-    (dict(run_name='../elsewhere'), ('run_name',)),
-    (dict(data_dir='photos'), ('data_dir', 'synthetic')),
-    (dict(loss='ce'), ('loss',)),
-    (dict(decoder_channels='0,32,16'), ('decoder_channels: found 0',)),
-    (dict(focal_weight=0, dice_weight=0), ('weights',)),
-    (dict(device='gpu'), ('device',)),
-])
-def test_a_wrong_value_gets_one_line(tmp_path, parameters, words): expect_failure(tmp_path, words, **parameters)
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        (dict(recipe="quickstat"), ("recipe", "did you mean 'quickstart'?")),
+        (dict(encoder="swinv3"), ("encoder", "did you mean 'swinv2'?")),
+        (dict(image_size=0), ("image_size: found 0",)),
+        (dict(image_size="large"), ("image_size: found 'large'",)),
+        (dict(epochs=-1), ("epochs: found -1",)),
+        (dict(fractions="0.9,0.3,0.1"), ("fractions",)),
+        (dict(fractions="1,0,0"), ("fractions",)),
+        (dict(batch_size=100), ("batch_size: found 100", "batch larger than the data")),
+        (dict(synthetic_images=4, fractions="0.98,0.01,0.01", batch_size=9), ("batch_size",)),
+        (dict(pretrained="imagenet"), ("pretrained", "no file imagenet")),
+        (dict(data="folder"), ("data_dir",)),
+        (dict(run_name="../elsewhere"), ("run_name",)),
+        (dict(data_dir="photos"), ("data_dir", "synthetic")),
+        (dict(loss="ce"), ("loss",)),
+        (dict(decoder_channels="0,32,16"), ("decoder_channels: found 0",)),
+        (dict(focal_weight=0, dice_weight=0), ("weights",)),
+        (dict(device="gpu"), ("device",)),
+    ],
+)
+def test_a_wrong_value_gets_one_line(tmp_path, parameters, words):
+    expect_failure(tmp_path, words, **parameters)
 
 
-def photos(tmp_path, size=(64, 64)): return write_synthetic(tmp_path / 'photos', 12, size)
+def photos(tmp_path, size=(64, 64)):
+    return write_synthetic(tmp_path / "photos", 12, size)
 
 
 def test_a_folder_without_masks(tmp_path):
     root = photos(tmp_path)
-    shutil.rmtree(root / 'masks')
-    expect_failure(tmp_path, ('masks',), data='folder', data_dir=str(root))
+    shutil.rmtree(root / "masks")
+    expect_failure(tmp_path, ("masks",), data="folder", data_dir=str(root))
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda mask: mask[:32], ('0002.png', '64x32')),
-    (lambda mask: np.where(mask > 0, 77, 0).astype(np.uint8), ('0002.png', '77')),
-    (lambda mask: np.dstack([mask, np.zeros_like(mask), np.full_like(mask, 40)]), ('0002.png',)),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda mask: mask[:32], ("0002.png", "64x32")),
+        (lambda mask: np.where(mask > 0, 77, 0).astype(np.uint8), ("0002.png", "77")),
+        (lambda mask: np.dstack([mask, np.zeros_like(mask), np.full_like(mask, 40)]), ("0002.png",)),
+    ],
+)
 def test_a_mask_that_does_not_fit(tmp_path, change, words):
-    path = photos(tmp_path) / 'masks' / '0002.png'
+    path = photos(tmp_path) / "masks" / "0002.png"
     cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)))
-    expect_failure(tmp_path, words, data='folder', data_dir=str(tmp_path / 'photos'))
+    expect_failure(tmp_path, words, data="folder", data_dir=str(tmp_path / "photos"))
 
 
 def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    expect_failure(tmp_path, ('pretrained', "can't be had"), pretrained='true')
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    expect_failure(tmp_path, ("pretrained", "can't be had"), pretrained="true")
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    usage = namedtuple('usage', 'total used free')
-    monkeypatch.setattr(core.shutil, 'disk_usage', lambda folder: usage(2**40, 2**40 - 2**27, 2**27))
-    monkeypatch.setattr(experiment_module, 'fit', lambda *_: pytest.fail('training began'))
-    expect_failure(tmp_path, ('MiB free', 'checkpoints'))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(core.shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**27, 2**27))
+    monkeypatch.setattr(experiment_module, "fit", lambda *_: pytest.fail("training began"))
+    expect_failure(tmp_path, ("MiB free", "checkpoints"))
 
 
 def test_outputs_that_cannot_be_written(tmp_path):
-    (tmp_path / 'outputs').write_text('a file where a folder should be')
-    expect_failure(tmp_path, ('cannot write there',))
+    (tmp_path / "outputs").write_text("a file where a folder should be")
+    expect_failure(tmp_path, ("cannot write there",))
 
 
 # Real photos
 
+
 @pytest.mark.real_data
 def test_real_photos_run_through(tmp_path, data_folder):
-    done = run(configure(**{**TINY, 'epochs': 0, 'image_size': 96}, data='CrackForest', data_dir=str(data_folder / 'CrackForest'), outputs=str(tmp_path)))
-    assert done.results['test']['num_images'] == len(done.splits.test) == 18
+    done = run(
+        configure(
+            **{**TINY, "epochs": 0, "image_size": 96},
+            data="CrackForest",
+            data_dir=str(data_folder / "CrackForest"),
+            outputs=str(tmp_path),
+        )
+    )
+    assert done.results["test"]["num_images"] == len(done.splits.test) == 18
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_the_published_recipe_trains_on_deepcrack(tmp_path, data_folder):
-    done, _ = papermill(tmp_path, outputs='made', recipe='swinv2_hybrid_360', data='DeepCrack', data_dir=data_folder / 'DeepCrack', epochs=0, pretrained='false')
+    done, _ = papermill(
+        tmp_path,
+        outputs="made",
+        recipe="swinv2_hybrid_360",
+        data="DeepCrack",
+        data_dir=data_folder / "DeepCrack",
+        epochs=0,
+        pretrained="false",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    results = read_yaml(only_run(tmp_path / 'made') / 'final_results.yaml')
-    assert results['test']['num_images'] == 237 and results['test_without_overlap']['num_images'] == 217
+    results = read_yaml(only_run(tmp_path / "made") / "final_results.yaml")
+    assert results["test"]["num_images"] == 237 and results["test_without_overlap"]["num_images"] == 217

@@ -1,4 +1,5 @@
 """Faults that are put into a run: each ends as promised, in one line, with nothing lost."""
+
 import errno
 import os
 import shutil
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import resume_jobs
 import torch
 
-import resume_jobs
 from crackseg_nb.config import configure
 from crackseg_nb.core import RESUME_CODE, CrackSegError, RunFolder, Stopped, read_yaml
 from crackseg_nb.experiment import run
@@ -26,41 +27,51 @@ ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def conv_norm(one_thread):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.MODELS, 'conv_norm', (resume_jobs.ConvNormConfig, resume_jobs.ConvNorm))
+        patch.setitem(registry.MODELS, "conv_norm", (resume_jobs.ConvNormConfig, resume_jobs.ConvNorm))
         yield
 
 
 def settings(outputs, name, **others):
-    return {**resume_jobs.SETTINGS, **resume_jobs.MODELS['conv_norm'], 'epochs': EPOCHS, 'checkpoint_every': 1, 'checkpoint_minutes': 0, 'outputs': str(outputs),
-            'run_name': name, **others}
+    return {
+        **resume_jobs.SETTINGS,
+        **resume_jobs.MODELS["conv_norm"],
+        "epochs": EPOCHS,
+        "checkpoint_every": 1,
+        "checkpoint_minutes": 0,
+        "outputs": str(outputs),
+        "run_name": name,
+        **others,
+    }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A run that nothing happened to."
-    return run(configure(**settings(tmp_path_factory.mktemp('outputs'), 'whole'))).folder
+    return run(configure(**settings(tmp_path_factory.mktemp("outputs"), "whole"))).folder
 
 
 def failing(config):
     "Run and return the message, which has one line; there are no results."
-    with pytest.raises(CrackSegError) as caught: run(config)
+    with pytest.raises(CrackSegError) as caught:
+        run(config)
     message = str(caught.value)
-    assert '\n' not in message
+    assert "\n" not in message
     return message
 
 
 def assert_equals(whole, folder):
-    assert (whole / 'history.csv').read_bytes() == (folder / 'history.csv').read_bytes()
-    for name in ('best', f'epoch_{EPOCHS:04}'):
-        first, second = (load_checkpoint(run / 'checkpoints', name).model_state for run in (whole, folder))
+    assert (whole / "history.csv").read_bytes() == (folder / "history.csv").read_bytes()
+    for name in ("best", f"epoch_{EPOCHS:04}"):
+        first, second = (load_checkpoint(run / "checkpoints", name).model_state for run in (whole, folder))
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name
-    assert read_yaml(whole / 'final_results.yaml')['test'] == read_yaml(folder / 'final_results.yaml')['test']
+    assert read_yaml(whole / "final_results.yaml")["test"] == read_yaml(folder / "final_results.yaml")["test"]
 
 
-def resume(outputs, name, **others): return run(configure(resume=str(outputs / name), **others)).folder
+def resume(outputs, name, **others):
+    return run(configure(resume=str(outputs / name), **others)).folder
 
 
 def at_step(monkeypatch, step, fault):
@@ -70,124 +81,166 @@ def at_step(monkeypatch, step, fault):
     def counted(self, image):
         calls[0] += self.training
         return forward(self, fault(image) if self.training and calls[0] > step else image)
-    monkeypatch.setattr(resume_jobs.ConvNorm, 'forward', counted)
+
+    monkeypatch.setattr(resume_jobs.ConvNorm, "forward", counted)
 
 
 # Memory
 
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_epoch(tmp_path, monkeypatch, whole):
     def full(image):
-        if len(image) > 1: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        if len(image) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return image
+
     at_step(monkeypatch, 11, full)  # in the second epoch, in the middle of a window
-    folder = run(configure(**settings(tmp_path, 'full'))).folder
-    rows = pd.read_csv(folder / 'performance.csv')
-    assert folder.state == 'done' and list(rows['micro_batch']) == [2, 1, 1, 1] and (rows['peak_rss_mib'] > 0).all()
-    assert read_yaml(folder / 'final_results.yaml')['performance']['images_at_a_time'] == 1
-    state = load_checkpoint(folder / 'checkpoints', f'epoch_{EPOCHS:04}').training_state
-    assert state['scheduler']['last_epoch'] == 4 * EPOCHS == load_checkpoint(whole / 'checkpoints', f'epoch_{EPOCHS:04}').training_state['scheduler']['last_epoch']
-    histories = [pd.read_csv(run / 'history.csv') for run in (whole, folder)]
-    pd.testing.assert_series_equal(histories[0]['train_loss'][:1], histories[1]['train_loss'][:1])
-    assert (folder / 'training.log').read_text().count('OUT OF MEMORY') == 1
+    folder = run(configure(**settings(tmp_path, "full"))).folder
+    rows = pd.read_csv(folder / "performance.csv")
+    assert folder.state == "done" and list(rows["micro_batch"]) == [2, 1, 1, 1] and (rows["peak_rss_mib"] > 0).all()
+    assert read_yaml(folder / "final_results.yaml")["performance"]["images_at_a_time"] == 1
+    state = load_checkpoint(folder / "checkpoints", f"epoch_{EPOCHS:04}").training_state
+    assert (
+        state["scheduler"]["last_epoch"]
+        == 4 * EPOCHS
+        == load_checkpoint(whole / "checkpoints", f"epoch_{EPOCHS:04}").training_state["scheduler"]["last_epoch"]
+    )
+    histories = [pd.read_csv(run / "history.csv") for run in (whole, folder)]
+    pd.testing.assert_series_equal(histories[0]["train_loss"][:1], histories[1]["train_loss"][:1])
+    assert (folder / "training.log").read_text().count("OUT OF MEMORY") == 1
 
 
 def test_a_single_image_that_does_not_fit_ends_the_run_with_advice(tmp_path, whole):
-    def full(image): raise MemoryError
+    def full(image):
+        raise MemoryError
+
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, full)  # in the second batch of a window
-        message = failing(configure(**settings(tmp_path, 'full')))
-    assert 'not even a single image fits' in message and 'gradient_checkpointing' in message
-    folder = RunFolder(tmp_path / 'full')
-    assert folder.state == 'failed' and checkpoint_names(folder / 'checkpoints')[-1] == 'epoch_0001_step_00002'
-    assert_equals(whole, resume(tmp_path, 'full'))
+        message = failing(configure(**settings(tmp_path, "full")))
+    assert "not even a single image fits" in message and "gradient_checkpointing" in message
+    folder = RunFolder(tmp_path / "full")
+    assert folder.state == "failed" and checkpoint_names(folder / "checkpoints")[-1] == "epoch_0001_step_00002"
+    assert_equals(whole, resume(tmp_path, "full"))
 
 
 def test_a_batch_that_cannot_fit_is_made_smaller_before_training(tmp_path, monkeypatch):
-    estimate = run.__globals__['Experiment'].fitting_batch.__globals__['estimate_memory']
+    estimate = run.__globals__["Experiment"].fitting_batch.__globals__["estimate_memory"]
     needed = []
 
     def small_device(*args):
         needed.append(estimate(*args))
         needed[-1].available = needed[-1].total - 0.6 * needed[-1].activations
         return needed[-1]
-    monkeypatch.setitem(run.__globals__['Experiment'].fitting_batch.__globals__, 'estimate_memory', small_device)
-    folder = run(configure(**settings(tmp_path, 'small', batch_size=4, epochs=1))).folder
-    assert list(pd.read_csv(folder / 'performance.csv')['micro_batch']) == [1] and 'at a time instead of 4' in (folder / 'training.log').read_text()
+
+    monkeypatch.setitem(run.__globals__["Experiment"].fitting_batch.__globals__, "estimate_memory", small_device)
+    folder = run(configure(**settings(tmp_path, "small", batch_size=4, epochs=1))).folder
+    assert (
+        list(pd.read_csv(folder / "performance.csv")["micro_batch"]) == [1]
+        and "at a time instead of 4" in (folder / "training.log").read_text()
+    )
 
 
 # Numbers
 
+
 def test_a_nan_is_diagnosed_and_the_run_goes_on_from_the_last_good_state(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_step(patch, 13, lambda image: image * float('inf'))
-        message = failing(configure(**settings(tmp_path, 'broken')))
-    assert 'epoch 2, step 3 of 4' in message and 'ConvNorm' in message and '.png' in message and 'epoch_0001' in message and 'resume' in message
-    folder = RunFolder(tmp_path / 'broken')
-    kept, = (folder / 'diagnosis').iterdir()
+        at_step(patch, 13, lambda image: image * float("inf"))
+        message = failing(configure(**settings(tmp_path, "broken")))
+    assert (
+        "epoch 2, step 3 of 4" in message
+        and "ConvNorm" in message
+        and ".png" in message
+        and "epoch_0001" in message
+        and "resume" in message
+    )
+    folder = RunFolder(tmp_path / "broken")
+    (kept,) = (folder / "diagnosis").iterdir()
     batches, details = load_batch(kept)
-    assert kept.name == 'epoch_0002_step_00003' and batches and torch.isfinite(batches[0]['image']).all()
-    assert all(Path(file).is_file() for file in details['files']) and Path(details['files'][0]).name in message
-    folder = resume(tmp_path, 'broken', lr=1e-4)
-    assert folder.state == 'done' and read_yaml(folder / 'config.yaml')['optim']['lr'] == 1e-4
-    assert read_yaml(folder / 'resumes.yaml')[0]['changed'] == {'lr': 1e-4} and read_yaml(folder / 'final_results.yaml')['performance']['resumed'] == 1
-    assert pd.read_csv(folder / 'history.csv')['train_learning_rate'].iloc[-1] < 1e-4
+    assert kept.name == "epoch_0002_step_00003" and batches and torch.isfinite(batches[0]["image"]).all()
+    assert all(Path(file).is_file() for file in details["files"]) and Path(details["files"][0]).name in message
+    folder = resume(tmp_path, "broken", lr=1e-4)
+    assert folder.state == "done" and read_yaml(folder / "config.yaml")["optim"]["lr"] == 1e-4
+    assert (
+        read_yaml(folder / "resumes.yaml")[0]["changed"] == {"lr": 1e-4}
+        and read_yaml(folder / "final_results.yaml")["performance"]["resumed"] == 1
+    )
+    assert pd.read_csv(folder / "history.csv")["train_learning_rate"].iloc[-1] < 1e-4
 
 
 # Disk
+
 
 def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, whole):
     write = checkpoint_module.atomic_write
 
     def full(path, *mode):
-        if path.name.startswith('epoch_0003'): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if path.name.startswith("epoch_0003"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path, *mode)
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, 'atomic_write', full)
-        message = failing(configure(**settings(tmp_path, 'full')))
-    assert 'No space left on device' in message and 'untouched' in message
-    folder = RunFolder(tmp_path / 'full')
-    assert folder.state == 'failed' and checkpoint_names(folder / 'checkpoints')[-2] == 'epoch_0002'
-    assert not [path for path in (folder / 'checkpoints').iterdir() if path.name.startswith('.') or 'epoch_0003' in path.name]
-    assert_equals(whole, resume(tmp_path, 'full'))
+        patch.setattr(checkpoint_module, "atomic_write", full)
+        message = failing(configure(**settings(tmp_path, "full")))
+    assert "No space left on device" in message and "untouched" in message
+    folder = RunFolder(tmp_path / "full")
+    assert folder.state == "failed" and checkpoint_names(folder / "checkpoints")[-2] == "epoch_0002"
+    assert not [
+        path for path in (folder / "checkpoints").iterdir() if path.name.startswith(".") or "epoch_0003" in path.name
+    ]
+    assert_equals(whole, resume(tmp_path, "full"))
 
 
 def test_a_disk_that_is_really_full(tmp_path, whole):
     "A file system of two MiB, where Linux lets us mount one."
-    disk = tmp_path / 'disk'
+    disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2m', 'none', str(disk)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
     try:
-        source = tmp_path / 'elsewhere'
-        folder = run(configure(**settings(source, 'first', epochs=0))).folder  # makes the images
-        shutil.copytree(source / 'synthetic', disk / 'synthetic')
-        filler = disk / 'filler'
+        source = tmp_path / "elsewhere"
+        run(configure(**settings(source, "first", epochs=0))).folder  # makes the images
+        shutil.copytree(source / "synthetic", disk / "synthetic")
+        filler = disk / "filler"
 
-        def fill(*_): filler.write_bytes(b'0' * (shutil.disk_usage(disk).free - 3000))
+        def fill(*_):
+            filler.write_bytes(b"0" * (shutil.disk_usage(disk).free - 3000))
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr('crackseg_nb.experiment.check_writable', lambda *_: None)
-            patch.setattr('crackseg_nb.experiment.SPACE_TO_BEGIN', 0)
-            patch.setattr('crackseg_nb.training.trainer.begin_epoch', lambda trainer, begin=run.__globals__['Trainer'].__init__.__globals__['begin_epoch']: (
-                begin(trainer), fill() if trainer.epoch == 2 else None))
-            message = failing(configure(**settings(disk, 'run')))
-        assert 'No space left on device' in message
+            patch.setattr("crackseg_nb.experiment.check_writable", lambda *_: None)
+            patch.setattr("crackseg_nb.experiment.SPACE_TO_BEGIN", 0)
+            patch.setattr(
+                "crackseg_nb.training.trainer.begin_epoch",
+                lambda trainer, begin=run.__globals__["Trainer"].__init__.__globals__["begin_epoch"]: (
+                    begin(trainer),
+                    fill() if trainer.epoch == 2 else None,
+                ),
+            )
+            message = failing(configure(**settings(disk, "run")))
+        assert "No space left on device" in message
         filler.unlink()
-        assert not (disk / 'run' / 'final_results.yaml').exists()
-        assert_equals(whole, resume(disk, 'run'))
-    finally: subprocess.run(['umount', '-l', str(disk)], check=True)
+        assert not (disk / "run" / "final_results.yaml").exists()
+        assert_equals(whole, resume(disk, "run"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path, whole):
-    config = configure(**settings(tmp_path, 'torn'))
+    config = configure(**settings(tmp_path, "torn"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('crackseg_nb.training.trainer.save_epoch', stop_after(2))
-        with pytest.raises(Stopped): run(config)
-    folder = RunFolder(tmp_path / 'torn')
-    names = checkpoint_names(folder / 'checkpoints')
-    assert names[-1] == 'epoch_0002'
-    newest, = (folder / 'checkpoints').glob('epoch_0002-*.pt')
+        patch.setattr("crackseg_nb.training.trainer.save_epoch", stop_after(2))
+        with pytest.raises(Stopped):
+            run(config)
+    folder = RunFolder(tmp_path / "torn")
+    names = checkpoint_names(folder / "checkpoints")
+    assert names[-1] == "epoch_0002"
+    (newest,) = (folder / "checkpoints").glob("epoch_0002-*.pt")
     newest.write_bytes(newest.read_bytes()[:-100])
-    folder = resume(tmp_path, 'torn')
-    assert 'DAMAGED CHECKPOINT' in (folder / 'training.log').read_text() and read_yaml(folder / 'resumes.yaml')[0]['from'] == 'epoch_0001'
+    folder = resume(tmp_path, "torn")
+    assert (
+        "DAMAGED CHECKPOINT" in (folder / "training.log").read_text()
+        and read_yaml(folder / "resumes.yaml")[0]["from"] == "epoch_0001"
+    )
     assert_equals(whole, folder)
 
 
@@ -196,11 +249,14 @@ def stop_after(epoch):
 
     def save(trainer, improved):
         save_epoch(trainer, improved)
-        if trainer.epoch == epoch: raise Stopped('enough')
+        if trainer.epoch == epoch:
+            raise Stopped("enough")
+
     return save
 
 
 # Workers
+
 
 def test_a_dead_worker_costs_no_step(tmp_path, whole):
     seen = []
@@ -210,56 +266,85 @@ def test_a_dead_worker_costs_no_step(tmp_path, whole):
             workers = trainer.train_loader._iterator._workers
             seen.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
-            for _ in range(100): time.sleep(0.01)
+            for _ in range(100):
+                time.sleep(0.01)
         return original(trainer, window)
+
     from crackseg_nb.training import trainer as trainer_module
+
     original = trainer_module.train_window
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, 'train_window', kill)
-        message = failing(configure(**settings(tmp_path, 'workers', num_workers=2)))
-    assert str(seen[0]) in message and 'killed by signal 9' in message and 'num_workers' in message
-    folder = RunFolder(tmp_path / 'workers')
-    assert folder.state == 'failed' and checkpoint_names(folder / 'checkpoints')[-1] == 'epoch_0002_step_00002'
-    assert_equals(whole, resume(tmp_path, 'workers', num_workers=0))
+        patch.setattr(trainer_module, "train_window", kill)
+        message = failing(configure(**settings(tmp_path, "workers", num_workers=2)))
+    assert str(seen[0]) in message and "killed by signal 9" in message and "num_workers" in message
+    folder = RunFolder(tmp_path / "workers")
+    assert folder.state == "failed" and checkpoint_names(folder / "checkpoints")[-1] == "epoch_0002_step_00002"
+    assert_equals(whole, resume(tmp_path, "workers", num_workers=0))
 
 
 # Signals and time
 
-@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGUSR1))
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1))
 def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('crackseg_nb.experiment.fit', lambda *args, fit=run.__globals__['fit']: (timer.start(), fit(*args))[1])
+        patch.setattr(
+            "crackseg_nb.experiment.fit", lambda *args, fit=run.__globals__["fit"]: (timer.start(), fit(*args))[1]
+        )
         slow = resume_jobs.ConvNorm.forward
-        patch.setattr(resume_jobs.ConvNorm, 'forward', lambda self, image: (time.sleep(0.05), slow(self, image))[1])
-        with pytest.raises(Stopped, match=f'{number.name}.*-p resume'): run(configure(**settings(tmp_path, 'asked')))
-    folder = RunFolder(tmp_path / 'asked')
-    assert folder.state == 'stopped' and 'stopped in epoch' in folder.status['reason'] and len(pd.read_csv(folder / 'history.csv')) < EPOCHS
-    assert_equals(whole, resume(tmp_path, 'asked'))
+        patch.setattr(resume_jobs.ConvNorm, "forward", lambda self, image: (time.sleep(0.05), slow(self, image))[1])
+        with pytest.raises(Stopped, match=f"{number.name}.*-p resume"):
+            run(configure(**settings(tmp_path, "asked")))
+    folder = RunFolder(tmp_path / "asked")
+    assert (
+        folder.state == "stopped"
+        and "stopped in epoch" in folder.status["reason"]
+        and len(pd.read_csv(folder / "history.csv")) < EPOCHS
+    )
+    assert_equals(whole, resume(tmp_path, "asked"))
 
 
 def test_the_time_limit_stops_within_a_step_and_ends_with_the_code_to_resume(tmp_path):
-    words = [word for item in {**settings(tmp_path, 'late'), 'model': 'swinv2_hybrid', 'pretrained': 'false', 'time_limit': 0.02}.items() for word in ('-p', *map(str, item))]
-    done = subprocess.run([sys.executable, '-m', 'crackseg_nb.launch', *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    words = [
+        word
+        for item in {
+            **settings(tmp_path, "late"),
+            "model": "swinv2_hybrid",
+            "pretrained": "false",
+            "time_limit": 0.02,
+        }.items()
+        for word in ("-p", *map(str, item))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "crackseg_nb.launch", *words], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == RESUME_CODE, done.stderr[-2000:]
-    folder = RunFolder(tmp_path / 'late')
-    name = checkpoint_names(folder / 'checkpoints')[-1]
-    assert folder.state == 'stopped' and 'time limit' in folder.status['reason'] and name in ('epoch_0000', 'epoch_0001_step_00001')
+    folder = RunFolder(tmp_path / "late")
+    name = checkpoint_names(folder / "checkpoints")[-1]
+    assert (
+        folder.state == "stopped"
+        and "time limit" in folder.status["reason"]
+        and name in ("epoch_0000", "epoch_0001_step_00001")
+    )
 
 
 # What cannot be resumed
 
+
 def test_other_data_is_refused(tmp_path):
-    config = configure(**settings(tmp_path, 'torn'))
+    config = configure(**settings(tmp_path, "torn"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('crackseg_nb.training.trainer.save_epoch', stop_after(1))
-        with pytest.raises(Stopped): run(config)
-    image = next((tmp_path / 'synthetic').rglob('images/*.png'))
+        patch.setattr("crackseg_nb.training.trainer.save_epoch", stop_after(1))
+        with pytest.raises(Stopped):
+            run(config)
+    image = next((tmp_path / "synthetic").rglob("images/*.png"))
     other = next(path for path in image.parent.iterdir() if path != image)
     image.write_bytes(other.read_bytes())
-    message = failing(configure(resume=str(tmp_path / 'torn')))
-    assert message.startswith('data: found images or masks that differ')
+    message = failing(configure(resume=str(tmp_path / "torn")))
+    assert message.startswith("data: found images or masks that differ")
 
 
 def test_a_finished_run_is_not_resumed(whole):
-    with pytest.raises(CrackSegError, match='whole is done'): configure(resume=str(whole.path))
+    with pytest.raises(CrackSegError, match="whole is done"):
+        configure(resume=str(whole.path))

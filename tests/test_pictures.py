@@ -1,4 +1,5 @@
 "Pictures of several classes: void, absent classes, odd sizes, legends, ids beyond the list; and cracks drawn the same by both ways."
+
 import io
 
 import cv2
@@ -14,21 +15,45 @@ from crackseg_nb.data.sources import Classes, Sample
 from crackseg_nb.data.splits import Audit
 from crackseg_nb.data.synthetic import synthesize
 from crackseg_nb.metrics import ClassMetrics
-from crackseg_nb.pictures import (CRACK_COLOUR, ERROR_COLOURS, OUTCOMES, TILE, Case, ClassCase, class_legend, colour_table, mask_picture, outcomes,
-                                  overlay, paint_outcomes, shrink_labels, show_augmentations, show_cases, show_class_balance, show_class_scores,
-                                  show_confusion, show_pairs, show_samples)
+from crackseg_nb.pictures import (
+    CRACK_COLOUR,
+    ERROR_COLOURS,
+    OUTCOMES,
+    TILE,
+    Case,
+    ClassCase,
+    class_legend,
+    colour_table,
+    mask_picture,
+    outcomes,
+    overlay,
+    paint_outcomes,
+    show_augmentations,
+    show_cases,
+    show_class_balance,
+    show_class_scores,
+    show_confusion,
+    show_pairs,
+    show_samples,
+    shrink_labels,
+)
 
 COLOURS = tuple((10 * k, 255 - 10 * k, 7 * k) for k in range(1, 21))
 
 
 def classes_of(count):
-    return Classes(tuple(['background', *(f'damage {k}' for k in range(1, count))]), ((0, 0, 0), *COLOURS[:count - 1]))
+    return Classes(tuple(["background", *(f"damage {k}" for k in range(1, count))]), ((0, 0, 0), *COLOURS[: count - 1]))
 
 
 def random_case(seed, count, size=(70, 90)):
     "Return an image, class ids with void, and a prediction."
     generator = np.random.default_rng(seed)
-    def blobs(): return cv2.resize(generator.integers(0, count, (6, 7)).astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
+
+    def blobs():
+        return cv2.resize(
+            generator.integers(0, count, (6, 7)).astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST
+        )
+
     image = generator.integers(0, 256, (*size, 3)).astype(np.uint8)
     mask, prediction = blobs(), blobs()
     mask[generator.random(size) < 0.1] = VOID
@@ -41,11 +66,11 @@ def legend_texts(figure):
 
 def png_size(figure):
     with io.BytesIO() as buffer:
-        figure.savefig(buffer, format='png', bbox_inches='tight')
+        figure.savefig(buffer, format="png", bbox_inches="tight")
         return len(buffer.getvalue())
 
 
-@pytest.mark.parametrize('count', [3, 8, 21])
+@pytest.mark.parametrize("count", [3, 8, 21])
 def test_overlay_paints_each_class_and_nothing_else(count):
     for seed in range(5):
         image, mask, _ = random_case(seed, count)
@@ -54,7 +79,9 @@ def test_overlay_paints_each_class_and_nothing_else(count):
         assert (picture[mask == 0] == image[mask == 0]).all()
         for k in range(1, count):
             colour, here = np.array(classes.colours[k]), mask == k
-            edge = here & (cv2.erode(here.astype(np.uint8), np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT, borderValue=0) == 0)
+            edge = here & (
+                cv2.erode(here.astype(np.uint8), np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT, borderValue=0) == 0
+            )
             assert (picture[edge] == colour).all()
             assert (picture[here & ~edge] == (0.6 * image[here & ~edge] + 0.4 * colour).astype(np.uint8)).all()
         void = picture[mask == VOID]
@@ -64,20 +91,22 @@ def test_overlay_paints_each_class_and_nothing_else(count):
 def test_overlay_of_classes_with_cracks_alone_looks_like_that_of_cracks():
     image, mask = synthesize(4, (90, 130))
     mask[:20] = VOID
-    three = Classes(('background', 'crack', 'stain'), ((0, 0, 0), CRACK_COLOUR, (9, 9, 9)))
+    three = Classes(("background", "crack", "stain"), ((0, 0, 0), CRACK_COLOUR, (9, 9, 9)))
     assert (overlay(image, mask, three) == overlay(image, mask)).all()
 
 
 def test_photo_of_void_alone_is_drawn_grey():
     image, classes = np.full((40, 40, 3), (200, 30, 90), np.uint8), classes_of(4)
     mask = np.full((40, 40), VOID, np.uint8)
-    for picture in (overlay(image, mask, classes), mask_picture(mask, classes)): assert (picture == picture[..., :1]).all()
-    assert (outcomes(mask, mask * 0 + 2) == OUTCOMES.index('void')).all()
+    for picture in (overlay(image, mask, classes), mask_picture(mask, classes)):
+        assert (picture == picture[..., :1]).all()
+    assert (outcomes(mask, mask * 0 + 2) == OUTCOMES.index("void")).all()
 
 
-@pytest.mark.parametrize('count', [2, 3, 16])
+@pytest.mark.parametrize("count", [2, 3, 16])
 def test_outcomes_agree_with_the_confusion_matrix(count):
     import torch
+
     for seed in range(5):
         image, mask, prediction = random_case(seed, count)
         metrics = ClassMetrics(classes_of(count).names)
@@ -85,10 +114,17 @@ def test_outcomes_agree_with_the_confusion_matrix(count):
         matrix, outcome = metrics.matrix, outcomes(mask, prediction)
         found = dict(zip(OUTCOMES, np.bincount(outcome.ravel(), minlength=len(OUTCOMES)).tolist()))
         damage = matrix[1:, 1:]
-        assert found == {'background': matrix[0, 0], 'hit': damage.trace(), 'missed': matrix[1:, 0].sum(), 'false alarm': matrix[0, 1:].sum(),
-                         'wrong class': damage.sum() - damage.trace(), 'void': (mask == VOID).sum()}
+        assert found == {
+            "background": matrix[0, 0],
+            "hit": damage.trace(),
+            "missed": matrix[1:, 0].sum(),
+            "false alarm": matrix[0, 1:].sum(),
+            "wrong class": damage.sum() - damage.trace(),
+            "void": (mask == VOID).sum(),
+        }
         picture = paint_outcomes(image, outcome)
-        for number, colour in enumerate(ERROR_COLOURS.values(), 1): assert (picture[outcome == number] == colour).all()
+        for number, colour in enumerate(ERROR_COLOURS.values(), 1):
+            assert (picture[outcome == number] == colour).all()
 
 
 def test_mask_picture_has_the_colours_of_the_legend():
@@ -96,8 +132,13 @@ def test_mask_picture_has_the_colours_of_the_legend():
     picture = mask_picture(mask, classes)
     assert [tuple(colour) for colour in picture[:, 0].tolist()] == list(classes.colours)
     entries = class_legend(classes, with_background=True)
-    assert [entry.get_label() for entry in entries] == [f'{k} {name}' for k, name in enumerate(classes.names)] + ['void']
-    assert all(np.allclose(np.array(entry.get_facecolor()[:3]) * 255, colour) for entry, colour in zip(entries, classes.colours))
+    assert [entry.get_label() for entry in entries] == [f"{k} {name}" for k, name in enumerate(classes.names)] + [
+        "void"
+    ]
+    assert all(
+        np.allclose(np.array(entry.get_facecolor()[:3]) * 255, colour)
+        for entry, colour in zip(entries, classes.colours)
+    )
 
 
 def test_lines_first_keeps_thin_cracks_on_wide_damage_whole():
@@ -110,7 +151,7 @@ def test_lines_first_keeps_thin_cracks_on_wide_damage_whole():
     assert not (shrink_labels(labels, TILE, lines_first=True) == VOID).any()
 
 
-@pytest.mark.parametrize('size', [(300, 400), (900, 1100)])
+@pytest.mark.parametrize("size", [(300, 400), (900, 1100)])
 def test_lines_first_keeps_most_of_a_crooked_crack_on_wide_damage(size):
     kept, left = [], []
     for seed in range(6):
@@ -122,22 +163,25 @@ def test_lines_first_keeps_most_of_a_crooked_crack_on_wide_damage(size):
     assert min(kept) > 0.7 and np.mean(kept) > 0.8 and np.mean(left) < 0.6
 
 
-@pytest.mark.parametrize('size', [(33, 400), (400, 33), (1, 50), (120, 144), (500, 700)])
+@pytest.mark.parametrize("size", [(33, 400), (400, 33), (1, 50), (120, 144), (500, 700)])
 def test_cases_of_any_size(size):
     image, mask, prediction = random_case(1, 5, size)
-    figure = show_cases([ClassCase('a', image, mask, prediction, 0.5)], classes=classes_of(5))
-    for axis in figure.axes: assert axis.images[0].get_array().shape[0] <= TILE[0] and axis.images[0].get_array().shape[1] <= TILE[1]
+    figure = show_cases([ClassCase("a", image, mask, prediction, 0.5)], classes=classes_of(5))
+    for axis in figure.axes:
+        assert axis.images[0].get_array().shape[0] <= TILE[0] and axis.images[0].get_array().shape[1] <= TILE[1]
 
 
-@pytest.mark.parametrize('count', [3, 7, 21])
+@pytest.mark.parametrize("count", [3, 7, 21])
 def test_case_legend_names_every_class_and_stays_inside(count):
     classes = classes_of(count)
-    figure = show_cases([ClassCase('a', *random_case(seed, count), 0.5) for seed in range(3)], 'worst', classes)
-    assert legend_texts(figure) == [f'{k} {name}' for k, name in enumerate(classes.names)] + ['void', *ERROR_COLOURS]
+    figure = show_cases([ClassCase("a", *random_case(seed, count), 0.5) for seed in range(3)], "worst", classes)
+    assert legend_texts(figure) == [f"{k} {name}" for k, name in enumerate(classes.names)] + ["void", *ERROR_COLOURS]
     figure.draw_without_rendering()
     whole, boxes = figure.bbox, [legend.get_window_extent() for legend in figure.legends]
-    for box in boxes: assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1
-    for axis in figure.axes: assert axis.get_window_extent().height >= axis.images[0].get_array().shape[0]  # or thin lines are lost
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1
+    for axis in figure.axes:
+        assert axis.get_window_extent().height >= axis.images[0].get_array().shape[0]  # or thin lines are lost
     assert boxes[0].x1 < boxes[1].x0
     assert max(box.y1 for box in boxes) <= min(axis.get_window_extent().y0 for axis in figure.axes)
     assert png_size(figure) < 150_000
@@ -147,9 +191,9 @@ def test_case_legend_names_every_class_and_stays_inside(count):
 def test_numbers_stand_on_their_regions():
     ids = np.zeros((100, 120), np.uint8)
     ids[10:50, 10:50], ids[60:95, 60:110], ids[2, :] = 1, 2, 3
-    case = ClassCase('a', np.zeros((100, 120, 3), np.uint8), ids, ids, 1.0)
+    case = ClassCase("a", np.zeros((100, 120, 3), np.uint8), ids, ids, 1.0)
     texts = show_cases([case], classes=classes_of(5)).axes[1].texts
-    assert [text.get_text() for text in texts] == ['1', '2', '3']
+    assert [text.get_text() for text in texts] == ["1", "2", "3"]
     for text in texts:
         column, row = text.xy
         assert ids[row, column] == int(text.get_text())
@@ -157,67 +201,97 @@ def test_numbers_stand_on_their_regions():
 
 def test_samples_and_augmentations_have_a_legend(tmp_path):
     image, mask, _ = random_case(0, 4, (80, 100))
-    Image.fromarray(image).save(tmp_path/'a.png')
-    Image.fromarray(mask).save(tmp_path/'a_mask.png')
-    sample, names = Sample('a', tmp_path/'a.png', tmp_path/'a_mask.png', 'a'), ['1 damage 1', '2 damage 2', '3 damage 3', 'void']
-    assert legend_texts(show_samples([sample], 'class_ids', classes=classes_of(4))) == names
-    assert legend_texts(show_augmentations(sample, 'class_ids', create_augmentation('crack', 64), 3, classes=classes_of(4))) == names
-    with pytest.raises(CrackSegError, match='mask: found class id 3, expected 0 to 2 or 255 for void'):
-        show_samples([sample], 'class_ids', classes=classes_of(3))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "a_mask.png")
+    sample, names = (
+        Sample("a", tmp_path / "a.png", tmp_path / "a_mask.png", "a"),
+        ["1 damage 1", "2 damage 2", "3 damage 3", "void"],
+    )
+    assert legend_texts(show_samples([sample], "class_ids", classes=classes_of(4))) == names
+    assert (
+        legend_texts(
+            show_augmentations(sample, "class_ids", create_augmentation("crack", 64), 3, classes=classes_of(4))
+        )
+        == names
+    )
+    with pytest.raises(CrackSegError, match="mask: found class id 3, expected 0 to 2 or 255 for void"):
+        show_samples([sample], "class_ids", classes=classes_of(3))
 
 
 def test_thin_cracks_on_wide_damage_show_in_samples_and_cases(tmp_path):
     image, mask, classes = np.full((500, 600, 3), 99, np.uint8), np.full((500, 600), 2, np.uint8), classes_of(4)
     mask[250] = 1
-    Image.fromarray(image).save(tmp_path/'a.png')
-    Image.fromarray(mask).save(tmp_path/'a_mask.png')
-    samples = show_samples([Sample('a', tmp_path/'a.png', tmp_path/'a_mask.png', 'a')], 'class_ids', classes=classes)
-    cases = show_cases([ClassCase('a', image, mask, mask, 1.0)], classes=classes)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "a_mask.png")
+    samples = show_samples(
+        [Sample("a", tmp_path / "a.png", tmp_path / "a_mask.png", "a")], "class_ids", classes=classes
+    )
+    cases = show_cases([ClassCase("a", image, mask, mask, 1.0)], classes=classes)
     for axis in (samples.axes[0], *cases.axes[1:3]):
         crack = (axis.images[0].get_array() == classes.colours[1]).all(2)
         assert crack.any(0).all() and crack.any(1).sum() <= 2
-    assert legend_texts(samples) == ['1 damage 1', '2 damage 2', '3 damage 3']
+    assert legend_texts(samples) == ["1 damage 1", "2 damage 2", "3 damage 3"]
 
 
-@pytest.mark.parametrize('call', [
-    lambda image, ids, classes: overlay(image, ids, classes),
-    lambda image, ids, classes: show_pairs([(image, ids)], ['a'], classes),
-    lambda image, ids, classes: show_cases([ClassCase('a', image, ids, ids * 0, 0.0)], classes=classes),
-    lambda image, ids, classes: show_cases([ClassCase('a', image, ids * 0, ids, 0.0)], classes=classes),
-    lambda image, ids, classes: show_cases([Case('a', image, ids, ids / 255, 0.5, 0.0)]),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda image, ids, classes: overlay(image, ids, classes),
+        lambda image, ids, classes: show_pairs([(image, ids)], ["a"], classes),
+        lambda image, ids, classes: show_cases([ClassCase("a", image, ids, ids * 0, 0.0)], classes=classes),
+        lambda image, ids, classes: show_cases([ClassCase("a", image, ids * 0, ids, 0.0)], classes=classes),
+        lambda image, ids, classes: show_cases([Case("a", image, ids, ids / 255, 0.5, 0.0)]),
+    ],
+)
 def test_ids_beyond_the_list_are_refused_in_one_line(call):
     ids = np.zeros((600, 800), np.uint8)
     ids[150, 200] = 9  # a single pixel, which a smaller picture would lose
-    with pytest.raises(CrackSegError, match=r'^(mask|prediction): found class id 9, expected 0 to \d') as caught:
+    with pytest.raises(CrackSegError, match=r"^(mask|prediction): found class id 9, expected 0 to \d") as caught:
         call(np.zeros((600, 800, 3), np.uint8), ids, classes_of(5))
-    assert '\n' not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_void_is_no_prediction():
     image, mask, prediction = random_case(0, 3)
     prediction[0, 0] = VOID
-    with pytest.raises(CrackSegError, match='prediction: found class id 255, expected 0 to 2$'):
-        show_cases([ClassCase('a', image, mask, prediction, 0.0)], classes=classes_of(3))
+    with pytest.raises(CrackSegError, match="prediction: found class id 255, expected 0 to 2$"):
+        show_cases([ClassCase("a", image, mask, prediction, 0.0)], classes=classes_of(3))
 
 
 def test_classes_without_a_pixel():
-    names = ('background', 'crack', 'stain')
-    report = Audit(pd.DataFrame({'images': [3, 0]}, index=['train', 'val']), pixels={'train': np.array([99999, 1, 0]), 'val': np.zeros(3, np.int64)})
+    names = ("background", "crack", "stain")
+    report = Audit(
+        pd.DataFrame({"images": [3, 0]}, index=["train", "val"]),
+        pixels={"train": np.array([99999, 1, 0]), "val": np.zeros(3, np.int64)},
+    )
     axis = show_class_balance(report, Classes(names)).axes[0]
-    assert [text.get_text() for text in axis.texts] == ['train', '100.00', '<0.01', 'none', 'val', 'none', 'none', 'none']
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ['train (3 images)', 'val (0 images)']
-    texts = [text.get_text() for text in show_class_scores({'background': dict(iou=0.0, pixels=0), 'crack': dict(iou=None, pixels=0)}).axes[0].texts]
-    assert texts == ['0.00', '0', 'no true pixel', '0', 'true pixels']
+    assert [text.get_text() for text in axis.texts] == [
+        "train",
+        "100.00",
+        "<0.01",
+        "none",
+        "val",
+        "none",
+        "none",
+        "none",
+    ]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["train (3 images)", "val (0 images)"]
+    texts = [
+        text.get_text()
+        for text in show_class_scores({"background": dict(iou=0.0, pixels=0), "crack": dict(iou=None, pixels=0)})
+        .axes[0]
+        .texts
+    ]
+    assert texts == ["0.00", "0", "no true pixel", "0", "true pixels"]
     matrix = np.array([[5, 5, 0], [0, 0, 0], [1, 0, 999]])
     texts = [text.get_text() for text in show_confusion(matrix, names).axes[0].texts]
-    assert texts == ['50', '50', 'none', '<1', '>99']
+    assert texts == ["50", "50", "none", "<1", ">99"]
 
 
-@pytest.mark.parametrize('count, figures', [(2, True), (12, True), (13, False), (21, False)])
+@pytest.mark.parametrize("count, figures", [(2, True), (12, True), (13, False), (21, False)])
 def test_confusion_has_figures_up_to_twelve_classes(count, figures):
     figure = show_confusion(np.eye(count, dtype=np.int64) + 1, classes_of(count).names)
-    assert len(figure.axes[0].texts) == (count ** 2 if figures else 0)
+    assert len(figure.axes[0].texts) == (count**2 if figures else 0)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(classes_of(count).names)
 
 

@@ -1,4 +1,5 @@
 """Bad input to the readers and splits, odd mask formats, and the real data sets where they are at hand."""
+
 import os
 import re
 import time
@@ -15,22 +16,27 @@ from crackseg_nb.data.sources import ENCODINGS, SOURCES, Sample, Source, read_im
 from crackseg_nb.data.splits import audit, crossing_groups, fingerprint, make_splits, pick_groups
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT/"../shared/data")
+DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT / "../shared/data")
 CRACK = np.zeros((40, 60), np.uint8)
 CRACK[18:22, 5:50] = 1
 
 
 def write_folder(root, masks, images=None, image_names=None, mask_names=None, folders=("images", "masks")):
     "Write a folder source; masks are arrays, Pillow images or bytes."
-    for kind in folders: (root/kind).mkdir(parents=True, exist_ok=True)
+    for kind in folders:
+        (root / kind).mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for index, mask in enumerate(masks):
         image = images[index] if images else random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
-        for content, folder, name in ((image, folders[0], image_names[index] if image_names else f"{index:02}.png"),
-                                      (mask, folders[1], mask_names[index] if mask_names else f"{index:02}.png")):
-            path = root/folder/name
-            if isinstance(content, bytes): path.write_bytes(content)
-            else: (content if isinstance(content, Image.Image) else Image.fromarray(content)).save(path)
+        for content, folder, name in (
+            (image, folders[0], image_names[index] if image_names else f"{index:02}.png"),
+            (mask, folders[1], mask_names[index] if mask_names else f"{index:02}.png"),
+        ):
+            path = root / folder / name
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                (content if isinstance(content, Image.Image) else Image.fromarray(content)).save(path)
     return root
 
 
@@ -40,44 +46,58 @@ def read_folder(root, **options):
 
 # ---- names and folders
 
-def test_unknown_source_offers_the_nearest(): one_line(lambda: read_source("DeepCrak", "."), "did you mean 'DeepCrack'?")
+
+def test_unknown_source_offers_the_nearest():
+    one_line(lambda: read_source("DeepCrak", "."), "did you mean 'DeepCrack'?")
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
 @pytest.mark.parametrize("data_dir", [None, "", "/nowhere/at/all", __file__])
 def test_missing_folder_names_path_and_layout(name, data_dir, monkeypatch):
-    def unreachable(*args, **options): raise ConnectionError("no network\nhere")
+    def unreachable(*args, **options):
+        raise ConnectionError("no network\nhere")
+
     monkeypatch.setattr("crackseg_nb.data.sources.snapshot_download", unreachable)
     found = "can't be fetched (no network)" if SOURCES[name].fetch and not data_dir else repr(data_dir)
     one_line(lambda: read_source(name, data_dir), "data_dir", found, SOURCES[name].layout)
 
 
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_empty_folder(name, tmp_path): one_line(lambda: read_source(name, tmp_path), str(tmp_path), "expected")
+def test_empty_folder(name, tmp_path):
+    one_line(lambda: read_source(name, tmp_path), str(tmp_path), "expected")
 
 
 def test_folder_without_masks(tmp_path):
-    (tmp_path/"images").mkdir()
+    (tmp_path / "images").mkdir()
     one_line(lambda: read_folder(tmp_path), "no folder of masks")
-    (tmp_path/"masks").mkdir()
+    (tmp_path / "masks").mkdir()
     one_line(lambda: read_folder(tmp_path), "found no images")
-    Image.fromarray(CRACK).save(tmp_path/"images/a.png")
+    Image.fromarray(CRACK).save(tmp_path / "images/a.png")
     one_line(lambda: read_folder(tmp_path), "found no masks")
 
 
 def test_image_without_mask_is_counted_and_named(tmp_path):
     write_folder(tmp_path, [CRACK] * 6)
-    for index in range(5): (tmp_path/f"masks/{index:02}.png").unlink()
+    for index in range(5):
+        (tmp_path / f"masks/{index:02}.png").unlink()
     one_line(lambda: read_folder(tmp_path), "no mask for 5 of 6 images (00, 01, 02, ...)")
 
 
-@pytest.mark.parametrize("folders", [("img", "label"), ("Images", "Annotations"), ("imgs", "gt"), ("image", "groundTruth")])
-def test_synonyms_of_folder_names(tmp_path, folders): assert len(read_folder(write_folder(tmp_path, [CRACK] * 2, folders=folders))) == 2
+@pytest.mark.parametrize(
+    "folders", [("img", "label"), ("Images", "Annotations"), ("imgs", "gt"), ("image", "groundTruth")]
+)
+def test_synonyms_of_folder_names(tmp_path, folders):
+    assert len(read_folder(write_folder(tmp_path, [CRACK] * 2, folders=folders))) == 2
 
 
 @pytest.mark.parametrize("ending", ["", "_mask", "_label", "-gt", "_GT"])
 def test_masks_pair_by_stem_and_ending(tmp_path, ending):
-    write_folder(tmp_path, [CRACK] * 3, image_names=["a.jpg", "b.JPG", "c.png"], mask_names=[f"{stem}{ending}.png" for stem in "abc"])
+    write_folder(
+        tmp_path,
+        [CRACK] * 3,
+        image_names=["a.jpg", "b.JPG", "c.png"],
+        mask_names=[f"{stem}{ending}.png" for stem in "abc"],
+    )
     source = read_folder(tmp_path)
     assert [sample.name for sample in source.samples] == ["a", "b", "c"]
     assert all(sample.mask.stem == sample.name + ending for sample in source.samples)
@@ -95,11 +115,11 @@ def test_two_masks_for_one_image(tmp_path):
 
 def test_hidden_files_and_surplus_masks_are_skipped(tmp_path):
     write_folder(tmp_path, [CRACK] * 3)
-    (tmp_path/"images/02.png").unlink()
-    (tmp_path/"images/._00.png").write_bytes(b"x")
-    (tmp_path/"images/.ipynb_checkpoints").mkdir()
-    (tmp_path/"images/.ipynb_checkpoints/00-checkpoint.png").write_bytes(b"x")
-    (tmp_path/"images/Thumbs.db").write_bytes(b"x")
+    (tmp_path / "images/02.png").unlink()
+    (tmp_path / "images/._00.png").write_bytes(b"x")
+    (tmp_path / "images/.ipynb_checkpoints").mkdir()
+    (tmp_path / "images/.ipynb_checkpoints/00-checkpoint.png").write_bytes(b"x")
+    (tmp_path / "images/Thumbs.db").write_bytes(b"x")
     source = read_folder(tmp_path)
     assert len(source) == 2 and source.notes[0] == "1 masks without an image were skipped (02)"
 
@@ -117,8 +137,12 @@ def test_split_folders_are_the_published_split(tmp_path, inside):
 
 
 def test_group_pattern(tmp_path):
-    write_folder(tmp_path, [CRACK] * 4, image_names=[f"{photo}-{crop}.png" for photo in "ab" for crop in "12"],
-                 mask_names=[f"{photo}-{crop}.png" for photo in "ab" for crop in "12"])
+    write_folder(
+        tmp_path,
+        [CRACK] * 4,
+        image_names=[f"{photo}-{crop}.png" for photo in "ab" for crop in "12"],
+        mask_names=[f"{photo}-{crop}.png" for photo in "ab" for crop in "12"],
+    )
     assert [sample.group for sample in read_folder(tmp_path, group_pattern=r"(.*)-\d").samples] == ["a", "a", "b", "b"]
     one_line(lambda: read_folder(tmp_path, group_pattern="["), "group_pattern", "expected a regular expression")
     one_line(lambda: read_folder(tmp_path, group_pattern=7), "group_pattern")
@@ -126,6 +150,7 @@ def test_group_pattern(tmp_path):
 
 
 # ---- mask formats
+
 
 def palette(index, colours):
     picture = Image.fromarray(index).convert("P")
@@ -136,15 +161,20 @@ def palette(index, colours):
 
 VOIDED = CRACK.copy()
 VOIDED[30:] = 255
-FORMATS = {"0/1": ([CRACK, CRACK * 0], "ids"), "0/255": ([CRACK * 255, CRACK * 0], "0/255"), "ids and void": ([CRACK, VOIDED], "ids"),
-           "1-bit": ([Image.fromarray(CRACK * 255).convert("1")] * 2, "0/255"),
-           "palette of ids": ([palette(CRACK, [0, 0, 0, 128, 0, 0])] * 2, "ids"),
-           "palette with void": ([palette(VOIDED, [0, 0, 0, 128, 0, 0] + [9] * 759 + [224, 224, 192])] * 2, "ids"),
-           "black and white palette": ([palette(1 - CRACK, [255, 255, 255, 0, 0, 0])] * 2, "0/255"),
-           "RGB": ([np.repeat(CRACK[..., None] * 255, 3, 2)] * 2, "0/255"),
-           "RGBA": ([np.dstack([CRACK * 255] * 3 + [CRACK * 0 + 255])] * 2, "0/255"),
-           "RGB of ids": ([np.repeat(CRACK[..., None], 3, 2)] * 2, "ids"),
-           "16 bits": ([CRACK.astype(np.uint16) * 65535] * 2, "0/255"), "16 bits of ids": ([CRACK.astype(np.uint16)] * 2, "ids")}
+FORMATS = {
+    "0/1": ([CRACK, CRACK * 0], "ids"),
+    "0/255": ([CRACK * 255, CRACK * 0], "0/255"),
+    "ids and void": ([CRACK, VOIDED], "ids"),
+    "1-bit": ([Image.fromarray(CRACK * 255).convert("1")] * 2, "0/255"),
+    "palette of ids": ([palette(CRACK, [0, 0, 0, 128, 0, 0])] * 2, "ids"),
+    "palette with void": ([palette(VOIDED, [0, 0, 0, 128, 0, 0] + [9] * 759 + [224, 224, 192])] * 2, "ids"),
+    "black and white palette": ([palette(1 - CRACK, [255, 255, 255, 0, 0, 0])] * 2, "0/255"),
+    "RGB": ([np.repeat(CRACK[..., None] * 255, 3, 2)] * 2, "0/255"),
+    "RGBA": ([np.dstack([CRACK * 255] * 3 + [CRACK * 0 + 255])] * 2, "0/255"),
+    "RGB of ids": ([np.repeat(CRACK[..., None], 3, 2)] * 2, "ids"),
+    "16 bits": ([CRACK.astype(np.uint16) * 65535] * 2, "0/255"),
+    "16 bits of ids": ([CRACK.astype(np.uint16)] * 2, "ids"),
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -160,14 +190,19 @@ def test_mask_formats(tmp_path, name):
 def test_jpeg_masks_are_cut_at_128(tmp_path, suffix):
     "Also where a JPEG carries the suffix of a PNG."
     write_folder(tmp_path, [CRACK * 255] * 2, mask_names=[f"{index:02}.jpg" for index in range(2)])
-    for path in (tmp_path/"masks").iterdir(): path.rename(path.with_suffix(suffix))
+    for path in (tmp_path / "masks").iterdir():
+        path.rename(path.with_suffix(suffix))
     source = read_folder(tmp_path)
     assert source.mask_encoding == "threshold" and any("128" in note for note in source.notes)
     assert (read_mask(source.samples[0].mask, "threshold") == CRACK).all()
 
 
 def test_jpeg_of_class_ids_is_refused(tmp_path):
-    one_line(lambda: read_folder(write_folder(tmp_path, [CRACK] * 2, mask_names=["00.jpg", "01.jpg"])), "JPEG masks", "expected")
+    one_line(
+        lambda: read_folder(write_folder(tmp_path, [CRACK] * 2, mask_names=["00.jpg", "01.jpg"])),
+        "JPEG masks",
+        "expected",
+    )
 
 
 def test_255_is_void_where_another_mask_holds_ids(tmp_path):
@@ -184,7 +219,10 @@ def test_two_encodings_in_one_source_are_refused(tmp_path):
 
 
 def test_unexpected_values_name_the_file(tmp_path):
-    one_line(lambda: read_folder(write_folder(tmp_path, [CRACK, CRACK * 3, CRACK * 9])), "01.png: found mask values 3, expected 0 and 1")
+    one_line(
+        lambda: read_folder(write_folder(tmp_path, [CRACK, CRACK * 3, CRACK * 9])),
+        "01.png: found mask values 3, expected 0 and 1",
+    )
 
 
 def test_colours_are_refused(tmp_path):
@@ -198,50 +236,55 @@ def test_mask_in_the_alpha_channel_is_refused(tmp_path):
 
 
 def test_size_mismatch_names_both(tmp_path):
-    one_line(lambda: read_folder(write_folder(tmp_path, [CRACK, CRACK[:-1]])), "01.png: found a mask of 60x39 for an image of 60x40")
+    one_line(
+        lambda: read_folder(write_folder(tmp_path, [CRACK, CRACK[:-1]])),
+        "01.png: found a mask of 60x39 for an image of 60x40",
+    )
 
 
 # ---- damaged and dangerous files
+
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("keep", [0, 10, 0.5])
 def test_damaged_mask(tmp_path, suffix, keep):
     write_folder(tmp_path, [CRACK * 255] * 3, mask_names=[f"{index:02}{suffix}" for index in range(3)])
-    path = tmp_path/f"masks/01{suffix}"
+    path = tmp_path / f"masks/01{suffix}"
     content = path.read_bytes()
-    path.write_bytes(content[:keep if isinstance(keep, int) else int(keep * len(content))])
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     one_line(lambda: read_folder(tmp_path), f"01{suffix}: found a damaged or unreadable image")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_truncated_image_is_found_before_training(tmp_path, suffix):
     write_folder(tmp_path, [CRACK] * 6, image_names=[f"{index:02}{suffix}" for index in range(6)])
-    path = tmp_path/f"images/03{suffix}"
+    path = tmp_path / f"images/03{suffix}"
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) * 2 // 3])
+    path.write_bytes(content[: len(content) * 2 // 3])
     one_line(lambda: read_image(path), f"03{suffix}: found a damaged")
     one_line(lambda: audit(make_splits(read_folder(tmp_path))).raise_if_fatal(), f"03{suffix}: found a damaged")
 
 
 @pytest.mark.parametrize("size", [(9000, 9000), (14_000, 14_000)])
 def test_decompression_bomb(tmp_path, size, recwarn):
-    Image.new("1", size).save(tmp_path/"bomb.png")
-    one_line(lambda: read_image(tmp_path/"bomb.png"), "pixels, expected at most 80 million")
+    Image.new("1", size).save(tmp_path / "bomb.png")
+    one_line(lambda: read_image(tmp_path / "bomb.png"), "pixels, expected at most 80 million")
     assert not recwarn.list
 
 
 def test_noise_is_no_image(tmp_path):
     random = np.random.default_rng(0)
     for head in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"BM"):
-        (tmp_path/"noise.png").write_bytes(head + random.bytes(3000))
-        one_line(lambda: read_image(tmp_path/"noise.png"), "noise.png: found a damaged")
-        one_line(lambda: read_mask(tmp_path/"noise.png", "ids"), "noise.png: found a damaged")
+        (tmp_path / "noise.png").write_bytes(head + random.bytes(3000))
+        one_line(lambda: read_image(tmp_path / "noise.png"), "noise.png: found a damaged")
+        one_line(lambda: read_mask(tmp_path / "noise.png", "ids"), "noise.png: found a damaged")
 
 
 def test_matlab_files(tmp_path):
-    for folder in ("image", "groundTruth"): (tmp_path/folder).mkdir()
-    Image.fromarray(CRACK).save(tmp_path/"image/001.jpg")
-    path = tmp_path/"groundTruth/001.mat"
+    for folder in ("image", "groundTruth"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(CRACK).save(tmp_path / "image/001.jpg")
+    path = tmp_path / "groundTruth/001.mat"
     path.write_bytes(b"not a matlab file")
     one_line(lambda: read_source("CrackForest", tmp_path), "001.mat: found no readable ground truth")
     savemat(path, {"groundTruth": {"Segmentation": CRACK + 5}})
@@ -254,34 +297,51 @@ def test_matlab_files(tmp_path):
 def test_exif_orientation_is_applied_once_and_checked_against_the_mask(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
-    for folder in ("images", "masks"): (tmp_path/folder).mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path/"images/a.jpg", exif=exif)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(
+        tmp_path / "images/a.jpg", exif=exif
+    )
     upright = CRACK if orientation < 5 else CRACK.T
-    Image.fromarray(upright).save(tmp_path/"masks/a.png")
+    Image.fromarray(upright).save(tmp_path / "masks/a.png")
     source = read_folder(tmp_path)
-    assert read_image(source.samples[0].image).shape[:2] == read_mask(source.samples[0].mask, "ids").shape == upright.shape
+    assert (
+        read_image(source.samples[0].image).shape[:2] == read_mask(source.samples[0].mask, "ids").shape == upright.shape
+    )
     if orientation >= 5:
-        Image.fromarray(CRACK).save(tmp_path/"masks/a.png")
+        Image.fromarray(CRACK).save(tmp_path / "masks/a.png")
         one_line(lambda: read_folder(tmp_path), "EXIF orientation")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_images_of_any_mode_become_rgb(tmp_path, mode):
     grey = Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20))
-    picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert("RGB").convert(mode)
-    picture.save(tmp_path/"image.tif")
-    found = read_image(tmp_path/"image.tif")
+    picture = (
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else grey.convert("RGB").convert(mode)
+    )
+    picture.save(tmp_path / "image.tif")
+    found = read_image(tmp_path / "image.tif")
     assert found.shape == (12, 20, 3) and found.dtype == np.uint8
-    if mode not in ("1", "P"): assert np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= 2
+    if mode not in ("1", "P"):
+        assert np.abs(found.astype(int) - np.asarray(grey)[..., None]).max() <= 2
 
 
 # ---- splits
 
+
 def samples_of(sizes):
-    return [Sample(f"{group}-{crop}", Path("a"), Path("b"), f"g{group}") for group, size in enumerate(sizes) for crop in range(size)]
+    return [
+        Sample(f"{group}-{crop}", Path("a"), Path("b"), f"g{group}")
+        for group, size in enumerate(sizes)
+        for crop in range(size)
+    ]
 
 
-@pytest.mark.parametrize("sizes", [[1] * 40, [3] * 15, [20, 18, 1, 2, 3, 9, 5, 5], [50, 1, 1], [1, 1, 1], [7] * 3, list(range(1, 30))])
+@pytest.mark.parametrize(
+    "sizes", [[1] * 40, [3] * 15, [20, 18, 1, 2, 3, 9, 5, 5], [50, 1, 1], [1, 1, 1], [7] * 3, list(range(1, 30))]
+)
 @pytest.mark.parametrize("seed", [0, 42])
 def test_groups_stay_whole_and_nothing_is_lost(sizes, seed):
     samples = samples_of(sizes)
@@ -298,38 +358,67 @@ def test_picked_groups_are_as_close_as_can_be(seed):
     sizes = random.integers(1, 9, size=8).tolist()
     target = int(random.integers(1, sum(sizes)))
     every = [sum(size for bit, size in enumerate(sizes) if choice >> bit & 1) for choice in range(1, 2**8)]
-    assert abs(sum(sizes[index] for index in pick_groups(sizes, target)) - target) == min(abs(total - target) for total in every)
+    assert abs(sum(sizes[index] for index in pick_groups(sizes, target)) - target) == min(
+        abs(total - target) for total in every
+    )
 
 
-@pytest.mark.parametrize("fractions", [(0.7, 0.7, 0.7), (0.5, 0.2, 0.2), (1, 0, 0), (0.7, 0.3), 0.7, "0.7", None, (0.7, "x", 0.1),
-                                       (0.7, float("nan"), 0.15), (True, 0.1, 0.1), (1.2, -0.1, -0.1)])
-def test_wrong_fractions(fractions): one_line(lambda: make_splits(Source("s", samples_of([1] * 20)), fractions), "fractions: found")
+@pytest.mark.parametrize(
+    "fractions",
+    [
+        (0.7, 0.7, 0.7),
+        (0.5, 0.2, 0.2),
+        (1, 0, 0),
+        (0.7, 0.3),
+        0.7,
+        "0.7",
+        None,
+        (0.7, "x", 0.1),
+        (0.7, float("nan"), 0.15),
+        (True, 0.1, 0.1),
+        (1.2, -0.1, -0.1),
+    ],
+)
+def test_wrong_fractions(fractions):
+    one_line(lambda: make_splits(Source("s", samples_of([1] * 20)), fractions), "fractions: found")
 
 
 def test_split_larger_than_the_data():
-    one_line(lambda: make_splits(Source("s", samples_of([1] * 20)), (1.5, 0.15, 0.15)), "180 % of the data, larger than the data")
+    one_line(
+        lambda: make_splits(Source("s", samples_of([1] * 20)), (1.5, 0.15, 0.15)),
+        "180 % of the data, larger than the data",
+    )
 
 
 @pytest.mark.parametrize("sizes", [[1], [5, 5], [1, 1]])
 def test_empty_split_says_what_is_there_and_what_is_needed(sizes):
-    one_line(lambda: make_splits(Source("s", samples_of(sizes))), f"found {sum(sizes)} images in {len(sizes)} groups",
-             "at least 3 groups", "split would be empty")
+    one_line(
+        lambda: make_splits(Source("s", samples_of(sizes))),
+        f"found {sum(sizes)} images in {len(sizes)} groups",
+        "at least 3 groups",
+        "split would be empty",
+    )
 
 
 def test_published_splits_are_kept():
-    samples = [replace(sample, split=("train", "val", "test")[index % 3]) for index, sample in enumerate(samples_of([1] * 30))]
+    samples = [
+        replace(sample, split=("train", "val", "test")[index % 3]) for index, sample in enumerate(samples_of([1] * 30))
+    ]
     splits = make_splits(Source("s", samples))
     assert all(sample.split == split for split, part in splits for sample in part)
     only_train = make_splits(Source("s", [replace(sample, split="train") for sample in samples]))
     assert only_train.lengths == {"train": 22, "val": 4, "test": 4}
-    one_line(lambda: make_splits(Source("s", [replace(sample, split="test") for sample in samples])), "none for training")
+    one_line(
+        lambda: make_splits(Source("s", [replace(sample, split="test") for sample in samples])), "none for training"
+    )
 
 
 def test_fingerprint_ignores_the_place_and_sees_every_byte(tmp_path):
-    one = make_splits(read_folder(write_folder(tmp_path/"one", [CRACK] * 6)))
-    other = make_splits(read_folder(write_folder(tmp_path/"other", [CRACK] * 6)))
+    one = make_splits(read_folder(write_folder(tmp_path / "one", [CRACK] * 6)))
+    other = make_splits(read_folder(write_folder(tmp_path / "other", [CRACK] * 6)))
     assert fingerprint(one) == fingerprint(other) == audit(one).fingerprint
-    with open(other.test[0].mask, "ab") as handle: handle.write(b"\0")
+    with open(other.test[0].mask, "ab") as handle:
+        handle.write(b"\0")
     assert fingerprint(one) != fingerprint(other)
     moved = replace(one, val=one.val + one.train[:1], train=one.train[1:])
     assert fingerprint(moved) != fingerprint(one)
@@ -355,10 +444,11 @@ def test_near_duplicate_in_another_orientation(tmp_path):
 
 # ---- real data
 
+
 def real(name):
-    if not (DATA/name).is_dir():
-        pytest.skip(f"real data: {DATA/name} is absent (set CRACKSEG_DATA to the folder that holds {name}/)")
-    return read_source(name, DATA/name)
+    if not (DATA / name).is_dir():
+        pytest.skip(f"real data: {DATA / name} is absent (set CRACKSEG_DATA to the folder that holds {name}/)")
+    return read_source(name, DATA / name)
 
 
 def test_real_deepcrack():
@@ -370,7 +460,9 @@ def test_real_deepcrack():
     report = audit(splits)
     assert time.perf_counter() - started < 20
     assert report.problems == []
-    assert [(pair.name, pair.other, round(pair.correlation, 3)) for pair in splits.near_duplicates] == [("test/11216", "train/11158", 0.998)]
+    assert [(pair.name, pair.other, round(pair.correlation, 3)) for pair in splits.near_duplicates] == [
+        ("test/11216", "train/11158", 0.998)
+    ]
     assert sorted(crossing_groups(splits)[1]) == ["11142", "11289", "IMG_6536"]
     overlapping = splits.overlapping_test_names
     assert len(overlapping) == 20 and "test/11142-1" in overlapping and "test/11216" in overlapping
@@ -405,8 +497,11 @@ def test_real_neu_seg():
     # turned copies of training images are in the published test set, and none in the validation set that was made here
     assert {pair.split for pair in splits.near_duplicates} == {"test"}
     assert len(splits.overlapping_test_names) == 279
-    one_line(audit(make_splits(read_source("folder", DATA/"NEU_Seg", class_names=source.classes.names))).raise_if_fatal,
-             "of 212 validation and test images that nearly repeat a training image", "looks like an augmented set")
+    one_line(
+        audit(make_splits(read_source("folder", DATA / "NEU_Seg", class_names=source.classes.names))).raise_if_fatal,
+        "of 212 validation and test images that nearly repeat a training image",
+        "looks like an augmented set",
+    )
 
 
 def test_every_encoding_is_explained():

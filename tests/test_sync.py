@@ -1,4 +1,5 @@
 """The package equals the notebooks, the notebooks are clean, and the chapters keep the rules of CONTRIBUTING.md."""
+
 import ast
 import json
 import re
@@ -11,84 +12,99 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = 'crackseg_nb'
-NOTEBOOKS = [path for path in sorted((ROOT / 'nbs').rglob('*.ipynb'))
-             if not any(part.startswith(('.', '_')) for part in path.relative_to(ROOT).parts)]
+PACKAGE = "crackseg_nb"
+NOTEBOOKS = [
+    path
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+    if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)
+]
 CHAPTERS = [path for path in NOTEBOOKS if path.name[0].isdigit()]
-LONGEST_EXPORT = 40
-EXPORT = re.compile(r'^#\s*\|\s*exports?i?\b', re.M)
-DEFAULT_EXPORT = re.compile(r'^#\s*\|\s*default_exp\s+(\S+)', re.M)
-MACHINE_PATH = re.compile(r'(?<![\w.+/-])(?:/(?:home|mnt|private|root|tmp|Users|var|work)/\w|[A-Z]:\\\w)')
+EXPORT = re.compile(r"^#\s*\|\s*exports?i?\b", re.M)
+DEFAULT_EXPORT = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
+MACHINE_PATH = re.compile(r"(?<![\w.+/-])(?:/(?:home|mnt|private|root|tmp|Users|var|work)/\w|[A-Z]:\\\w)")
 
-every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-every_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=lambda path: path.stem)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
 
 def code_cells(path):
-    return [cell for cell in json.loads(path.read_text('utf-8'))['cells'] if cell['cell_type'] == 'code']
+    return [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
 def exported_sources(path):
-    return [source for cell in code_cells(path) if EXPORT.search(source := ''.join(cell['source']))]
+    return [source for cell in code_cells(path) if EXPORT.search(source := "".join(cell["source"]))]
 
 
 def module_of(path):
     "Return the name of the module that the chapter `path` exports, without the package's name."
-    return next((match[1] for cell in code_cells(path) if (match := DEFAULT_EXPORT.search(''.join(cell['source'])))), None)
+    return next(
+        (match[1] for cell in code_cells(path) if (match := DEFAULT_EXPORT.search("".join(cell["source"])))), None
+    )
 
 
 def number_of(path):
     "Return the chapter number of `05b_layers.ipynb` as `(5, 'b')`, which sorts as the chapters do."
-    digits, letter = re.match(r'(\d+)([a-z]?)_', path.name).groups()
+    digits, letter = re.match(r"(\d+)([a-z]?)_", path.name).groups()
     return int(digits), letter
 
 
 def texts_of(path):
     "Yield every text of a notebook, cells and outputs; pictures left out."
-    for cell in json.loads(path.read_text('utf-8'))['cells']:
-        yield ''.join(cell['source'])
-        for output in cell.get('outputs', []):
-            yield from (''.join(output[key]) for key in ('text', 'traceback') if key in output)
-            yield from (''.join(value) for kind, value in output.get('data', {}).items() if kind.startswith('text/'))
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        yield "".join(cell["source"])
+        for output in cell.get("outputs", []):
+            yield from ("".join(output[key]) for key in ("text", "traceback") if key in output)
+            yield from ("".join(value) for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
 
 
 def files_below(root):
     "Map the notebooks and modules below `root` to their bytes; hidden folders such as checkpoints left out."
-    paths = [path.relative_to(root) for path in [*(root / 'nbs').rglob('*.ipynb'), *(root / PACKAGE).rglob('*.py')]]
-    return {str(path): (root / path).read_bytes() for path in paths if not any(part.startswith('.') for part in path.parts)}
+    paths = [path.relative_to(root) for path in [*(root / "nbs").rglob("*.ipynb"), *(root / PACKAGE).rglob("*.py")]]
+    return {
+        str(path): (root / path).read_bytes() for path in paths if not any(part.startswith(".") for part in path.parts)
+    }
 
 
 def run_nbdev(command, folder):
-    done = subprocess.run([sys.executable, '-c', f'from nbdev.{command[0]} import {command[1]}; {command[1]}()'],
-                          cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"from nbdev.{command[0]} import {command[1]}; {command[1]}()"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_cleaning_and_exporting_change_nothing(tmp_path):
-    copy = tmp_path / 'project'
-    shutil.copytree(ROOT / 'nbs', copy / 'nbs', ignore=shutil.ignore_patterns('.*'))
-    for name in ('settings.ini', 'README.md'): shutil.copy(ROOT / name, copy)
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
+    for name in ("settings.ini", "README.md", "ruff.toml"):
+        shutil.copy(ROOT / name, copy)
     # The package is exported from nothing, so that a module without a notebook shows as a difference.
-    run_nbdev(('clean', 'nbdev_clean'), copy)
-    run_nbdev(('doclinks', 'nbdev_export'), copy)
+    run_nbdev(("clean", "nbdev_clean"), copy)
+    run_nbdev(("doclinks", "nbdev_export"), copy)
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", PACKAGE], cwd=copy, check=True)
     committed, fresh = files_below(ROOT), files_below(copy)
     differing = sorted(name for name in committed.keys() | fresh.keys() if committed.get(name) != fresh.get(name))
-    assert not differing, 'run `make chapters`; a module without a notebook is to be deleted. Differing: ' + ', '.join(differing)
+    assert not differing, "run `make chapters`; a module without a notebook is to be deleted. Differing: " + ", ".join(
+        differing
+    )
 
 
 def test_a_module_has_one_notebook():
     notebooks = defaultdict(list)
-    for path in NOTEBOOKS: notebooks[module_of(path)].append(path.name)
+    for path in NOTEBOOKS:
+        notebooks[module_of(path)].append(path.name)
     notebooks.pop(None, None)
     shared = {module: names for module, names in notebooks.items() if len(names) > 1}
-    assert not shared, f'modules with more than one notebook: {shared}'
-    packages = {module for module in notebooks if any(other.startswith(module + '.') for other in notebooks)}
-    assert not packages, f'modules that are packages too: {packages}'
+    assert not shared, f"modules with more than one notebook: {shared}"
+    packages = {module for module in notebooks if any(other.startswith(module + ".") for other in notebooks)}
+    assert not packages, f"modules that are packages too: {packages}"
 
 
 @every_chapter
 def test_a_chapter_is_named_after_its_module(path):
-    assert path.stem.split('_', 1)[1] == module_of(path)
+    assert path.stem.split("_", 1)[1] == module_of(path)
 
 
 @every_chapter
@@ -96,52 +112,67 @@ def test_a_chapter_imports_lower_numbers_only(path):
     numbers = {module_of(chapter): number_of(chapter) for chapter in CHAPTERS}
     for source in exported_sources(path):
         for module in imported_modules(source):
-            assert module in numbers, f'{path.name} imports {PACKAGE}.{module}, which no chapter exports'
-            assert numbers[module] < number_of(path), f'{path.name} imports {PACKAGE}.{module}, which is no earlier chapter'
+            assert module in numbers, f"{path.name} imports {PACKAGE}.{module}, which no chapter exports"
+            assert numbers[module] < number_of(path), (
+                f"{path.name} imports {PACKAGE}.{module}, which is no earlier chapter"
+            )
 
 
 def imported_modules(source):
     "Return the modules of the package, without its name, that a cell imports, in functions too."
-    code = re.sub(r'^\s*[%!].*$', '', source, flags=re.M)
+    code = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
     names = []
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import): names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE: names += [f'{PACKAGE}.{alias.name}' for alias in node.names]
-        elif isinstance(node, ast.ImportFrom): names.append(node.module or '')
-    return {name.removeprefix(PACKAGE + '.') for name in names if name.startswith(PACKAGE + '.')}
-
-
-@every_chapter
-def test_exported_cells_are_short(path):
-    longest = max((source.count('\n') + 1 for source in exported_sources(path)), default=0)
-    assert longest <= LONGEST_EXPORT, f'{path.name}: an exported cell of {longest} lines; {LONGEST_EXPORT} at most'
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+            names += [f"{PACKAGE}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return {name.removeprefix(PACKAGE + ".") for name in names if name.startswith(PACKAGE + ".")}
 
 
 @every_notebook
 def test_a_notebook_names_no_path_of_a_machine(path):
-    found = [text[max(match.start() - 30, 0):match.end() + 30] for text in texts_of(path) for match in MACHINE_PATH.finditer(text)]
-    assert not found, f'{path.name}: {found}'
+    found = [
+        text[max(match.start() - 30, 0) : match.end() + 30]
+        for text in texts_of(path)
+        for match in MACHINE_PATH.finditer(text)
+    ]
+    assert not found, f"{path.name}: {found}"
 
 
 @every_notebook
 def test_a_notebook_shows_no_failed_cell(path):
-    errors = [output['ename'] for cell in code_cells(path) for output in cell['outputs'] if output['output_type'] == 'error']
-    assert not errors, f'{path.name}: {errors}'
+    errors = [
+        output["ename"] for cell in code_cells(path) for output in cell["outputs"] if output["output_type"] == "error"
+    ]
+    assert not errors, f"{path.name}: {errors}"
 
 
 def test_readme_is_generated_from_the_index():
-    if not (ROOT / 'nbs' / 'index.ipynb').exists(): pytest.skip('nbs/index.ipynb does not exist')
-    done = subprocess.run([sys.executable, ROOT / '.ci' / 'readme.py'], capture_output=True, text=True)
+    if not (ROOT / "nbs" / "index.ipynb").exists():
+        pytest.skip("nbs/index.ipynb does not exist")
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (ROOT / 'README.md').read_text('utf-8') == done.stdout, 'run `make readme`'
+    assert (ROOT / "README.md").read_text("utf-8") == done.stdout, "run `make readme`"
 
 
 def test_readme_links_lead_somewhere():
-    targets = re.findall(r'''(?:\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s#]+)''', (ROOT / 'README.md').read_text('utf-8'))
+    targets = re.findall(
+        r"""(?:\]\(|(?:src|href)=["'])(?![a-z]+:|[#/])([^)"'\s#]+)""", (ROOT / "README.md").read_text("utf-8")
+    )
     assert not [target for target in targets if not (ROOT / target).exists()]
-    if not (ROOT / '.git').exists(): return
-    kept = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')  # outputs/ is ignored
-    assert not [target for target in targets if not any(name == target or name.startswith(target.rstrip('/') + '/') for name in kept)]
+    if not (ROOT / ".git").exists():
+        return
+    kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\0"
+    )  # outputs/ is ignored
+    assert not [
+        target
+        for target in targets
+        if not any(name == target or name.startswith(target.rstrip("/") + "/") for name in kept)
+    ]
 
 
 @every_notebook
@@ -149,4 +180,15 @@ def test_the_first_markdown_cell_holds_title_and_blurb_alone(path):
     "The site takes title and description from this cell and drops whatever else stands in it."
     cells = json.loads(path.read_text("utf-8"))["cells"]
     first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), f"{path.name}: the first markdown cell is to hold `# title` and `> blurb`; found {first!r}"
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+", first), (
+        f"{path.name}: the first markdown cell is to hold `# title` and `> blurb`; found {first!r}"
+    )
+
+
+def test_layout_and_lint_find_nothing():
+    "Notebooks, package and tests are laid out by `ruff format` and pass `ruff check`."
+    for command in (["format", "--check"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"run `make format`:\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
