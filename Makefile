@@ -53,7 +53,7 @@ benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipyn
 
 test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-	  $(PYTEST_ARGS) nbs/[0-9]*.ipynb tests
+	  $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
 test-all: PYTEST_ARGS += --slow
 test-all: test  ## the same and the slow tests

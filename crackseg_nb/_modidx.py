@@ -9,3531 +9,4638 @@ d = {
         "lib_path": "crackseg_nb",
     },
     "syms": {
-        "crackseg_nb.benchmark": {
-            "crackseg_nb.benchmark.Benchmark": ("benchmark.html#benchmark", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.__init__": (
-                "benchmark.html#benchmark.__init__",
-                "crackseg_nb/benchmark.py",
+        "crackseg_nb.core.checks": {
+            "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.RunFolder": ("core/checks.html#runfolder", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.RunFolder.__init__": (
+                "core/checks.html#runfolder.__init__",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Benchmark.compiling": (
-                "benchmark.html#benchmark.compiling",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.RunFolder.__repr__": (
+                "core/checks.html#runfolder.__repr__",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Benchmark.contest": ("benchmark.html#benchmark.contest", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.cost": ("benchmark.html#benchmark.cost", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.describe": (
-                "benchmark.html#benchmark.describe",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.RunFolder.__truediv__": (
+                "core/checks.html#runfolder.__truediv__",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Benchmark.each": ("benchmark.html#benchmark.each", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.evaluation": (
-                "benchmark.html#benchmark.evaluation",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.RunFolder.mark": ("core/checks.html#runfolder.mark", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.RunFolder.run_id": (
+                "core/checks.html#runfolder.run_id",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Benchmark.finish": ("benchmark.html#benchmark.finish", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.first_step": (
-                "benchmark.html#benchmark.first_step",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.RunFolder.state": (
+                "core/checks.html#runfolder.state",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Benchmark.options": ("benchmark.html#benchmark.options", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Benchmark.per_model": (
-                "benchmark.html#benchmark.per_model",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.RunFolder.status": (
+                "core/checks.html#runfolder.status",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.BenchmarkConfig": ("benchmark.html#benchmarkconfig", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.BenchmarkConfig.__post_init__": (
-                "benchmark.html#benchmarkconfig.__post_init__",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.atomic_write": ("core/checks.html#atomic_write", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_folder_name": (
+                "core/checks.html#check_folder_name",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Contest": ("benchmark.html#contest", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Contest.__post_init__": (
-                "benchmark.html#contest.__post_init__",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_writable": ("core/checks.html#check_writable", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.cores": ("core/checks.html#cores", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.create_run_folder": (
+                "core/checks.html#create_run_folder",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Contest.autocast": ("benchmark.html#contest.autocast", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Contest.copy_model": (
-                "benchmark.html#contest.copy_model",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.describe_environment": (
+                "core/checks.html#describe_environment",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Contest.loader": ("benchmark.html#contest.loader", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Contest.time_precisions": (
-                "benchmark.html#contest.time_precisions",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.display_path": ("core/checks.html#display_path", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.find_path": ("core/checks.html#find_path", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.fingerprint_of": ("core/checks.html#fingerprint_of", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.get_device": ("core/checks.html#get_device", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.git_state": ("core/checks.html#git_state", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.is_alive": ("core/checks.html#is_alive", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.log_to": ("core/checks.html#log_to", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.now": ("core/checks.html#now", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.outputs_folder": ("core/checks.html#outputs_folder", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.package_versions": (
+                "core/checks.html#package_versions",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.Contestant": ("benchmark.html#contestant", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.Work": ("benchmark.html#work", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.algorithms": ("benchmark.html#algorithms", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.check_equal_work": ("benchmark.html#check_equal_work", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.counted": ("benchmark.html#counted", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.create_contest": ("benchmark.html#create_contest", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.create_trainer": ("benchmark.html#create_trainer", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_all": ("benchmark.html#enter_all", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_bare": ("benchmark.html#enter_bare", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_lightning": ("benchmark.html#enter_lightning", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_plain": ("benchmark.html#enter_plain", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_resident": ("benchmark.html#enter_resident", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_trainer": ("benchmark.html#enter_trainer", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.enter_with": ("benchmark.html#enter_with", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.has_lightning": ("benchmark.html#has_lightning", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.hidden_bars": ("benchmark.html#hidden_bars", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.judge": ("benchmark.html#judge", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.lightning_parts": ("benchmark.html#lightning_parts", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.measure_compile": ("benchmark.html#measure_compile", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.measure_cost": ("benchmark.html#measure_cost", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.measure_evaluation": (
-                "benchmark.html#measure_evaluation",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.plain_variables": (
+                "core/checks.html#plain_variables",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.measure_options": ("benchmark.html#measure_options", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.not_measured": ("benchmark.html#not_measured", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.options_of": ("benchmark.html#options_of", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.phase_of": ("benchmark.html#phase_of", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.plain_axes": ("benchmark.html#plain_axes", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.plain_epoch": ("benchmark.html#plain_epoch", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.quiet_lightning": ("benchmark.html#quiet_lightning", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.race": ("benchmark.html#race", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.ratios": ("benchmark.html#ratios", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.read_phases": ("benchmark.html#read_phases", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.relative_to": ("benchmark.html#relative_to", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.rounded": ("benchmark.html#rounded", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.seconds_of": ("benchmark.html#seconds_of", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.show_cost": ("benchmark.html#show_cost", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.show_ratios": ("benchmark.html#show_ratios", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.stopping_notebook": ("benchmark.html#stopping_notebook", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.time_first_step": ("benchmark.html#time_first_step", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.torch_settings": ("benchmark.html#torch_settings", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.turns": ("benchmark.html#turns", "crackseg_nb/benchmark.py"),
-            "crackseg_nb.benchmark.unchanged_settings": (
-                "benchmark.html#unchanged_settings",
-                "crackseg_nb/benchmark.py",
+            "crackseg_nb.core.checks.process_is_gone": (
+                "core/checks.html#process_is_gone",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.benchmark.wait_for": ("benchmark.html#wait_for", "crackseg_nb/benchmark.py"),
-        },
-        "crackseg_nb.compression": {
-            "crackseg_nb.compression.CalibrationImages": (
-                "compression.html#calibrationimages",
-                "crackseg_nb/compression.py",
+            "crackseg_nb.core.checks.processor_name": ("core/checks.html#processor_name", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.project_root": ("core/checks.html#project_root", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.quiet_loggers": ("core/checks.html#quiet_loggers", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.read_yaml": ("core/checks.html#read_yaml", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.seed_everything": (
+                "core/checks.html#seed_everything",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.compression.CalibrationImages.__init__": (
-                "compression.html#calibrationimages.__init__",
-                "crackseg_nb/compression.py",
+            "crackseg_nb.core.checks.seed_for": ("core/checks.html#seed_for", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.sha256_file": ("core/checks.html#sha256_file", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.signal_handlers": (
+                "core/checks.html#signal_handlers",
+                "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.compression.CalibrationImages.get_next": (
-                "compression.html#calibrationimages.get_next",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.DistillationLoss": (
-                "compression.html#distillationloss",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.DistillationLoss.__init__": (
-                "compression.html#distillationloss.__init__",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.DistillationLoss.counts": (
-                "compression.html#distillationloss.counts",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.DistillationLoss.sums": (
-                "compression.html#distillationloss.sums",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Ensemble": ("compression.html#ensemble", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.Ensemble.__init__": (
-                "compression.html#ensemble.__init__",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Ensemble.forward": (
-                "compression.html#ensemble.forward",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Int8Model": ("compression.html#int8model", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.Int8Model.__getstate__": (
-                "compression.html#int8model.__getstate__",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Int8Model.__init__": (
-                "compression.html#int8model.__init__",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Int8Model.forward": (
-                "compression.html#int8model.forward",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.Int8Model.start": (
-                "compression.html#int8model.start",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.divergence": ("compression.html#divergence", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.export_onnx": ("compression.html#export_onnx", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.keep_zeros": ("compression.html#keep_zeros", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.log_probabilities": (
-                "compression.html#log_probabilities",
-                "crackseg_nb/compression.py",
-            ),
-            "crackseg_nb.compression.mean_logits": ("compression.html#mean_logits", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.need_packages": ("compression.html#need_packages", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.operators": ("compression.html#operators", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.prunable": ("compression.html#prunable", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.prune_weights": ("compression.html#prune_weights", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.quantize_int8": ("compression.html#quantize_int8", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.sparsity": ("compression.html#sparsity", "crackseg_nb/compression.py"),
-            "crackseg_nb.compression.taught_by": ("compression.html#taught_by", "crackseg_nb/compression.py"),
-        },
-        "crackseg_nb.config": {
-            "crackseg_nb.config.DataConfig": ("config.html#dataconfig", "crackseg_nb/config.py"),
-            "crackseg_nb.config.DataConfig.__post_init__": (
-                "config.html#dataconfig.__post_init__",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.DataConfig.classes": ("config.html#dataconfig.classes", "crackseg_nb/config.py"),
-            "crackseg_nb.config.DataConfig.labelled": ("config.html#dataconfig.labelled", "crackseg_nb/config.py"),
-            "crackseg_nb.config.DataConfig.num_channels": (
-                "config.html#dataconfig.num_channels",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.ExperimentConfig": ("config.html#experimentconfig", "crackseg_nb/config.py"),
-            "crackseg_nb.config.ExperimentConfig.__post_init__": (
-                "config.html#experimentconfig.__post_init__",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.ExperimentConfig.check_first_weights": (
-                "config.html#experimentconfig.check_first_weights",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.ExperimentConfig.model_config": (
-                "config.html#experimentconfig.model_config",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.Recipe": ("config.html#recipe", "crackseg_nb/config.py"),
-            "crackseg_nb.config.RunConfig": ("config.html#runconfig", "crackseg_nb/config.py"),
-            "crackseg_nb.config.RunConfig.__post_init__": (
-                "config.html#runconfig.__post_init__",
-                "crackseg_nb/config.py",
-            ),
-            "crackseg_nb.config.build_config": ("config.html#build_config", "crackseg_nb/config.py"),
-            "crackseg_nb.config.check_model_of": ("config.html#check_model_of", "crackseg_nb/config.py"),
-            "crackseg_nb.config.check_place": ("config.html#check_place", "crackseg_nb/config.py"),
-            "crackseg_nb.config.choose_model": ("config.html#choose_model", "crackseg_nb/config.py"),
-            "crackseg_nb.config.coerce": ("config.html#coerce", "crackseg_nb/config.py"),
-            "crackseg_nb.config.config_to_dict": ("config.html#config_to_dict", "crackseg_nb/config.py"),
-            "crackseg_nb.config.configure": ("config.html#configure", "crackseg_nb/config.py"),
-            "crackseg_nb.config.configure_resumed": ("config.html#configure_resumed", "crackseg_nb/config.py"),
-            "crackseg_nb.config.default_of": ("config.html#default_of", "crackseg_nb/config.py"),
-            "crackseg_nb.config.describe_config": ("config.html#describe_config", "crackseg_nb/config.py"),
-            "crackseg_nb.config.find_finished_run": ("config.html#find_finished_run", "crackseg_nb/config.py"),
-            "crackseg_nb.config.find_run": ("config.html#find_run", "crackseg_nb/config.py"),
-            "crackseg_nb.config.find_run_folder": ("config.html#find_run_folder", "crackseg_nb/config.py"),
-            "crackseg_nb.config.inherit": ("config.html#inherit", "crackseg_nb/config.py"),
-            "crackseg_nb.config.is_labelled": ("config.html#is_labelled", "crackseg_nb/config.py"),
-            "crackseg_nb.config.known_parameters": ("config.html#known_parameters", "crackseg_nb/config.py"),
-            "crackseg_nb.config.locate_weights": ("config.html#locate_weights", "crackseg_nb/config.py"),
-            "crackseg_nb.config.loss_parameters": ("config.html#loss_parameters", "crackseg_nb/config.py"),
-            "crackseg_nb.config.model_settings": ("config.html#model_settings", "crackseg_nb/config.py"),
-            "crackseg_nb.config.notebook_parameters": ("config.html#notebook_parameters", "crackseg_nb/config.py"),
-            "crackseg_nb.config.notebook_settings": ("config.html#notebook_settings", "crackseg_nb/config.py"),
-            "crackseg_nb.config.read_config": ("config.html#read_config", "crackseg_nb/config.py"),
-            "crackseg_nb.config.to_number": ("config.html#to_number", "crackseg_nb/config.py"),
-        },
-        "crackseg_nb.core": {
-            "crackseg_nb.core.CrackSegError": ("core.html#cracksegerror", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder": ("core.html#runfolder", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.__init__": ("core.html#runfolder.__init__", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.__repr__": ("core.html#runfolder.__repr__", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.__truediv__": ("core.html#runfolder.__truediv__", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.mark": ("core.html#runfolder.mark", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.run_id": ("core.html#runfolder.run_id", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.state": ("core.html#runfolder.state", "crackseg_nb/core.py"),
-            "crackseg_nb.core.RunFolder.status": ("core.html#runfolder.status", "crackseg_nb/core.py"),
-            "crackseg_nb.core.Stopped": ("core.html#stopped", "crackseg_nb/core.py"),
-            "crackseg_nb.core.atomic_write": ("core.html#atomic_write", "crackseg_nb/core.py"),
-            "crackseg_nb.core.check_folder_name": ("core.html#check_folder_name", "crackseg_nb/core.py"),
-            "crackseg_nb.core.check_number": ("core.html#check_number", "crackseg_nb/core.py"),
-            "crackseg_nb.core.check_writable": ("core.html#check_writable", "crackseg_nb/core.py"),
-            "crackseg_nb.core.choose": ("core.html#choose", "crackseg_nb/core.py"),
-            "crackseg_nb.core.cores": ("core.html#cores", "crackseg_nb/core.py"),
-            "crackseg_nb.core.create_run_folder": ("core.html#create_run_folder", "crackseg_nb/core.py"),
-            "crackseg_nb.core.describe_environment": ("core.html#describe_environment", "crackseg_nb/core.py"),
-            "crackseg_nb.core.display_path": ("core.html#display_path", "crackseg_nb/core.py"),
-            "crackseg_nb.core.find_path": ("core.html#find_path", "crackseg_nb/core.py"),
-            "crackseg_nb.core.fingerprint_of": ("core.html#fingerprint_of", "crackseg_nb/core.py"),
-            "crackseg_nb.core.get_device": ("core.html#get_device", "crackseg_nb/core.py"),
-            "crackseg_nb.core.git_state": ("core.html#git_state", "crackseg_nb/core.py"),
-            "crackseg_nb.core.is_alive": ("core.html#is_alive", "crackseg_nb/core.py"),
-            "crackseg_nb.core.log_to": ("core.html#log_to", "crackseg_nb/core.py"),
-            "crackseg_nb.core.nearest": ("core.html#nearest", "crackseg_nb/core.py"),
-            "crackseg_nb.core.now": ("core.html#now", "crackseg_nb/core.py"),
-            "crackseg_nb.core.outputs_folder": ("core.html#outputs_folder", "crackseg_nb/core.py"),
-            "crackseg_nb.core.package_versions": ("core.html#package_versions", "crackseg_nb/core.py"),
-            "crackseg_nb.core.plain_variables": ("core.html#plain_variables", "crackseg_nb/core.py"),
-            "crackseg_nb.core.process_is_gone": ("core.html#process_is_gone", "crackseg_nb/core.py"),
-            "crackseg_nb.core.processor_name": ("core.html#processor_name", "crackseg_nb/core.py"),
-            "crackseg_nb.core.project_root": ("core.html#project_root", "crackseg_nb/core.py"),
-            "crackseg_nb.core.quiet_loggers": ("core.html#quiet_loggers", "crackseg_nb/core.py"),
-            "crackseg_nb.core.read_yaml": ("core.html#read_yaml", "crackseg_nb/core.py"),
-            "crackseg_nb.core.seed_everything": ("core.html#seed_everything", "crackseg_nb/core.py"),
-            "crackseg_nb.core.seed_for": ("core.html#seed_for", "crackseg_nb/core.py"),
-            "crackseg_nb.core.sha256_file": ("core.html#sha256_file", "crackseg_nb/core.py"),
-            "crackseg_nb.core.signal_handlers": ("core.html#signal_handlers", "crackseg_nb/core.py"),
-            "crackseg_nb.core.this_process": ("core.html#this_process", "crackseg_nb/core.py"),
-            "crackseg_nb.core.to_plain": ("core.html#to_plain", "crackseg_nb/core.py"),
-            "crackseg_nb.core.write_text": ("core.html#write_text", "crackseg_nb/core.py"),
-            "crackseg_nb.core.write_yaml": ("core.html#write_yaml", "crackseg_nb/core.py"),
+            "crackseg_nb.core.checks.this_process": ("core/checks.html#this_process", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.to_plain": ("core/checks.html#to_plain", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.write_text": ("core/checks.html#write_text", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.write_yaml": ("core/checks.html#write_yaml", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.data.augment": {
-            "crackseg_nb.data.augment.Augmentation": ("data.augment.html#augmentation", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.Augmentation": ("data/augment.html#augmentation", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.Augmentation.__call__": (
-                "data.augment.html#augmentation.__call__",
+                "data/augment.html#augmentation.__call__",
                 "crackseg_nb/data/augment.py",
             ),
             "crackseg_nb.data.augment.Augmentation.__init__": (
-                "data.augment.html#augmentation.__init__",
+                "data/augment.html#augmentation.__init__",
                 "crackseg_nb/data/augment.py",
             ),
             "crackseg_nb.data.augment.Augmentation.__repr__": (
-                "data.augment.html#augmentation.__repr__",
+                "data/augment.html#augmentation.__repr__",
                 "crackseg_nb/data/augment.py",
             ),
-            "crackseg_nb.data.augment.Recipe": ("data.augment.html#recipe", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.Recipe": ("data/augment.html#recipe", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.check_image_size": (
-                "data.augment.html#check_image_size",
+                "data/augment.html#check_image_size",
                 "crackseg_nb/data/augment.py",
             ),
             "crackseg_nb.data.augment.create_augmentation": (
-                "data.augment.html#create_augmentation",
+                "data/augment.html#create_augmentation",
                 "crackseg_nb/data/augment.py",
             ),
-            "crackseg_nb.data.augment.cut_window": ("data.augment.html#cut_window", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.cut_window": ("data/augment.html#cut_window", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.list_transforms": (
-                "data.augment.html#list_transforms",
+                "data/augment.html#list_transforms",
                 "crackseg_nb/data/augment.py",
             ),
-            "crackseg_nb.data.augment.mild_colours": ("data.augment.html#mild_colours", "crackseg_nb/data/augment.py"),
-            "crackseg_nb.data.augment.mild_warps": ("data.augment.html#mild_warps", "crackseg_nb/data/augment.py"),
-            "crackseg_nb.data.augment.resize_pair": ("data.augment.html#resize_pair", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.mild_colours": ("data/augment.html#mild_colours", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.mild_warps": ("data/augment.html#mild_warps", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.resize_pair": ("data/augment.html#resize_pair", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.strong_colours": (
-                "data.augment.html#strong_colours",
+                "data/augment.html#strong_colours",
                 "crackseg_nb/data/augment.py",
             ),
-            "crackseg_nb.data.augment.zoom": ("data.augment.html#zoom", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.zoom": ("data/augment.html#zoom", "crackseg_nb/data/augment.py"),
         },
-        "crackseg_nb.data.damage": {
-            "crackseg_nb.data.damage.DamageConfig": ("data.damage.html#damageconfig", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.DamageConfig.__post_init__": (
-                "data.damage.html#damageconfig.__post_init__",
-                "crackseg_nb/data/damage.py",
+        "crackseg_nb.data.class_weights": {
+            "crackseg_nb.data.class_weights.ClassWeights": (
+                "data/class_weights.html#classweights",
+                "crackseg_nb/data/class_weights.py",
             ),
-            "crackseg_nb.data.damage.break_off": ("data.damage.html#break_off", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.broken_concrete": (
-                "data.damage.html#broken_concrete",
-                "crackseg_nb/data/damage.py",
+            "crackseg_nb.data.class_weights.ClassWeights.__post_init__": (
+                "data/class_weights.html#classweights.__post_init__",
+                "crackseg_nb/data/class_weights.py",
             ),
-            "crackseg_nb.data.damage.draw_damage": ("data.damage.html#draw_damage", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.draw_share": ("data.damage.html#draw_share", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.largest_share": ("data.damage.html#largest_share", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.lay_bare": ("data.damage.html#lay_bare", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.paint_corrosion": (
-                "data.damage.html#paint_corrosion",
-                "crackseg_nb/data/damage.py",
+            "crackseg_nb.data.class_weights.ClassWeights.describe": (
+                "data/class_weights.html#classweights.describe",
+                "crackseg_nb/data/class_weights.py",
             ),
-            "crackseg_nb.data.damage.paint_efflorescence": (
-                "data.damage.html#paint_efflorescence",
-                "crackseg_nb/data/damage.py",
+            "crackseg_nb.data.class_weights.ClassWeights.load": (
+                "data/class_weights.html#classweights.load",
+                "crackseg_nb/data/class_weights.py",
             ),
-            "crackseg_nb.data.damage.paint_spalling": ("data.damage.html#paint_spalling", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.run_down": ("data.damage.html#run_down", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.seep": ("data.damage.html#seep", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.soften": ("data.damage.html#soften", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.steel": ("data.damage.html#steel", "crackseg_nb/data/damage.py"),
-            "crackseg_nb.data.damage.synthesize_damage": (
-                "data.damage.html#synthesize_damage",
-                "crackseg_nb/data/damage.py",
+            "crackseg_nb.data.class_weights.ClassWeights.save": (
+                "data/class_weights.html#classweights.save",
+                "crackseg_nb/data/class_weights.py",
             ),
-            "crackseg_nb.data.damage.write_damage": ("data.damage.html#write_damage", "crackseg_nb/data/damage.py"),
+            "crackseg_nb.data.class_weights.ClassWeights.table": (
+                "data/class_weights.html#classweights.table",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.check_beta": (
+                "data/class_weights.html#check_beta",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.check_counts": (
+                "data/class_weights.html#check_counts",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.check_numbers": (
+                "data/class_weights.html#check_numbers",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.check_same": (
+                "data/class_weights.html#check_same",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.read_weights": (
+                "data/class_weights.html#read_weights",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.resolve_class_weights": (
+                "data/class_weights.html#resolve_class_weights",
+                "crackseg_nb/data/class_weights.py",
+            ),
+            "crackseg_nb.data.class_weights.weights_from_counts": (
+                "data/class_weights.html#weights_from_counts",
+                "crackseg_nb/data/class_weights.py",
+            ),
         },
         "crackseg_nb.data.dataset": {
-            "crackseg_nb.data.dataset.CrackDataset": ("data.dataset.html#crackdataset", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.CrackDataset": ("data/dataset.html#crackdataset", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.CrackDataset.__getitem__": (
-                "data.dataset.html#crackdataset.__getitem__",
+                "data/dataset.html#crackdataset.__getitem__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.CrackDataset.__init__": (
-                "data.dataset.html#crackdataset.__init__",
+                "data/dataset.html#crackdataset.__init__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.CrackDataset.__len__": (
-                "data.dataset.html#crackdataset.__len__",
+                "data/dataset.html#crackdataset.__len__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.CrackDataset.pair": (
-                "data.dataset.html#crackdataset.pair",
+                "data/dataset.html#crackdataset.pair",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.CrackDataset.sizes": (
-                "data.dataset.html#crackdataset.sizes",
+                "data/dataset.html#crackdataset.sizes",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.CrackDataset.source_sizes": (
-                "data.dataset.html#crackdataset.source_sizes",
+                "data/dataset.html#crackdataset.source_sizes",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.EpochSampler": ("data.dataset.html#epochsampler", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.EpochSampler": ("data/dataset.html#epochsampler", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.EpochSampler.__init__": (
-                "data.dataset.html#epochsampler.__init__",
+                "data/dataset.html#epochsampler.__init__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.__iter__": (
-                "data.dataset.html#epochsampler.__iter__",
+                "data/dataset.html#epochsampler.__iter__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.__len__": (
-                "data.dataset.html#epochsampler.__len__",
+                "data/dataset.html#epochsampler.__len__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.bounds": (
-                "data.dataset.html#epochsampler.bounds",
+                "data/dataset.html#epochsampler.bounds",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.order": (
-                "data.dataset.html#epochsampler.order",
+                "data/dataset.html#epochsampler.order",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.set_epoch": (
-                "data.dataset.html#epochsampler.set_epoch",
+                "data/dataset.html#epochsampler.set_epoch",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.set_position": (
-                "data.dataset.html#epochsampler.set_position",
+                "data/dataset.html#epochsampler.set_position",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.EpochSampler.window": (
-                "data.dataset.html#epochsampler.window",
+                "data/dataset.html#epochsampler.window",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.ImageStore": ("data.dataset.html#imagestore", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.ImageStore": ("data/dataset.html#imagestore", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.ImageStore.__getitem__": (
-                "data.dataset.html#imagestore.__getitem__",
+                "data/dataset.html#imagestore.__getitem__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.ImageStore.__init__": (
-                "data.dataset.html#imagestore.__init__",
+                "data/dataset.html#imagestore.__init__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.ImageStore.__reduce__": (
-                "data.dataset.html#imagestore.__reduce__",
+                "data/dataset.html#imagestore.__reduce__",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.Loader": ("data.dataset.html#loader", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.Loader": ("data/dataset.html#loader", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.Loader.__iter__": (
-                "data.dataset.html#loader.__iter__",
+                "data/dataset.html#loader.__iter__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.Loader.named_faults": (
-                "data.dataset.html#loader.named_faults",
+                "data/dataset.html#loader.named_faults",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.Loader.stop_workers": (
-                "data.dataset.html#loader.stop_workers",
+                "data/dataset.html#loader.stop_workers",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.Room": ("data.dataset.html#room", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.Room.__str__": ("data.dataset.html#room.__str__", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.Room.place": ("data.dataset.html#room.place", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.Room": ("data/dataset.html#room", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.Room.__str__": ("data/dataset.html#room.__str__", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.Room.place": ("data/dataset.html#room.place", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.SameSizeBatches": (
-                "data.dataset.html#samesizebatches",
+                "data/dataset.html#samesizebatches",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.SameSizeBatches.__init__": (
-                "data.dataset.html#samesizebatches.__init__",
+                "data/dataset.html#samesizebatches.__init__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.SameSizeBatches.__iter__": (
-                "data.dataset.html#samesizebatches.__iter__",
+                "data/dataset.html#samesizebatches.__iter__",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.SameSizeBatches.__len__": (
-                "data.dataset.html#samesizebatches.__len__",
+                "data/dataset.html#samesizebatches.__len__",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.amount": ("data.dataset.html#amount", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.bytes_needed": ("data.dataset.html#bytes_needed", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.cache_file": ("data.dataset.html#cache_file", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.amount": ("data/dataset.html#amount", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.bytes_needed": ("data/dataset.html#bytes_needed", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.cache_file": ("data/dataset.html#cache_file", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.create_loader": (
-                "data.dataset.html#create_loader",
+                "data/dataset.html#create_loader",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.create_store": ("data.dataset.html#create_store", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.decode_into": ("data.dataset.html#decode_into", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.denormalize": ("data.dataset.html#denormalize", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.create_store": ("data/dataset.html#create_store", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.decode_into": ("data/dataset.html#decode_into", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.denormalize": ("data/dataset.html#denormalize", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.describe_fault": (
-                "data.dataset.html#describe_fault",
+                "data/dataset.html#describe_fault",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.ended_workers": (
-                "data.dataset.html#ended_workers",
+                "data/dataset.html#ended_workers",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.free_disk": ("data.dataset.html#free_disk", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.free_memory": ("data.dataset.html#free_memory", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.group_rooms": ("data.dataset.html#group_rooms", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.free_disk": ("data/dataset.html#free_disk", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.free_memory": ("data/dataset.html#free_memory", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.group_rooms": ("data/dataset.html#group_rooms", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.heed_parent_only": (
-                "data.dataset.html#heed_parent_only",
+                "data/dataset.html#heed_parent_only",
                 "crackseg_nb/data/dataset.py",
             ),
             "crackseg_nb.data.dataset.hold_in_memory": (
-                "data.dataset.html#hold_in_memory",
+                "data/dataset.html#hold_in_memory",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.hold_on_disk": ("data.dataset.html#hold_on_disk", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.in_order": ("data.dataset.html#in_order", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.is_whole": ("data.dataset.html#is_whole", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.hold_on_disk": ("data/dataset.html#hold_on_disk", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.in_order": ("data/dataset.html#in_order", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.is_whole": ("data/dataset.html#is_whole", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.measure_loading": (
-                "data.dataset.html#measure_loading",
+                "data/dataset.html#measure_loading",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.normalize": ("data.dataset.html#normalize", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.normalize": ("data/dataset.html#normalize", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.open_memory_file": (
-                "data.dataset.html#open_memory_file",
+                "data/dataset.html#open_memory_file",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.places_of": ("data.dataset.html#places_of", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.read_pair": ("data.dataset.html#read_pair", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.read_sizes": ("data.dataset.html#read_sizes", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.places_of": ("data/dataset.html#places_of", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.read_pair": ("data/dataset.html#read_pair", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.read_sizes": ("data/dataset.html#read_sizes", "crackseg_nb/data/dataset.py"),
             "crackseg_nb.data.dataset.remove_leftovers": (
-                "data.dataset.html#remove_leftovers",
+                "data/dataset.html#remove_leftovers",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.start_worker": ("data.dataset.html#start_worker", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.start_worker": ("data/dataset.html#start_worker", "crackseg_nb/data/dataset.py"),
         },
-        "crackseg_nb.data.labels": {
-            "crackseg_nb.data.labels.LabelAugmentation": (
-                "data.labels.html#labelaugmentation",
-                "crackseg_nb/data/labels.py",
+        "crackseg_nb.data.label_augment": {
+            "crackseg_nb.data.label_augment.LabelAugmentation": (
+                "data/label_augment.html#labelaugmentation",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelAugmentation.__call__": (
-                "data.labels.html#labelaugmentation.__call__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelAugmentation.__call__": (
+                "data/label_augment.html#labelaugmentation.__call__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelAugmentation.__init__": (
-                "data.labels.html#labelaugmentation.__init__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelAugmentation.__init__": (
+                "data/label_augment.html#labelaugmentation.__init__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelAugmentation.__repr__": (
-                "data.labels.html#labelaugmentation.__repr__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelAugmentation.__repr__": (
+                "data/label_augment.html#labelaugmentation.__repr__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelDataset": ("data.labels.html#labeldataset", "crackseg_nb/data/labels.py"),
-            "crackseg_nb.data.labels.LabelDataset.__getitem__": (
-                "data.labels.html#labeldataset.__getitem__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelDataset": (
+                "data/label_augment.html#labeldataset",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelDataset.__init__": (
-                "data.labels.html#labeldataset.__init__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelDataset.__getitem__": (
+                "data/label_augment.html#labeldataset.__getitem__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelDataset.__len__": (
-                "data.labels.html#labeldataset.__len__",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelDataset.__init__": (
+                "data/label_augment.html#labeldataset.__init__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelDataset.sizes": (
-                "data.labels.html#labeldataset.sizes",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelDataset.__len__": (
+                "data/label_augment.html#labeldataset.__len__",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.LabelRecipe": ("data.labels.html#labelrecipe", "crackseg_nb/data/labels.py"),
-            "crackseg_nb.data.labels.create_label_augmentation": (
-                "data.labels.html#create_label_augmentation",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelDataset.sizes": (
+                "data/label_augment.html#labeldataset.sizes",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.labels.lent_generator": ("data.labels.html#lent_generator", "crackseg_nb/data/labels.py"),
-            "crackseg_nb.data.labels.list_label_transforms": (
-                "data.labels.html#list_label_transforms",
-                "crackseg_nb/data/labels.py",
+            "crackseg_nb.data.label_augment.LabelRecipe": (
+                "data/label_augment.html#labelrecipe",
+                "crackseg_nb/data/label_augment.py",
             ),
-        },
-        "crackseg_nb.data.sources": {
-            "crackseg_nb.data.sources.Classes": ("data.sources.html#classes", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.Classes.__len__": (
-                "data.sources.html#classes.__len__",
-                "crackseg_nb/data/sources.py",
+            "crackseg_nb.data.label_augment.create_label_augmentation": (
+                "data/label_augment.html#create_label_augmentation",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.sources.Classes.__post_init__": (
-                "data.sources.html#classes.__post_init__",
-                "crackseg_nb/data/sources.py",
+            "crackseg_nb.data.label_augment.lent_generator": (
+                "data/label_augment.html#lent_generator",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.sources.Classes.binary": (
-                "data.sources.html#classes.binary",
-                "crackseg_nb/data/sources.py",
+            "crackseg_nb.data.label_augment.list_label_transforms": (
+                "data/label_augment.html#list_label_transforms",
+                "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.sources.Classes.num_channels": (
-                "data.sources.html#classes.num_channels",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.MaskFacts": ("data.sources.html#maskfacts", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.Reader": ("data.sources.html#reader", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.Sample": ("data.sources.html#sample", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.Source": ("data.sources.html#source", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.Source.__len__": (
-                "data.sources.html#source.__len__",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.Source.__repr__": (
-                "data.sources.html#source.__repr__",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.Tile": ("data.sources.html#tile", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.artefact_folder": (
-                "data.sources.html#artefact_folder",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.check_colours": (
-                "data.sources.html#check_colours",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.check_folder": ("data.sources.html#check_folder", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.check_ids": ("data.sources.html#check_ids", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.check_names": ("data.sources.html#check_names", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.choose_classes": (
-                "data.sources.html#choose_classes",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.colour_values": (
-                "data.sources.html#colour_values",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.describe_tile": (
-                "data.sources.html#describe_tile",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.detail": ("data.sources.html#detail", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.fetch_artefact": (
-                "data.sources.html#fetch_artefact",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.files_below": ("data.sources.html#files_below", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.folder_pairs": ("data.sources.html#folder_pairs", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.group_notes": ("data.sources.html#group_notes", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.group_of": ("data.sources.html#group_of", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.id_values": ("data.sources.html#id_values", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.image_folder_classes": (
-                "data.sources.html#image_folder_classes",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.image_size": ("data.sources.html#image_size", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.in_threads": ("data.sources.html#in_threads", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.label_classes": (
-                "data.sources.html#label_classes",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.label_places": ("data.sources.html#label_places", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.look_at": ("data.sources.html#look_at", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.mask_values": ("data.sources.html#mask_values", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.matlab_values": (
-                "data.sources.html#matlab_values",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.metadata_notes": (
-                "data.sources.html#metadata_notes",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.open_picture": ("data.sources.html#open_picture", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.orientations": ("data.sources.html#orientations", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.pair_files": ("data.sources.html#pair_files", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.pair_folders": ("data.sources.html#pair_folders", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.palette_values": (
-                "data.sources.html#palette_values",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.parquet_rows": ("data.sources.html#parquet_rows", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.photo_numbers": (
-                "data.sources.html#photo_numbers",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.place_of": ("data.sources.html#place_of", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.plane_values": ("data.sources.html#plane_values", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.raise_first": ("data.sources.html#raise_first", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.raw_values": ("data.sources.html#raw_values", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_artefact": (
-                "data.sources.html#read_artefact",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_crackforest": (
-                "data.sources.html#read_crackforest",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_deepcrack": (
-                "data.sources.html#read_deepcrack",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_folder": ("data.sources.html#read_folder", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_image": ("data.sources.html#read_image", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_image_folder": (
-                "data.sources.html#read_image_folder",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_mask": ("data.sources.html#read_mask", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_neu_seg": ("data.sources.html#read_neu_seg", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_rows": ("data.sources.html#read_rows", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_source": ("data.sources.html#read_source", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.read_tiny_imagenet": (
-                "data.sources.html#read_tiny_imagenet",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_unified360": (
-                "data.sources.html#read_unified360",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.read_voc": ("data.sources.html#read_voc", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.readable": ("data.sources.html#readable", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.same_detail": ("data.sources.html#same_detail", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.same_photos": ("data.sources.html#same_photos", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.scan_masks": ("data.sources.html#scan_masks", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.similar": ("data.sources.html#similar", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.some": ("data.sources.html#some", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.source_name": ("data.sources.html#source_name", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.split_of": ("data.sources.html#split_of", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.store_picture": (
-                "data.sources.html#store_picture",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.subfolder": ("data.sources.html#subfolder", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.subfolders": ("data.sources.html#subfolders", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.tell_encoding": (
-                "data.sources.html#tell_encoding",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.thumbnail": ("data.sources.html#thumbnail", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.tiny_classes": ("data.sources.html#tiny_classes", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.tiny_folder": ("data.sources.html#tiny_folder", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.tiny_train": ("data.sources.html#tiny_train", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.tiny_validation": (
-                "data.sources.html#tiny_validation",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.tiny_words": ("data.sources.html#tiny_words", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.to_rgb": ("data.sources.html#to_rgb", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.touch": ("data.sources.html#touch", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.unit": ("data.sources.html#unit", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.unit_thumbnail": (
-                "data.sources.html#unit_thumbnail",
-                "crackseg_nb/data/sources.py",
-            ),
-            "crackseg_nb.data.sources.unpack": ("data.sources.html#unpack", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.value_counts": ("data.sources.html#value_counts", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.value_table": ("data.sources.html#value_table", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.voc_colours": ("data.sources.html#voc_colours", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.voc_folder": ("data.sources.html#voc_folder", "crackseg_nb/data/sources.py"),
-            "crackseg_nb.data.sources.voc_lists": ("data.sources.html#voc_lists", "crackseg_nb/data/sources.py"),
         },
         "crackseg_nb.data.splits": {
-            "crackseg_nb.data.splits.Audit": ("data.splits.html#audit", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.Audit": ("data/splits.html#audit", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Audit.raise_if_fatal": (
-                "data.splits.html#audit.raise_if_fatal",
+                "data/splits.html#audit.raise_if_fatal",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.Audit.report": ("data.splits.html#audit.report", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.FileFacts": ("data.splits.html#filefacts", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.NearDuplicate": ("data.splits.html#nearduplicate", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.Splits": ("data.splits.html#splits", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.Audit.report": ("data/splits.html#audit.report", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.FileFacts": ("data/splits.html#filefacts", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.NearDuplicate": ("data/splits.html#nearduplicate", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.Splits": ("data/splits.html#splits", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits.__getitem__": (
-                "data.splits.html#splits.__getitem__",
+                "data/splits.html#splits.__getitem__",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.Splits.__iter__": (
-                "data.splits.html#splits.__iter__",
+                "data/splits.html#splits.__iter__",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.Splits.__repr__": (
-                "data.splits.html#splits.__repr__",
+                "data/splits.html#splits.__repr__",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.Splits.items": ("data.splits.html#splits.items", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.Splits.lengths": ("data.splits.html#splits.lengths", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.Splits.items": ("data/splits.html#splits.items", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.Splits.lengths": ("data/splits.html#splits.lengths", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits.overlapping_test_names": (
-                "data.splits.html#splits.overlapping_test_names",
+                "data/splits.html#splits.overlapping_test_names",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.audit": ("data.splits.html#audit", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.audit": ("data/splits.html#audit", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.balance_warnings": (
-                "data.splits.html#balance_warnings",
+                "data/splits.html#balance_warnings",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.border_findings": (
-                "data.splits.html#border_findings",
+                "data/splits.html#border_findings",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.carve": ("data.splits.html#carve", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.carve": ("data/splits.html#carve", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.check_fractions": (
-                "data.splits.html#check_fractions",
+                "data/splits.html#check_fractions",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.class_warnings": ("data.splits.html#class_warnings", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.class_warnings": ("data/splits.html#class_warnings", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.crossing_families": (
-                "data.splits.html#crossing_families",
+                "data/splits.html#crossing_families",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.crossing_groups": (
-                "data.splits.html#crossing_groups",
+                "data/splits.html#crossing_groups",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.digests_of": ("data.splits.html#digests_of", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.digests_of": ("data/splits.html#digests_of", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.duplicate_warnings": (
-                "data.splits.html#duplicate_warnings",
+                "data/splits.html#duplicate_warnings",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.find_near_duplicates": (
-                "data.splits.html#find_near_duplicates",
+                "data/splits.html#find_near_duplicates",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.fingerprint": ("data.splits.html#fingerprint", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.fingerprint": ("data/splits.html#fingerprint", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.fingerprint_from": (
-                "data.splits.html#fingerprint_from",
+                "data/splits.html#fingerprint_from",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.label_counts": ("data.splits.html#label_counts", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.make_splits": ("data.splits.html#make_splits", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.pick_groups": ("data.splits.html#pick_groups", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.label_counts": ("data/splits.html#label_counts", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.make_splits": ("data/splits.html#make_splits", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.pick_groups": ("data/splits.html#pick_groups", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.proposed_pattern": (
-                "data.splits.html#proposed_pattern",
+                "data/splits.html#proposed_pattern",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.published_parts": (
-                "data.splits.html#published_parts",
+                "data/splits.html#published_parts",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.read_all": ("data.splits.html#read_all", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.read_facts": ("data.splits.html#read_facts", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.read_all": ("data/splits.html#read_all", "crackseg_nb/data/splits.py"),
+            "crackseg_nb.data.splits.read_facts": ("data/splits.html#read_facts", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.read_thumbnails": (
-                "data.splits.html#read_thumbnails",
+                "data/splits.html#read_thumbnails",
                 "crackseg_nb/data/splits.py",
             ),
             "crackseg_nb.data.splits.repeat_problems": (
-                "data.splits.html#repeat_problems",
+                "data/splits.html#repeat_problems",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.summarise": ("data.splits.html#summarise", "crackseg_nb/data/splits.py"),
-        },
-        "crackseg_nb.data.synthetic": {
-            "crackseg_nb.data.synthetic.Stroke": ("data.synthetic.html#stroke", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.SyntheticConfig": (
-                "data.synthetic.html#syntheticconfig",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.SyntheticConfig.__post_init__": (
-                "data.synthetic.html#syntheticconfig.__post_init__",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.asphalt": ("data.synthetic.html#asphalt", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.blade": ("data.synthetic.html#blade", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.check_names": (
-                "data.synthetic.html#check_names",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.check_range": (
-                "data.synthetic.html#check_range",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.check_size": (
-                "data.synthetic.html#check_size",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.concrete": ("data.synthetic.html#concrete", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.crack_stroke": (
-                "data.synthetic.html#crack_stroke",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.crossing": ("data.synthetic.html#crossing", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.draw_strokes": (
-                "data.synthetic.html#draw_strokes",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.even_stroke": (
-                "data.synthetic.html#even_stroke",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.find_synthetic": (
-                "data.synthetic.html#find_synthetic",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.folder_settings": (
-                "data.synthetic.html#folder_settings",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.grass": ("data.synthetic.html#grass", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.grow_crack": (
-                "data.synthetic.html#grow_crack",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.joint": ("data.synthetic.html#joint", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.lay": ("data.synthetic.html#lay", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.leaf": ("data.synthetic.html#leaf", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.marking": ("data.synthetic.html#marking", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.paint": ("data.synthetic.html#paint", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.paint_cracks": (
-                "data.synthetic.html#paint_cracks",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.pair_paths": (
-                "data.synthetic.html#pair_paths",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.photograph": (
-                "data.synthetic.html#photograph",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.pick_distractors": (
-                "data.synthetic.html#pick_distractors",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.place_cracks": (
-                "data.synthetic.html#place_cracks",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.random_line": (
-                "data.synthetic.html#random_line",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.remove_strays": (
-                "data.synthetic.html#remove_strays",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.scratch": ("data.synthetic.html#scratch", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.sealant": ("data.synthetic.html#sealant", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.shadow": ("data.synthetic.html#shadow", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.smooth_noise": (
-                "data.synthetic.html#smooth_noise",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.stain": ("data.synthetic.html#stain", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.synthesize": (
-                "data.synthetic.html#synthesize",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.tyre": ("data.synthetic.html#tyre", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.wander": ("data.synthetic.html#wander", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.wire": ("data.synthetic.html#wire", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.worn": ("data.synthetic.html#worn", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.write_images": (
-                "data.synthetic.html#write_images",
-                "crackseg_nb/data/synthetic.py",
-            ),
-            "crackseg_nb.data.synthetic.write_png": ("data.synthetic.html#write_png", "crackseg_nb/data/synthetic.py"),
-            "crackseg_nb.data.synthetic.write_synthetic": (
-                "data.synthetic.html#write_synthetic",
-                "crackseg_nb/data/synthetic.py",
-            ),
-        },
-        "crackseg_nb.data.textures": {
-            "crackseg_nb.data.textures.brick": ("data.textures.html#brick", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.courses": ("data.textures.html#courses", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.find_textures": (
-                "data.textures.html#find_textures",
-                "crackseg_nb/data/textures.py",
-            ),
-            "crackseg_nb.data.textures.gravel": ("data.textures.html#gravel", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.pick": ("data.textures.html#pick", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.plaster": ("data.textures.html#plaster", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.relief": ("data.textures.html#relief", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.rusted_metal": (
-                "data.textures.html#rusted_metal",
-                "crackseg_nb/data/textures.py",
-            ),
-            "crackseg_nb.data.textures.stones": ("data.textures.html#stones", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.synthesize_texture": (
-                "data.textures.html#synthesize_texture",
-                "crackseg_nb/data/textures.py",
-            ),
-            "crackseg_nb.data.textures.tiles": ("data.textures.html#tiles", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.tone": ("data.textures.html#tone", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.wood": ("data.textures.html#wood", "crackseg_nb/data/textures.py"),
-            "crackseg_nb.data.textures.write_textures": (
-                "data.textures.html#write_textures",
-                "crackseg_nb/data/textures.py",
-            ),
-        },
-        "crackseg_nb.data.weights": {
-            "crackseg_nb.data.weights.ClassWeights": ("data.weights.html#classweights", "crackseg_nb/data/weights.py"),
-            "crackseg_nb.data.weights.ClassWeights.__post_init__": (
-                "data.weights.html#classweights.__post_init__",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.ClassWeights.describe": (
-                "data.weights.html#classweights.describe",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.ClassWeights.load": (
-                "data.weights.html#classweights.load",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.ClassWeights.save": (
-                "data.weights.html#classweights.save",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.ClassWeights.table": (
-                "data.weights.html#classweights.table",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.check_beta": ("data.weights.html#check_beta", "crackseg_nb/data/weights.py"),
-            "crackseg_nb.data.weights.check_counts": ("data.weights.html#check_counts", "crackseg_nb/data/weights.py"),
-            "crackseg_nb.data.weights.check_numbers": (
-                "data.weights.html#check_numbers",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.check_same": ("data.weights.html#check_same", "crackseg_nb/data/weights.py"),
-            "crackseg_nb.data.weights.read_weights": ("data.weights.html#read_weights", "crackseg_nb/data/weights.py"),
-            "crackseg_nb.data.weights.resolve_class_weights": (
-                "data.weights.html#resolve_class_weights",
-                "crackseg_nb/data/weights.py",
-            ),
-            "crackseg_nb.data.weights.weights_from_counts": (
-                "data.weights.html#weights_from_counts",
-                "crackseg_nb/data/weights.py",
-            ),
-        },
-        "crackseg_nb.efficiency": {
-            "crackseg_nb.efficiency.compare_latency": ("efficiency.html#compare_latency", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.file_bytes": ("efficiency.html#file_bytes", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.file_size": ("efficiency.html#file_size", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.frontier_row": ("efficiency.html#frontier_row", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.frontier_table": ("efficiency.html#frontier_table", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.measure_memory": ("efficiency.html#measure_memory", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.median_latency": ("efficiency.html#median_latency", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.pareto": ("efficiency.html#pareto", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.show_frontier": ("efficiency.html#show_frontier", "crackseg_nb/efficiency.py"),
-            "crackseg_nb.efficiency.torch_threads": ("efficiency.html#torch_threads", "crackseg_nb/efficiency.py"),
-        },
-        "crackseg_nb.encoder_benchmark": {
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark": (
-                "encoder_benchmark.html#encoderbenchmark",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.__init__": (
-                "encoder_benchmark.html#encoderbenchmark.__init__",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.common": (
-                "encoder_benchmark.html#encoderbenchmark.common",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.describe": (
-                "encoder_benchmark.html#encoderbenchmark.describe",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.differences": (
-                "encoder_benchmark.html#encoderbenchmark.differences",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.finish": (
-                "encoder_benchmark.html#encoderbenchmark.finish",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.loading": (
-                "encoder_benchmark.html#encoderbenchmark.loading",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.measure": (
-                "encoder_benchmark.html#encoderbenchmark.measure",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.per_class": (
-                "encoder_benchmark.html#encoderbenchmark.per_class",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.protocol": (
-                "encoder_benchmark.html#encoderbenchmark.protocol",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.remarks": (
-                "encoder_benchmark.html#encoderbenchmark.remarks",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.report": (
-                "encoder_benchmark.html#encoderbenchmark.report",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.run": (
-                "encoder_benchmark.html#encoderbenchmark.run",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.run_config": (
-                "encoder_benchmark.html#encoderbenchmark.run_config",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.runs": (
-                "encoder_benchmark.html#encoderbenchmark.runs",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmark.table": (
-                "encoder_benchmark.html#encoderbenchmark.table",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmarkConfig": (
-                "encoder_benchmark.html#encoderbenchmarkconfig",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmarkConfig.__post_init__": (
-                "encoder_benchmark.html#encoderbenchmarkconfig.__post_init__",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.EncoderBenchmarkConfig.fixed": (
-                "encoder_benchmark.html#encoderbenchmarkconfig.fixed",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.bullets": (
-                "encoder_benchmark.html#bullets",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.cautions": (
-                "encoder_benchmark.html#cautions",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.chance_of_false_difference": (
-                "encoder_benchmark.html#chance_of_false_difference",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.check_same_data": (
-                "encoder_benchmark.html#check_same_data",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.class_means": (
-                "encoder_benchmark.html#class_means",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.compare_pairs": (
-                "encoder_benchmark.html#compare_pairs",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.enter_inference": (
-                "encoder_benchmark.html#enter_inference",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.family_of": (
-                "encoder_benchmark.html#family_of",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.finish_axis": (
-                "encoder_benchmark.html#finish_axis",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.free_place": (
-                "encoder_benchmark.html#free_place",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.label_means": (
-                "encoder_benchmark.html#label_means",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.machine_of": (
-                "encoder_benchmark.html#machine_of",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.measure_inference": (
-                "encoder_benchmark.html#measure_inference",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.read_jobs": (
-                "encoder_benchmark.html#read_jobs",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.read_run": (
-                "encoder_benchmark.html#read_run",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.readable": (
-                "encoder_benchmark.html#readable",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.sentences": (
-                "encoder_benchmark.html#sentences",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.show_accuracy": (
-                "encoder_benchmark.html#show_accuracy",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.show_classes": (
-                "encoder_benchmark.html#show_classes",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.strength_of": (
-                "encoder_benchmark.html#strength_of",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.summarise": (
-                "encoder_benchmark.html#summarise",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.taken_by": (
-                "encoder_benchmark.html#taken_by",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.training_speed": (
-                "encoder_benchmark.html#training_speed",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-            "crackseg_nb.encoder_benchmark.verdict": (
-                "encoder_benchmark.html#verdict",
-                "crackseg_nb/encoder_benchmark.py",
-            ),
-        },
-        "crackseg_nb.evidence.ablation": {
-            "crackseg_nb.evidence.ablation.AblationConfig": (
-                "evidence.ablation.html#ablationconfig",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.AblationConfig.__post_init__": (
-                "evidence.ablation.html#ablationconfig.__post_init__",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.effects": (
-                "evidence.ablation.html#effects",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.finish_ablation": (
-                "evidence.ablation.html#finish_ablation",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.paired_scores": (
-                "evidence.ablation.html#paired_scores",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.results_of": (
-                "evidence.ablation.html#results_of",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.run_all": (
-                "evidence.ablation.html#run_all",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.show_effects": (
-                "evidence.ablation.html#show_effects",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.sweeps_of": (
-                "evidence.ablation.html#sweeps_of",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-            "crackseg_nb.evidence.ablation.tell_effect": (
-                "evidence.ablation.html#tell_effect",
-                "crackseg_nb/evidence/ablation.py",
-            ),
-        },
-        "crackseg_nb.evidence.calibration": {
-            "crackseg_nb.evidence.calibration.Calibration": (
-                "evidence.calibration.html#calibration",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.__init__": (
-                "evidence.calibration.html#calibration.__init__",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.compute": (
-                "evidence.calibration.html#calibration.compute",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.num_images": (
-                "evidence.calibration.html#calibration.num_images",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.scores": (
-                "evidence.calibration.html#calibration.scores",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.table": (
-                "evidence.calibration.html#calibration.table",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.Calibration.update": (
-                "evidence.calibration.html#calibration.update",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.bin_sums": (
-                "evidence.calibration.html#bin_sums",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.calibration_error": (
-                "evidence.calibration.html#calibration_error",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.draw_reliability": (
-                "evidence.calibration.html#draw_reliability",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.entropy": (
-                "evidence.calibration.html#entropy",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.near_cracks": (
-                "evidence.calibration.html#near_cracks",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.show_reliability": (
-                "evidence.calibration.html#show_reliability",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.show_uncertainty": (
-                "evidence.calibration.html#show_uncertainty",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.tta_probabilities": (
-                "evidence.calibration.html#tta_probabilities",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.turn": (
-                "evidence.calibration.html#turn",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.turn_back": (
-                "evidence.calibration.html#turn_back",
-                "crackseg_nb/evidence/calibration.py",
-            ),
-            "crackseg_nb.evidence.calibration.uncertainty_maps": (
-                "evidence.calibration.html#uncertainty_maps",
-                "crackseg_nb/evidence/calibration.py",
-            ),
+            "crackseg_nb.data.splits.summarise": ("data/splits.html#summarise", "crackseg_nb/data/splits.py"),
         },
         "crackseg_nb.evidence.comparison": {
             "crackseg_nb.evidence.comparison.Comparison": (
-                "evidence.comparison.html#comparison",
+                "evidence/comparison.html#comparison",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.Comparison.label": (
-                "evidence.comparison.html#comparison.label",
+                "evidence/comparison.html#comparison.label",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.Comparison.left_out": (
-                "evidence.comparison.html#comparison.left_out",
+                "evidence/comparison.html#comparison.left_out",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.Comparison.scores": (
-                "evidence.comparison.html#comparison.scores",
+                "evidence/comparison.html#comparison.scores",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.Comparison.sentences": (
-                "evidence.comparison.html#comparison.sentences",
+                "evidence/comparison.html#comparison.sentences",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.Entry": (
-                "evidence.comparison.html#entry",
+                "evidence/comparison.html#entry",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.System": (
-                "evidence.comparison.html#system",
+                "evidence/comparison.html#system",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.System.groups": (
-                "evidence.comparison.html#system.groups",
+                "evidence/comparison.html#system.groups",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.System.rows": (
-                "evidence.comparison.html#system.rows",
+                "evidence/comparison.html#system.rows",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.System.score": (
-                "evidence.comparison.html#system.score",
+                "evidence/comparison.html#system.score",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.compare": (
-                "evidence.comparison.html#compare",
+                "evidence/comparison.html#compare",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.difference_in_protocol": (
-                "evidence.comparison.html#difference_in_protocol",
+                "evidence/comparison.html#difference_in_protocol",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.enter": (
-                "evidence.comparison.html#enter",
+                "evidence/comparison.html#enter",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.published": (
-                "evidence.comparison.html#published",
+                "evidence/comparison.html#published",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.rows_for": (
-                "evidence.comparison.html#rows_for",
+                "evidence/comparison.html#rows_for",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.score_of": (
-                "evidence.comparison.html#score_of",
+                "evidence/comparison.html#score_of",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.score_table": (
-                "evidence.comparison.html#score_table",
+                "evidence/comparison.html#score_table",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.settle": (
-                "evidence.comparison.html#settle",
+                "evidence/comparison.html#settle",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.show_width_recall": (
-                "evidence.comparison.html#show_width_recall",
+                "evidence/comparison.html#show_width_recall",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.system_of": (
-                "evidence.comparison.html#system_of",
+                "evidence/comparison.html#system_of",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.systems_of": (
-                "evidence.comparison.html#systems_of",
+                "evidence/comparison.html#systems_of",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.training_table": (
-                "evidence.comparison.html#training_table",
+                "evidence/comparison.html#training_table",
                 "crackseg_nb/evidence/comparison.py",
             ),
         },
-        "crackseg_nb.evidence.curves": {
-            "crackseg_nb.evidence.curves.Sums": ("evidence.curves.html#sums", "crackseg_nb/evidence/curves.py"),
-            "crackseg_nb.evidence.curves.Sums.__init__": (
-                "evidence.curves.html#sums.__init__",
-                "crackseg_nb/evidence/curves.py",
+        "crackseg_nb.evidence.error_types": {
+            "crackseg_nb.evidence.error_types.Gates": (
+                "evidence/error_types.html#gates",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.Sums.add": ("evidence.curves.html#sums.add", "crackseg_nb/evidence/curves.py"),
-            "crackseg_nb.evidence.curves.Sums.merge": (
-                "evidence.curves.html#sums.merge",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.Record": (
+                "evidence/error_types.html#record",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves": (
-                "evidence.curves.html#thresholdcurves",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.activation_maps": (
+                "evidence/error_types.html#activation_maps",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.__init__": (
-                "evidence.curves.html#thresholdcurves.__init__",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.aspp_maps": (
+                "evidence/error_types.html#aspp_maps",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.best": (
-                "evidence.curves.html#thresholdcurves.best",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.attention_maps": (
+                "evidence/error_types.html#attention_maps",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.compute": (
-                "evidence.curves.html#thresholdcurves.compute",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.cbam_maps": (
+                "evidence/error_types.html#cbam_maps",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.curve": (
-                "evidence.curves.html#thresholdcurves.curve",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.draw_errors": (
+                "evidence/error_types.html#draw_errors",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.mious": (
-                "evidence.curves.html#thresholdcurves.mious",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.error_types": (
+                "evidence/error_types.html#error_types",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.num_images": (
-                "evidence.curves.html#thresholdcurves.num_images",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.find_bridges": (
+                "evidence/error_types.html#find_bridges",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.ThresholdCurves.update": (
-                "evidence.curves.html#thresholdcurves.update",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.lost_widths": (
+                "evidence/error_types.html#lost_widths",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.average_precision": (
-                "evidence.curves.html#average_precision",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.paint_types": (
+                "evidence/error_types.html#paint_types",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.check_planes": (
-                "evidence.curves.html#check_planes",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.refusal": (
+                "evidence/error_types.html#refusal",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.curve_scores": (
-                "evidence.curves.html#curve_scores",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.show_cbam": (
+                "evidence/error_types.html#show_cbam",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.disk": ("evidence.curves.html#disk", "crackseg_nb/evidence/curves.py"),
-            "crackseg_nb.evidence.curves.draw_iso_f1": (
-                "evidence.curves.html#draw_iso_f1",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.show_errors": (
+                "evidence/error_types.html#show_errors",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.highest_within": (
-                "evidence.curves.html#highest_within",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.show_maps": (
+                "evidence/error_types.html#show_maps",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.levels": ("evidence.curves.html#levels", "crackseg_nb/evidence/curves.py"),
-            "crackseg_nb.evidence.curves.one_to_one": (
-                "evidence.curves.html#one_to_one",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.show_worst": (
+                "evidence/error_types.html#show_worst",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.reaching": ("evidence.curves.html#reaching", "crackseg_nb/evidence/curves.py"),
-            "crackseg_nb.evidence.curves.show_curves": (
-                "evidence.curves.html#show_curves",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.shown_types": (
+                "evidence/error_types.html#shown_types",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.threshold_counts": (
-                "evidence.curves.html#threshold_counts",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.spread": (
+                "evidence/error_types.html#spread",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.curves.two_class_miou": (
-                "evidence.curves.html#two_class_miou",
-                "crackseg_nb/evidence/curves.py",
+            "crackseg_nb.evidence.error_types.surplus_kinds": (
+                "evidence/error_types.html#surplus_kinds",
+                "crackseg_nb/evidence/error_types.py",
             ),
-        },
-        "crackseg_nb.evidence.explain": {
-            "crackseg_nb.evidence.explain.Gates": ("evidence.explain.html#gates", "crackseg_nb/evidence/explain.py"),
-            "crackseg_nb.evidence.explain.Record": ("evidence.explain.html#record", "crackseg_nb/evidence/explain.py"),
-            "crackseg_nb.evidence.explain.activation_maps": (
-                "evidence.explain.html#activation_maps",
-                "crackseg_nb/evidence/explain.py",
+            "crackseg_nb.evidence.error_types.swin_blocks": (
+                "evidence/error_types.html#swin_blocks",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.explain.aspp_maps": (
-                "evidence.explain.html#aspp_maps",
-                "crackseg_nb/evidence/explain.py",
+            "crackseg_nb.evidence.error_types.type_legend": (
+                "evidence/error_types.html#type_legend",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.explain.attention_maps": (
-                "evidence.explain.html#attention_maps",
-                "crackseg_nb/evidence/explain.py",
+            "crackseg_nb.evidence.error_types.watched": (
+                "evidence/error_types.html#watched",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.explain.cbam_maps": (
-                "evidence.explain.html#cbam_maps",
-                "crackseg_nb/evidence/explain.py",
+            "crackseg_nb.evidence.error_types.window_attention": (
+                "evidence/error_types.html#window_attention",
+                "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.explain.draw_errors": (
-                "evidence.explain.html#draw_errors",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.error_types": (
-                "evidence.explain.html#error_types",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.find_bridges": (
-                "evidence.explain.html#find_bridges",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.lost_widths": (
-                "evidence.explain.html#lost_widths",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.paint_types": (
-                "evidence.explain.html#paint_types",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.refusal": (
-                "evidence.explain.html#refusal",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.show_cbam": (
-                "evidence.explain.html#show_cbam",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.show_errors": (
-                "evidence.explain.html#show_errors",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.show_maps": (
-                "evidence.explain.html#show_maps",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.show_worst": (
-                "evidence.explain.html#show_worst",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.shown_types": (
-                "evidence.explain.html#shown_types",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.spread": ("evidence.explain.html#spread", "crackseg_nb/evidence/explain.py"),
-            "crackseg_nb.evidence.explain.surplus_kinds": (
-                "evidence.explain.html#surplus_kinds",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.swin_blocks": (
-                "evidence.explain.html#swin_blocks",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.type_legend": (
-                "evidence.explain.html#type_legend",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.watched": (
-                "evidence.explain.html#watched",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.window_attention": (
-                "evidence.explain.html#window_attention",
-                "crackseg_nb/evidence/explain.py",
-            ),
-            "crackseg_nb.evidence.explain.window_places": (
-                "evidence.explain.html#window_places",
-                "crackseg_nb/evidence/explain.py",
-            ),
-        },
-        "crackseg_nb.evidence.geometry": {
-            "crackseg_nb.evidence.geometry.GeometryScores": (
-                "evidence.geometry.html#geometryscores",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.GeometryScores.__init__": (
-                "evidence.geometry.html#geometryscores.__init__",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.GeometryScores.compute": (
-                "evidence.geometry.html#geometryscores.compute",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.GeometryScores.update": (
-                "evidence.geometry.html#geometryscores.update",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.GeometryScores.update_pair": (
-                "evidence.geometry.html#geometryscores.update_pair",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.GeometryScores.width_table": (
-                "evidence.geometry.html#geometryscores.width_table",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.Matches": (
-                "evidence.geometry.html#matches",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.Matches.count": (
-                "evidence.geometry.html#matches.count",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.Matches.scores": (
-                "evidence.geometry.html#matches.scores",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.count_components": (
-                "evidence.geometry.html#count_components",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.line_outcomes": (
-                "evidence.geometry.html#line_outcomes",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.match_pair": (
-                "evidence.geometry.html#match_pair",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.shape_scores": (
-                "evidence.geometry.html#shape_scores",
-                "crackseg_nb/evidence/geometry.py",
-            ),
-            "crackseg_nb.evidence.geometry.show_geometry": (
-                "evidence.geometry.html#show_geometry",
-                "crackseg_nb/evidence/geometry.py",
+            "crackseg_nb.evidence.error_types.window_places": (
+                "evidence/error_types.html#window_places",
+                "crackseg_nb/evidence/error_types.py",
             ),
         },
         "crackseg_nb.evidence.report": {
             "crackseg_nb.evidence.report.ComparisonConfig": (
-                "evidence.report.html#comparisonconfig",
+                "evidence/report.html#comparisonconfig",
                 "crackseg_nb/evidence/report.py",
             ),
-            "crackseg_nb.evidence.report.as_html": ("evidence.report.html#as_html", "crackseg_nb/evidence/report.py"),
-            "crackseg_nb.evidence.report.as_image": ("evidence.report.html#as_image", "crackseg_nb/evidence/report.py"),
+            "crackseg_nb.evidence.report.as_html": ("evidence/report.html#as_html", "crackseg_nb/evidence/report.py"),
+            "crackseg_nb.evidence.report.as_image": ("evidence/report.html#as_image", "crackseg_nb/evidence/report.py"),
             "crackseg_nb.evidence.report.begin_comparison": (
-                "evidence.report.html#begin_comparison",
+                "evidence/report.html#begin_comparison",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.comparison_page": (
-                "evidence.report.html#comparison_page",
+                "evidence/report.html#comparison_page",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.finish_comparison": (
-                "evidence.report.html#finish_comparison",
+                "evidence/report.html#finish_comparison",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.pictures_of": (
-                "evidence.report.html#pictures_of",
+                "evidence/report.html#pictures_of",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.protocol_lines": (
-                "evidence.report.html#protocol_lines",
+                "evidence/report.html#protocol_lines",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.published_parts": (
-                "evidence.report.html#published_parts",
+                "evidence/report.html#published_parts",
                 "crackseg_nb/evidence/report.py",
             ),
-            "crackseg_nb.evidence.report.run_page": ("evidence.report.html#run_page", "crackseg_nb/evidence/report.py"),
+            "crackseg_nb.evidence.report.run_page": ("evidence/report.html#run_page", "crackseg_nb/evidence/report.py"),
             "crackseg_nb.evidence.report.write_page": (
-                "evidence.report.html#write_page",
+                "evidence/report.html#write_page",
                 "crackseg_nb/evidence/report.py",
             ),
         },
         "crackseg_nb.evidence.scores": {
-            "crackseg_nb.evidence.scores.Evidence": ("evidence.scores.html#evidence", "crackseg_nb/evidence/scores.py"),
+            "crackseg_nb.evidence.scores.Evidence": ("evidence/scores.html#evidence", "crackseg_nb/evidence/scores.py"),
             "crackseg_nb.evidence.scores.Evidence.save": (
-                "evidence.scores.html#evidence.save",
+                "evidence/scores.html#evidence.save",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.Evidence.scores": (
-                "evidence.scores.html#evidence.scores",
+                "evidence/scores.html#evidence.scores",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.Evidence.tables": (
-                "evidence.scores.html#evidence.tables",
+                "evidence/scores.html#evidence.tables",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions": (
-                "evidence.scores.html#testpredictions",
+                "evidence/scores.html#testpredictions",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.__getitem__": (
-                "evidence.scores.html#testpredictions.__getitem__",
+                "evidence/scores.html#testpredictions.__getitem__",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.__len__": (
-                "evidence.scores.html#testpredictions.__len__",
+                "evidence/scores.html#testpredictions.__len__",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.names": (
-                "evidence.scores.html#testpredictions.names",
+                "evidence/scores.html#testpredictions.names",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.threshold": (
-                "evidence.scores.html#testpredictions.threshold",
+                "evidence/scores.html#testpredictions.threshold",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.digest_of": (
-                "evidence.scores.html#digest_of",
+                "evidence/scores.html#digest_of",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.evidence_of": (
-                "evidence.scores.html#evidence_of",
+                "evidence/scores.html#evidence_of",
                 "crackseg_nb/evidence/scores.py",
             ),
-            "crackseg_nb.evidence.scores.measure": ("evidence.scores.html#measure", "crackseg_nb/evidence/scores.py"),
+            "crackseg_nb.evidence.scores.measure": ("evidence/scores.html#measure", "crackseg_nb/evidence/scores.py"),
             "crackseg_nb.evidence.scores.measure_part": (
-                "evidence.scores.html#measure_part",
+                "evidence/scores.html#measure_part",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.metrics_for": (
-                "evidence.scores.html#metrics_for",
+                "evidence/scores.html#metrics_for",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.open_predictions": (
-                "evidence.scores.html#open_predictions",
+                "evidence/scores.html#open_predictions",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.own_counts": (
-                "evidence.scores.html#own_counts",
+                "evidence/scores.html#own_counts",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.read_evidence": (
-                "evidence.scores.html#read_evidence",
+                "evidence/scores.html#read_evidence",
                 "crackseg_nb/evidence/scores.py",
             ),
         },
-        "crackseg_nb.evidence.statistics": {
-            "crackseg_nb.evidence.statistics.Difference": (
-                "evidence.statistics.html#difference",
-                "crackseg_nb/evidence/statistics.py",
+        "crackseg_nb.figures.photos": {
+            "crackseg_nb.figures.photos.Case": ("figures/photos.html#case", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.Case.prediction": (
+                "figures/photos.html#case.prediction",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.Interval": (
-                "evidence.statistics.html#interval",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.ClassCase": ("figures/photos.html#classcase", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.LiveCurves": (
+                "figures/photos.html#livecurves",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.Interval.__str__": (
-                "evidence.statistics.html#interval.__str__",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.LiveCurves.__call__": (
+                "figures/photos.html#livecurves.__call__",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.Interval.evidence": (
-                "evidence.statistics.html#interval.evidence",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.LiveCurves.__init__": (
+                "figures/photos.html#livecurves.__init__",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.SignedRank": (
-                "evidence.statistics.html#signedrank",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.add_legend": (
+                "figures/photos.html#add_legend",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.Spread": (
-                "evidence.statistics.html#spread",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.answer_plane": (
+                "figures/photos.html#answer_plane",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.Spread.__str__": (
-                "evidence.statistics.html#spread.__str__",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.as_tile": ("figures/photos.html#as_tile", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.check_class_ids": (
+                "figures/photos.html#check_class_ids",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.achieved_significance": (
-                "evidence.statistics.html#achieved_significance",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.check_pair": (
+                "figures/photos.html#check_pair",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.apart": (
-                "evidence.statistics.html#apart",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.class_legend": (
+                "figures/photos.html#class_legend",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.as_pair": (
-                "evidence.statistics.html#as_pair",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.colour_table": (
+                "figures/photos.html#colour_table",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.as_table": (
-                "evidence.statistics.html#as_table",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.draw_case": ("figures/photos.html#draw_case", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.draw_curves": (
+                "figures/photos.html#draw_curves",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.bootstrap": (
-                "evidence.statistics.html#bootstrap",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.draw_ids": ("figures/photos.html#draw_ids", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.draw_shares": (
+                "figures/photos.html#draw_shares",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.compare_all": (
-                "evidence.statistics.html#compare_all",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.draw_spread": (
+                "figures/photos.html#draw_spread",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.conclude": (
-                "evidence.statistics.html#conclude",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.error_legend": (
+                "figures/photos.html#error_legend",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.finite": (
-                "evidence.statistics.html#finite",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.error_map": ("figures/photos.html#error_map", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.grey_out": ("figures/photos.html#grey_out", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.in_notebook": (
+                "figures/photos.html#in_notebook",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.from_counts": (
-                "evidence.statistics.html#from_counts",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.mark_best": ("figures/photos.html#mark_best", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.mark_row": ("figures/photos.html#mark_row", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.mask_picture": (
+                "figures/photos.html#mask_picture",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.group_codes": (
-                "evidence.statistics.html#group_codes",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.number_regions": (
+                "figures/photos.html#number_regions",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.holm": (
-                "evidence.statistics.html#holm",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.outcomes": ("figures/photos.html#outcomes", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.overlay": ("figures/photos.html#overlay", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.paint_outcomes": (
+                "figures/photos.html#paint_outcomes",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.middle": (
-                "evidence.statistics.html#middle",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.plain_axis": (
+                "figures/photos.html#plain_axis",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.only_column": (
-                "evidence.statistics.html#only_column",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.row_shares": (
+                "figures/photos.html#row_shares",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.paired_bootstrap": (
-                "evidence.statistics.html#paired_bootstrap",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.save_figure": (
+                "figures/photos.html#save_figure",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.resampled_means": (
-                "evidence.statistics.html#resampled_means",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.shorten": ("figures/photos.html#shorten", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.show_augmentations": (
+                "figures/photos.html#show_augmentations",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.select": (
-                "evidence.statistics.html#select",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_cases": (
+                "figures/photos.html#show_cases",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.select_pair": (
-                "evidence.statistics.html#select_pair",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_class_balance": (
+                "figures/photos.html#show_class_balance",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.show_intervals": (
-                "evidence.statistics.html#show_intervals",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_class_scores": (
+                "figures/photos.html#show_class_scores",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.show_paired": (
-                "evidence.statistics.html#show_paired",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_confusion": (
+                "figures/photos.html#show_confusion",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.signed_rank": (
-                "evidence.statistics.html#signed_rank",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_grid": ("figures/photos.html#show_grid", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.show_history": (
+                "figures/photos.html#show_history",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.smallest_p": (
-                "evidence.statistics.html#smallest_p",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_pairs": (
+                "figures/photos.html#show_pairs",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.spread": (
-                "evidence.statistics.html#spread",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_samples": (
+                "figures/photos.html#show_samples",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.statistics.verdict": (
-                "evidence.statistics.html#verdict",
-                "crackseg_nb/evidence/statistics.py",
+            "crackseg_nb.figures.photos.show_threshold_curve": (
+                "figures/photos.html#show_threshold_curve",
+                "crackseg_nb/figures/photos.py",
             ),
-        },
-        "crackseg_nb.evidence.widths": {
-            "crackseg_nb.evidence.widths.Outline": ("evidence.widths.html#outline", "crackseg_nb/evidence/widths.py"),
-            "crackseg_nb.evidence.widths.Pair": ("evidence.widths.html#pair", "crackseg_nb/evidence/widths.py"),
-            "crackseg_nb.evidence.widths.by_width": ("evidence.widths.html#by_width", "crackseg_nb/evidence/widths.py"),
-            "crackseg_nb.evidence.widths.inscribed": (
-                "evidence.widths.html#inscribed",
-                "crackseg_nb/evidence/widths.py",
+            "crackseg_nb.figures.photos.shrink_image": (
+                "figures/photos.html#shrink_image",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.widths.local_widths": (
-                "evidence.widths.html#local_widths",
-                "crackseg_nb/evidence/widths.py",
+            "crackseg_nb.figures.photos.shrink_labels": (
+                "figures/photos.html#shrink_labels",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.widths.near": ("evidence.widths.html#near", "crackseg_nb/evidence/widths.py"),
-            "crackseg_nb.evidence.widths.show_panels": (
-                "evidence.widths.html#show_panels",
-                "crackseg_nb/evidence/widths.py",
+            "crackseg_nb.figures.photos.shrink_probability": (
+                "figures/photos.html#shrink_probability",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.widths.show_widths": (
-                "evidence.widths.html#show_widths",
-                "crackseg_nb/evidence/widths.py",
+            "crackseg_nb.figures.photos.shrunk_size": (
+                "figures/photos.html#shrunk_size",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.widths.trace": ("evidence.widths.html#trace", "crackseg_nb/evidence/widths.py"),
-            "crackseg_nb.evidence.widths.trace_pair": (
-                "evidence.widths.html#trace_pair",
-                "crackseg_nb/evidence/widths.py",
+            "crackseg_nb.figures.photos.stress_lines": (
+                "figures/photos.html#stress_lines",
+                "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.evidence.widths.width_classes": (
-                "evidence.widths.html#width_classes",
-                "crackseg_nb/evidence/widths.py",
-            ),
-            "crackseg_nb.evidence.widths.width_counts": (
-                "evidence.widths.html#width_counts",
-                "crackseg_nb/evidence/widths.py",
-            ),
-            "crackseg_nb.evidence.widths.width_scores": (
-                "evidence.widths.html#width_scores",
-                "crackseg_nb/evidence/widths.py",
-            ),
-        },
-        "crackseg_nb.experiment": {
-            "crackseg_nb.experiment.Experiment": ("experiment.html#experiment", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.Experiment.__init__": (
-                "experiment.html#experiment.__init__",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.begin": (
-                "experiment.html#experiment.begin",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.binary": (
-                "experiment.html#experiment.binary",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.build_model": (
-                "experiment.html#experiment.build_model",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.fail": ("experiment.html#experiment.fail", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.Experiment.fail_if_unfinished": (
-                "experiment.html#experiment.fail_if_unfinished",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.finish": (
-                "experiment.html#experiment.finish",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.fitting_batch": (
-                "experiment.html#experiment.fitting_batch",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.keep_tables": (
-                "experiment.html#experiment.keep_tables",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.load_data": (
-                "experiment.html#experiment.load_data",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.refuse_seen_images": (
-                "experiment.html#experiment.refuse_seen_images",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.settle_precision": (
-                "experiment.html#experiment.settle_precision",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.stop_if_asked": (
-                "experiment.html#experiment.stop_if_asked",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.test": ("experiment.html#experiment.test", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.Experiment.train": (
-                "experiment.html#experiment.train",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.train_on_devices": (
-                "experiment.html#experiment.train_on_devices",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.validation_metrics": (
-                "experiment.html#experiment.validation_metrics",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.Experiment.weigh_classes": (
-                "experiment.html#experiment.weigh_classes",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.check_same_world": (
-                "experiment.html#check_same_world",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.default_run_name": (
-                "experiment.html#default_run_name",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.find_source": ("experiment.html#find_source", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.flat": ("experiment.html#flat", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.learned_splits": ("experiment.html#learned_splits", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.make_criterion": ("experiment.html#make_criterion", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.make_datasets": ("experiment.html#make_datasets", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.make_loaders": ("experiment.html#make_loaders", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.make_model": ("experiment.html#make_model", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.note_resume": ("experiment.html#note_resume", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.prepare": ("experiment.html#prepare", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.run": ("experiment.html#run", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.run_of_weights": ("experiment.html#run_of_weights", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.step": ("experiment.html#step", "crackseg_nb/experiment.py"),
-            "crackseg_nb.experiment.take_first_weights": (
-                "experiment.html#take_first_weights",
-                "crackseg_nb/experiment.py",
-            ),
-            "crackseg_nb.experiment.train_in_process": (
-                "experiment.html#train_in_process",
-                "crackseg_nb/experiment.py",
+            "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
+            "crackseg_nb.figures.photos.write_share": (
+                "figures/photos.html#write_share",
+                "crackseg_nb/figures/photos.py",
             ),
         },
-        "crackseg_nb.frontier": {
-            "crackseg_nb.frontier.FinishedRun": ("frontier.html#finishedrun", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.FinishedRun.scores": ("frontier.html#finishedrun.scores", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.Frontier": ("frontier.html#frontier", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.Frontier.__init__": ("frontier.html#frontier.__init__", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.Frontier.check_runs": (
-                "frontier.html#frontier.check_runs",
-                "crackseg_nb/frontier.py",
+        "crackseg_nb.metrics.calibration": {
+            "crackseg_nb.metrics.calibration.Calibration": (
+                "metrics/calibration.html#calibration",
+                "crackseg_nb/metrics/calibration.py",
             ),
-            "crackseg_nb.frontier.Frontier.costs": ("frontier.html#frontier.costs", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.Frontier.keep": ("frontier.html#frontier.keep", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.FrontierConfig": ("frontier.html#frontierconfig", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.FrontierConfig.__post_init__": (
-                "frontier.html#frontierconfig.__post_init__",
-                "crackseg_nb/frontier.py",
+            "crackseg_nb.metrics.calibration.Calibration.__init__": (
+                "metrics/calibration.html#calibration.__init__",
+                "crackseg_nb/metrics/calibration.py",
             ),
-            "crackseg_nb.frontier.open_run": ("frontier.html#open_run", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.pruned": ("frontier.html#pruned", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.quantised": ("frontier.html#quantised", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.score": ("frontier.html#score", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.sentences": ("frontier.html#sentences", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.take_steps": ("frontier.html#take_steps", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.train_on": ("frontier.html#train_on", "crackseg_nb/frontier.py"),
-            "crackseg_nb.frontier.trained_further": ("frontier.html#trained_further", "crackseg_nb/frontier.py"),
+            "crackseg_nb.metrics.calibration.Calibration.compute": (
+                "metrics/calibration.html#calibration.compute",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.Calibration.num_images": (
+                "metrics/calibration.html#calibration.num_images",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.Calibration.scores": (
+                "metrics/calibration.html#calibration.scores",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.Calibration.table": (
+                "metrics/calibration.html#calibration.table",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.Calibration.update": (
+                "metrics/calibration.html#calibration.update",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.bin_sums": (
+                "metrics/calibration.html#bin_sums",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.calibration_error": (
+                "metrics/calibration.html#calibration_error",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.draw_reliability": (
+                "metrics/calibration.html#draw_reliability",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.entropy": (
+                "metrics/calibration.html#entropy",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.near_cracks": (
+                "metrics/calibration.html#near_cracks",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.show_reliability": (
+                "metrics/calibration.html#show_reliability",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.show_uncertainty": (
+                "metrics/calibration.html#show_uncertainty",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.tta_probabilities": (
+                "metrics/calibration.html#tta_probabilities",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.turn": (
+                "metrics/calibration.html#turn",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.turn_back": (
+                "metrics/calibration.html#turn_back",
+                "crackseg_nb/metrics/calibration.py",
+            ),
+            "crackseg_nb.metrics.calibration.uncertainty_maps": (
+                "metrics/calibration.html#uncertainty_maps",
+                "crackseg_nb/metrics/calibration.py",
+            ),
         },
-        "crackseg_nb.launch": {
-            "crackseg_nb.launch.main": ("launch.html#main", "crackseg_nb/launch.py"),
-            "crackseg_nb.launch.run_launched": ("launch.html#run_launched", "crackseg_nb/launch.py"),
+        "crackseg_nb.metrics.counts": {
+            "crackseg_nb.metrics.counts.BinaryMetrics": (
+                "metrics/counts.html#binarymetrics",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.__init__": (
+                "metrics/counts.html#binarymetrics.__init__",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.best_threshold": (
+                "metrics/counts.html#binarymetrics.best_threshold",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.compute": (
+                "metrics/counts.html#binarymetrics.compute",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.counts": (
+                "metrics/counts.html#binarymetrics.counts",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.curve": (
+                "metrics/counts.html#binarymetrics.curve",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.observe": (
+                "metrics/counts.html#binarymetrics.observe",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.per_image": (
+                "metrics/counts.html#binarymetrics.per_image",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.position": (
+                "metrics/counts.html#binarymetrics.position",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.split": (
+                "metrics/counts.html#binarymetrics.split",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.BinaryMetrics.update": (
+                "metrics/counts.html#binarymetrics.update",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics": (
+                "metrics/counts.html#classmetrics",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.__init__": (
+                "metrics/counts.html#classmetrics.__init__",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.compute": (
+                "metrics/counts.html#classmetrics.compute",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.matrix": (
+                "metrics/counts.html#classmetrics.matrix",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.observe": (
+                "metrics/counts.html#classmetrics.observe",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.per_image": (
+                "metrics/counts.html#classmetrics.per_image",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.split": (
+                "metrics/counts.html#classmetrics.split",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ClassMetrics.update": (
+                "metrics/counts.html#classmetrics.update",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts": (
+                "metrics/counts.html#imagecounts",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.add_state": (
+                "metrics/counts.html#imagecounts.add_state",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.blank": (
+                "metrics/counts.html#imagecounts.blank",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.keep": (
+                "metrics/counts.html#imagecounts.keep",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.merge": (
+                "metrics/counts.html#imagecounts.merge",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.reset": (
+                "metrics/counts.html#imagecounts.reset",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.split": (
+                "metrics/counts.html#imagecounts.split",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.state": (
+                "metrics/counts.html#imagecounts.state",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.ImageCounts.table": (
+                "metrics/counts.html#imagecounts.table",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics": (
+                "metrics/counts.html#labelmetrics",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.__init__": (
+                "metrics/counts.html#labelmetrics.__init__",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.answers": (
+                "metrics/counts.html#labelmetrics.answers",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.compute": (
+                "metrics/counts.html#labelmetrics.compute",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.matrix": (
+                "metrics/counts.html#labelmetrics.matrix",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.observe": (
+                "metrics/counts.html#labelmetrics.observe",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.LabelMetrics.per_image": (
+                "metrics/counts.html#labelmetrics.per_image",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.check_batch": (
+                "metrics/counts.html#check_batch",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.check_class_names": (
+                "metrics/counts.html#check_class_names",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.check_logits": (
+                "metrics/counts.html#check_logits",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.class_scores": (
+                "metrics/counts.html#class_scores",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.count_images": (
+                "metrics/counts.html#count_images",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.count_keys": (
+                "metrics/counts.html#count_keys",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.count_sorted": (
+                "metrics/counts.html#count_sorted",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.create_metrics": (
+                "metrics/counts.html#create_metrics",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.histograms": (
+                "metrics/counts.html#histograms",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.mean_scores": (
+                "metrics/counts.html#mean_scores",
+                "crackseg_nb/metrics/counts.py",
+            ),
+            "crackseg_nb.metrics.counts.scores_from_counts": (
+                "metrics/counts.html#scores_from_counts",
+                "crackseg_nb/metrics/counts.py",
+            ),
         },
-        "crackseg_nb.layers": {
-            "crackseg_nb.layers.ASPP": ("layers.html#aspp", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ASPP.__init__": ("layers.html#aspp.__init__", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ASPP.forward": ("layers.html#aspp.forward", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.BatchNorm2d": ("layers.html#batchnorm2d", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.BatchNorm2d.forward": ("layers.html#batchnorm2d.forward", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.CBAM": ("layers.html#cbam", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.CBAM.__init__": ("layers.html#cbam.__init__", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ChannelAttention": ("layers.html#channelattention", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ChannelAttention.__init__": (
-                "layers.html#channelattention.__init__",
-                "crackseg_nb/layers.py",
+        "crackseg_nb.metrics.curves": {
+            "crackseg_nb.metrics.curves.Sums": ("metrics/curves.html#sums", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.Sums.__init__": (
+                "metrics/curves.html#sums.__init__",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.ChannelAttention.forward": (
-                "layers.html#channelattention.forward",
-                "crackseg_nb/layers.py",
+            "crackseg_nb.metrics.curves.Sums.add": ("metrics/curves.html#sums.add", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.Sums.merge": (
+                "metrics/curves.html#sums.merge",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.ChannelAttention.gate": ("layers.html#channelattention.gate", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.DepthwiseSeparableConv": (
-                "layers.html#depthwiseseparableconv",
-                "crackseg_nb/layers.py",
+            "crackseg_nb.metrics.curves.ThresholdCurves": (
+                "metrics/curves.html#thresholdcurves",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.DepthwiseSeparableConv.__init__": (
-                "layers.html#depthwiseseparableconv.__init__",
-                "crackseg_nb/layers.py",
+            "crackseg_nb.metrics.curves.ThresholdCurves.__init__": (
+                "metrics/curves.html#thresholdcurves.__init__",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.ImagePooling": ("layers.html#imagepooling", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ImagePooling.__init__": ("layers.html#imagepooling.__init__", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.ImagePooling.forward": ("layers.html#imagepooling.forward", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.SpatialAttention": ("layers.html#spatialattention", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.SpatialAttention.__init__": (
-                "layers.html#spatialattention.__init__",
-                "crackseg_nb/layers.py",
+            "crackseg_nb.metrics.curves.ThresholdCurves.best": (
+                "metrics/curves.html#thresholdcurves.best",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.SpatialAttention.forward": (
-                "layers.html#spatialattention.forward",
-                "crackseg_nb/layers.py",
+            "crackseg_nb.metrics.curves.ThresholdCurves.compute": (
+                "metrics/curves.html#thresholdcurves.compute",
+                "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.layers.SpatialAttention.gate": ("layers.html#spatialattention.gate", "crackseg_nb/layers.py"),
-            "crackseg_nb.layers.conv_norm_relu": ("layers.html#conv_norm_relu", "crackseg_nb/layers.py"),
+            "crackseg_nb.metrics.curves.ThresholdCurves.curve": (
+                "metrics/curves.html#thresholdcurves.curve",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.ThresholdCurves.mious": (
+                "metrics/curves.html#thresholdcurves.mious",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.ThresholdCurves.num_images": (
+                "metrics/curves.html#thresholdcurves.num_images",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.ThresholdCurves.update": (
+                "metrics/curves.html#thresholdcurves.update",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.average_precision": (
+                "metrics/curves.html#average_precision",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.check_planes": (
+                "metrics/curves.html#check_planes",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.curve_scores": (
+                "metrics/curves.html#curve_scores",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.disk": ("metrics/curves.html#disk", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.draw_iso_f1": (
+                "metrics/curves.html#draw_iso_f1",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.highest_within": (
+                "metrics/curves.html#highest_within",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.levels": ("metrics/curves.html#levels", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.one_to_one": (
+                "metrics/curves.html#one_to_one",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.reaching": ("metrics/curves.html#reaching", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.show_curves": (
+                "metrics/curves.html#show_curves",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.threshold_counts": (
+                "metrics/curves.html#threshold_counts",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.two_class_miou": (
+                "metrics/curves.html#two_class_miou",
+                "crackseg_nb/metrics/curves.py",
+            ),
         },
-        "crackseg_nb.losses": {
-            "crackseg_nb.losses.BCE": ("losses.html#bce", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.BCE.__init__": ("losses.html#bce.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.BCE.terms": ("losses.html#bce.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Boundary": ("losses.html#boundary", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Boundary.__init__": ("losses.html#boundary.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Boundary.terms": ("losses.html#boundary.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.CrossEntropy": ("losses.html#crossentropy", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.CrossEntropy.terms": ("losses.html#crossentropy.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Dice": ("losses.html#dice", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Dice.__init__": ("losses.html#dice.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Focal": ("losses.html#focal", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Focal.__init__": ("losses.html#focal.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Focal.terms": ("losses.html#focal.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.LabelCrossEntropy": ("losses.html#labelcrossentropy", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.LabelCrossEntropy.__init__": (
-                "losses.html#labelcrossentropy.__init__",
-                "crackseg_nb/losses.py",
+        "crackseg_nb.metrics.geometry": {
+            "crackseg_nb.metrics.geometry.GeometryScores": (
+                "metrics/geometry.html#geometryscores",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.LabelCrossEntropy.sums": (
-                "losses.html#labelcrossentropy.sums",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.GeometryScores.__init__": (
+                "metrics/geometry.html#geometryscores.__init__",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.LabelCrossEntropy.tally": (
-                "losses.html#labelcrossentropy.tally",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.GeometryScores.compute": (
+                "metrics/geometry.html#geometryscores.compute",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.LabelCrossEntropy.terms": (
-                "losses.html#labelcrossentropy.terms",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.GeometryScores.update": (
+                "metrics/geometry.html#geometryscores.update",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.Loss": ("losses.html#loss", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.__init__": ("losses.html#loss.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.counts": ("losses.html#loss.counts", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.forward": ("losses.html#loss.forward", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.normalizers": ("losses.html#loss.normalizers", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.sums": ("losses.html#loss.sums", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.tally": ("losses.html#loss.tally", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Loss.terms": ("losses.html#loss.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.LossConfig": ("losses.html#lossconfig", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.LossConfig.__post_init__": (
-                "losses.html#lossconfig.__post_init__",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.GeometryScores.update_pair": (
+                "metrics/geometry.html#geometryscores.update_pair",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.LossConfig.create": ("losses.html#lossconfig.create", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.PixelLoss": ("losses.html#pixelloss", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.PixelLoss.__init__": ("losses.html#pixelloss.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.PixelLoss.counts": ("losses.html#pixelloss.counts", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.PixelLoss.pixel_weights": (
-                "losses.html#pixelloss.pixel_weights",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.GeometryScores.width_table": (
+                "metrics/geometry.html#geometryscores.width_table",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.PixelLoss.weighted_sum": (
-                "losses.html#pixelloss.weighted_sum",
-                "crackseg_nb/losses.py",
+            "crackseg_nb.metrics.geometry.Matches": (
+                "metrics/geometry.html#matches",
+                "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.losses.Pixels": ("losses.html#pixels", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Tversky": ("losses.html#tversky", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Tversky.__init__": ("losses.html#tversky.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Tversky.counts": ("losses.html#tversky.counts", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.Tversky.terms": ("losses.html#tversky.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.WeightedSum": ("losses.html#weightedsum", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.WeightedSum.__init__": ("losses.html#weightedsum.__init__", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.WeightedSum.counts": ("losses.html#weightedsum.counts", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.WeightedSum.terms": ("losses.html#weightedsum.terms", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.bce_dice": ("losses.html#bce_dice", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.ce_dice": ("losses.html#ce_dice", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.check_shapes": ("losses.html#check_shapes", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.create_loss": ("losses.html#create_loss", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.dice_boundary": ("losses.html#dice_boundary", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.focal_dice": ("losses.html#focal_dice", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.log_others": ("losses.html#log_others", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.log_true": ("losses.html#log_true", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.loss_settings": ("losses.html#loss_settings", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.losses_for": ("losses.html#losses_for", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.masked_sum": ("losses.html#masked_sum", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.members": ("losses.html#members", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.prepare": ("losses.html#prepare", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.probabilities": ("losses.html#probabilities", "crackseg_nb/losses.py"),
-            "crackseg_nb.losses.signed_distance": ("losses.html#signed_distance", "crackseg_nb/losses.py"),
+            "crackseg_nb.metrics.geometry.Matches.count": (
+                "metrics/geometry.html#matches.count",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.Matches.scores": (
+                "metrics/geometry.html#matches.scores",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.count_components": (
+                "metrics/geometry.html#count_components",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.line_outcomes": (
+                "metrics/geometry.html#line_outcomes",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.match_pair": (
+                "metrics/geometry.html#match_pair",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.shape_scores": (
+                "metrics/geometry.html#shape_scores",
+                "crackseg_nb/metrics/geometry.py",
+            ),
+            "crackseg_nb.metrics.geometry.show_geometry": (
+                "metrics/geometry.html#show_geometry",
+                "crackseg_nb/metrics/geometry.py",
+            ),
         },
-        "crackseg_nb.metrics": {
-            "crackseg_nb.metrics.BinaryMetrics": ("metrics.html#binarymetrics", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.BinaryMetrics.__init__": (
-                "metrics.html#binarymetrics.__init__",
-                "crackseg_nb/metrics.py",
+        "crackseg_nb.metrics.statistics": {
+            "crackseg_nb.metrics.statistics.Difference": (
+                "metrics/statistics.html#difference",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.best_threshold": (
-                "metrics.html#binarymetrics.best_threshold",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.Interval": (
+                "metrics/statistics.html#interval",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.compute": (
-                "metrics.html#binarymetrics.compute",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.Interval.__str__": (
+                "metrics/statistics.html#interval.__str__",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.counts": ("metrics.html#binarymetrics.counts", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.BinaryMetrics.curve": ("metrics.html#binarymetrics.curve", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.BinaryMetrics.observe": (
-                "metrics.html#binarymetrics.observe",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.Interval.evidence": (
+                "metrics/statistics.html#interval.evidence",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.per_image": (
-                "metrics.html#binarymetrics.per_image",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.SignedRank": (
+                "metrics/statistics.html#signedrank",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.position": (
-                "metrics.html#binarymetrics.position",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.Spread": (
+                "metrics/statistics.html#spread",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.BinaryMetrics.split": ("metrics.html#binarymetrics.split", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.BinaryMetrics.update": ("metrics.html#binarymetrics.update", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics": ("metrics.html#classmetrics", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics.__init__": (
-                "metrics.html#classmetrics.__init__",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.Spread.__str__": (
+                "metrics/statistics.html#spread.__str__",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.ClassMetrics.compute": ("metrics.html#classmetrics.compute", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics.matrix": ("metrics.html#classmetrics.matrix", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics.observe": ("metrics.html#classmetrics.observe", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics.per_image": (
-                "metrics.html#classmetrics.per_image",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.achieved_significance": (
+                "metrics/statistics.html#achieved_significance",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.ClassMetrics.split": ("metrics.html#classmetrics.split", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ClassMetrics.update": ("metrics.html#classmetrics.update", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts": ("metrics.html#imagecounts", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.add_state": (
-                "metrics.html#imagecounts.add_state",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.apart": (
+                "metrics/statistics.html#apart",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.ImageCounts.blank": ("metrics.html#imagecounts.blank", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.keep": ("metrics.html#imagecounts.keep", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.merge": ("metrics.html#imagecounts.merge", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.reset": ("metrics.html#imagecounts.reset", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.split": ("metrics.html#imagecounts.split", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.state": ("metrics.html#imagecounts.state", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.ImageCounts.table": ("metrics.html#imagecounts.table", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics": ("metrics.html#labelmetrics", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics.__init__": (
-                "metrics.html#labelmetrics.__init__",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.as_pair": (
+                "metrics/statistics.html#as_pair",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.LabelMetrics.answers": ("metrics.html#labelmetrics.answers", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics.compute": ("metrics.html#labelmetrics.compute", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics.matrix": ("metrics.html#labelmetrics.matrix", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics.observe": ("metrics.html#labelmetrics.observe", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.LabelMetrics.per_image": (
-                "metrics.html#labelmetrics.per_image",
-                "crackseg_nb/metrics.py",
+            "crackseg_nb.metrics.statistics.as_table": (
+                "metrics/statistics.html#as_table",
+                "crackseg_nb/metrics/statistics.py",
             ),
-            "crackseg_nb.metrics.check_batch": ("metrics.html#check_batch", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.check_class_names": ("metrics.html#check_class_names", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.check_logits": ("metrics.html#check_logits", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.class_scores": ("metrics.html#class_scores", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.count_images": ("metrics.html#count_images", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.count_keys": ("metrics.html#count_keys", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.count_sorted": ("metrics.html#count_sorted", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.create_metrics": ("metrics.html#create_metrics", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.histograms": ("metrics.html#histograms", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.mean_scores": ("metrics.html#mean_scores", "crackseg_nb/metrics.py"),
-            "crackseg_nb.metrics.scores_from_counts": ("metrics.html#scores_from_counts", "crackseg_nb/metrics.py"),
+            "crackseg_nb.metrics.statistics.bootstrap": (
+                "metrics/statistics.html#bootstrap",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.compare_all": (
+                "metrics/statistics.html#compare_all",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.conclude": (
+                "metrics/statistics.html#conclude",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.finite": (
+                "metrics/statistics.html#finite",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.from_counts": (
+                "metrics/statistics.html#from_counts",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.group_codes": (
+                "metrics/statistics.html#group_codes",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.holm": (
+                "metrics/statistics.html#holm",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.middle": (
+                "metrics/statistics.html#middle",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.only_column": (
+                "metrics/statistics.html#only_column",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.paired_bootstrap": (
+                "metrics/statistics.html#paired_bootstrap",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.resampled_means": (
+                "metrics/statistics.html#resampled_means",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.select": (
+                "metrics/statistics.html#select",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.select_pair": (
+                "metrics/statistics.html#select_pair",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.show_intervals": (
+                "metrics/statistics.html#show_intervals",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.show_paired": (
+                "metrics/statistics.html#show_paired",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.signed_rank": (
+                "metrics/statistics.html#signed_rank",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.smallest_p": (
+                "metrics/statistics.html#smallest_p",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.spread": (
+                "metrics/statistics.html#spread",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.verdict": (
+                "metrics/statistics.html#verdict",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+        },
+        "crackseg_nb.metrics.widths": {
+            "crackseg_nb.metrics.widths.Outline": ("metrics/widths.html#outline", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.Pair": ("metrics/widths.html#pair", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.by_width": ("metrics/widths.html#by_width", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.inscribed": ("metrics/widths.html#inscribed", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.local_widths": (
+                "metrics/widths.html#local_widths",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.near": ("metrics/widths.html#near", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.show_panels": (
+                "metrics/widths.html#show_panels",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.show_widths": (
+                "metrics/widths.html#show_widths",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.trace": ("metrics/widths.html#trace", "crackseg_nb/metrics/widths.py"),
+            "crackseg_nb.metrics.widths.trace_pair": (
+                "metrics/widths.html#trace_pair",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.width_classes": (
+                "metrics/widths.html#width_classes",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.width_counts": (
+                "metrics/widths.html#width_counts",
+                "crackseg_nb/metrics/widths.py",
+            ),
+            "crackseg_nb.metrics.widths.width_scores": (
+                "metrics/widths.html#width_scores",
+                "crackseg_nb/metrics/widths.py",
+            ),
         },
         "crackseg_nb.models.deeplab_lite": {
             "crackseg_nb.models.deeplab_lite.DeepLab": (
-                "models.deeplab_lite.html#deeplab",
+                "models/deeplab_lite.html#deeplab",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLab.__init__": (
-                "models.deeplab_lite.html#deeplab.__init__",
+                "models/deeplab_lite.html#deeplab.__init__",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLab.build_decoder": (
-                "models.deeplab_lite.html#deeplab.build_decoder",
+                "models/deeplab_lite.html#deeplab.build_decoder",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLab.decode": (
-                "models.deeplab_lite.html#deeplab.decode",
+                "models/deeplab_lite.html#deeplab.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLab.forward": (
-                "models.deeplab_lite.html#deeplab.forward",
+                "models/deeplab_lite.html#deeplab.forward",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLab.set_grad_checkpointing": (
-                "models.deeplab_lite.html#deeplab.set_grad_checkpointing",
+                "models/deeplab_lite.html#deeplab.set_grad_checkpointing",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOptimized": (
-                "models.deeplab_lite.html#deeplaboptimized",
+                "models/deeplab_lite.html#deeplaboptimized",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOptimized.build_decoder": (
-                "models.deeplab_lite.html#deeplaboptimized.build_decoder",
+                "models/deeplab_lite.html#deeplaboptimized.build_decoder",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOptimized.decode": (
-                "models.deeplab_lite.html#deeplaboptimized.decode",
+                "models/deeplab_lite.html#deeplaboptimized.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOptimizedConfig": (
-                "models.deeplab_lite.html#deeplaboptimizedconfig",
+                "models/deeplab_lite.html#deeplaboptimizedconfig",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal": (
-                "models.deeplab_lite.html#deeplaboriginal",
+                "models/deeplab_lite.html#deeplaboriginal",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal.build_decoder": (
-                "models.deeplab_lite.html#deeplaboriginal.build_decoder",
+                "models/deeplab_lite.html#deeplaboriginal.build_decoder",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal.decode": (
-                "models.deeplab_lite.html#deeplaboriginal.decode",
+                "models/deeplab_lite.html#deeplaboriginal.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig": (
-                "models.deeplab_lite.html#deeplaboriginalconfig",
+                "models/deeplab_lite.html#deeplaboriginalconfig",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig.__post_init__": (
-                "models.deeplab_lite.html#deeplaboriginalconfig.__post_init__",
+                "models/deeplab_lite.html#deeplaboriginalconfig.__post_init__",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.enlarge": (
-                "models.deeplab_lite.html#enlarge",
+                "models/deeplab_lite.html#enlarge",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
         },
         "crackseg_nb.models.encoders": {
             "crackseg_nb.models.encoders.AnySizeBias": (
-                "models.encoders.html#anysizebias",
+                "models/encoders.html#anysizebias",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.AnySizeBias.get_bias": (
-                "models.encoders.html#anysizebias.get_bias",
+                "models/encoders.html#anysizebias.get_bias",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.AnySizeBias.set_window_size": (
-                "models.encoders.html#anysizebias.set_window_size",
+                "models/encoders.html#anysizebias.set_window_size",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.Architecture": (
-                "models.encoders.html#architecture",
+                "models/encoders.html#architecture",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.BatchNormAct2d": (
-                "models.encoders.html#batchnormact2d",
+                "models/encoders.html#batchnormact2d",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.BatchNormAct2d.forward": (
-                "models.encoders.html#batchnormact2d.forward",
+                "models/encoders.html#batchnormact2d.forward",
                 "crackseg_nb/models/encoders.py",
             ),
-            "crackseg_nb.models.encoders.Encoder": ("models.encoders.html#encoder", "crackseg_nb/models/encoders.py"),
+            "crackseg_nb.models.encoders.Encoder": ("models/encoders.html#encoder", "crackseg_nb/models/encoders.py"),
             "crackseg_nb.models.encoders.Encoder.__init__": (
-                "models.encoders.html#encoder.__init__",
+                "models/encoders.html#encoder.__init__",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.Encoder.create": (
-                "models.encoders.html#encoder.create",
+                "models/encoders.html#encoder.create",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.Encoder.forward": (
-                "models.encoders.html#encoder.forward",
+                "models/encoders.html#encoder.forward",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.Encoder.set_grad_checkpointing": (
-                "models.encoders.html#encoder.set_grad_checkpointing",
+                "models/encoders.html#encoder.set_grad_checkpointing",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.SwinV2Encoder": (
-                "models.encoders.html#swinv2encoder",
+                "models/encoders.html#swinv2encoder",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.SwinV2Encoder.__init__": (
-                "models.encoders.html#swinv2encoder.__init__",
+                "models/encoders.html#swinv2encoder.__init__",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.accept_any_size": (
-                "models.encoders.html#accept_any_size",
+                "models/encoders.html#accept_any_size",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.check_pretrained": (
-                "models.encoders.html#check_pretrained",
+                "models/encoders.html#check_pretrained",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.check_pyramid": (
-                "models.encoders.html#check_pyramid",
+                "models/encoders.html#check_pyramid",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.count_flops": (
-                "models.encoders.html#count_flops",
+                "models/encoders.html#count_flops",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.create_body": (
-                "models.encoders.html#create_body",
+                "models/encoders.html#create_body",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.create_encoder": (
-                "models.encoders.html#create_encoder",
+                "models/encoders.html#create_encoder",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.create_timm": (
-                "models.encoders.html#create_timm",
+                "models/encoders.html#create_timm",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.find_encoder": (
-                "models.encoders.html#find_encoder",
+                "models/encoders.html#find_encoder",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.first_line": (
-                "models.encoders.html#first_line",
+                "models/encoders.html#first_line",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.follow_size": (
-                "models.encoders.html#follow_size",
+                "models/encoders.html#follow_size",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.hub_reason": (
-                "models.encoders.html#hub_reason",
+                "models/encoders.html#hub_reason",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.known_names": (
-                "models.encoders.html#known_names",
+                "models/encoders.html#known_names",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.load_hub_weights": (
-                "models.encoders.html#load_hub_weights",
+                "models/encoders.html#load_hub_weights",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.load_pretrained": (
-                "models.encoders.html#load_pretrained",
+                "models/encoders.html#load_pretrained",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.load_weights_file": (
-                "models.encoders.html#load_weights_file",
+                "models/encoders.html#load_weights_file",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.pad_to_multiple": (
-                "models.encoders.html#pad_to_multiple",
+                "models/encoders.html#pad_to_multiple",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.plain_name": (
-                "models.encoders.html#plain_name",
+                "models/encoders.html#plain_name",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.published_at": (
-                "models.encoders.html#published_at",
+                "models/encoders.html#published_at",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.read_weights": (
-                "models.encoders.html#read_weights",
+                "models/encoders.html#read_weights",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.size_options": (
-                "models.encoders.html#size_options",
+                "models/encoders.html#size_options",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.usable_features": (
-                "models.encoders.html#usable_features",
+                "models/encoders.html#usable_features",
                 "crackseg_nb/models/encoders.py",
+            ),
+        },
+        "crackseg_nb.models.layers": {
+            "crackseg_nb.models.layers.ASPP": ("models/layers.html#aspp", "crackseg_nb/models/layers.py"),
+            "crackseg_nb.models.layers.ASPP.__init__": (
+                "models/layers.html#aspp.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ASPP.forward": (
+                "models/layers.html#aspp.forward",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.BatchNorm2d": ("models/layers.html#batchnorm2d", "crackseg_nb/models/layers.py"),
+            "crackseg_nb.models.layers.BatchNorm2d.forward": (
+                "models/layers.html#batchnorm2d.forward",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.CBAM": ("models/layers.html#cbam", "crackseg_nb/models/layers.py"),
+            "crackseg_nb.models.layers.CBAM.__init__": (
+                "models/layers.html#cbam.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ChannelAttention": (
+                "models/layers.html#channelattention",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ChannelAttention.__init__": (
+                "models/layers.html#channelattention.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ChannelAttention.forward": (
+                "models/layers.html#channelattention.forward",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ChannelAttention.gate": (
+                "models/layers.html#channelattention.gate",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.DepthwiseSeparableConv": (
+                "models/layers.html#depthwiseseparableconv",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.DepthwiseSeparableConv.__init__": (
+                "models/layers.html#depthwiseseparableconv.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ImagePooling": (
+                "models/layers.html#imagepooling",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ImagePooling.__init__": (
+                "models/layers.html#imagepooling.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.ImagePooling.forward": (
+                "models/layers.html#imagepooling.forward",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.SpatialAttention": (
+                "models/layers.html#spatialattention",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.SpatialAttention.__init__": (
+                "models/layers.html#spatialattention.__init__",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.SpatialAttention.forward": (
+                "models/layers.html#spatialattention.forward",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.SpatialAttention.gate": (
+                "models/layers.html#spatialattention.gate",
+                "crackseg_nb/models/layers.py",
+            ),
+            "crackseg_nb.models.layers.conv_norm_relu": (
+                "models/layers.html#conv_norm_relu",
+                "crackseg_nb/models/layers.py",
             ),
         },
         "crackseg_nb.models.registry": {
             "crackseg_nb.models.registry.count_parameters": (
-                "models.registry.html#count_parameters",
+                "models/registry.html#count_parameters",
                 "crackseg_nb/models/registry.py",
             ),
             "crackseg_nb.models.registry.create_model": (
-                "models.registry.html#create_model",
+                "models/registry.html#create_model",
                 "crackseg_nb/models/registry.py",
             ),
         },
         "crackseg_nb.models.swin_classifier": {
             "crackseg_nb.models.swin_classifier.SwinClassifier": (
-                "models.swin_classifier.html#swinclassifier",
+                "models/swin_classifier.html#swinclassifier",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifier.__init__": (
-                "models.swin_classifier.html#swinclassifier.__init__",
+                "models/swin_classifier.html#swinclassifier.__init__",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifier.forward": (
-                "models.swin_classifier.html#swinclassifier.forward",
+                "models/swin_classifier.html#swinclassifier.forward",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifier.set_grad_checkpointing": (
-                "models.swin_classifier.html#swinclassifier.set_grad_checkpointing",
+                "models/swin_classifier.html#swinclassifier.set_grad_checkpointing",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifierConfig": (
-                "models.swin_classifier.html#swinclassifierconfig",
+                "models/swin_classifier.html#swinclassifierconfig",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifierConfig.__post_init__": (
-                "models.swin_classifier.html#swinclassifierconfig.__post_init__",
+                "models/swin_classifier.html#swinclassifierconfig.__post_init__",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifierConfig.layout": (
-                "models.swin_classifier.html#swinclassifierconfig.layout",
+                "models/swin_classifier.html#swinclassifierconfig.layout",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.check_heads": (
-                "models.swin_classifier.html#check_heads",
+                "models/swin_classifier.html#check_heads",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.per_stage": (
-                "models.swin_classifier.html#per_stage",
+                "models/swin_classifier.html#per_stage",
                 "crackseg_nb/models/swin_classifier.py",
             ),
             "crackseg_nb.models.swin_classifier.swin_layout": (
-                "models.swin_classifier.html#swin_layout",
+                "models/swin_classifier.html#swin_layout",
                 "crackseg_nb/models/swin_classifier.py",
             ),
         },
         "crackseg_nb.models.swinv2_hybrid": {
             "crackseg_nb.models.swinv2_hybrid.DecoderBlock": (
-                "models.swinv2_hybrid.html#decoderblock",
+                "models/swinv2_hybrid.html#decoderblock",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.DecoderBlock.__init__": (
-                "models.swinv2_hybrid.html#decoderblock.__init__",
+                "models/swinv2_hybrid.html#decoderblock.__init__",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.DecoderBlock.forward": (
-                "models.swinv2_hybrid.html#decoderblock.forward",
+                "models/swinv2_hybrid.html#decoderblock.forward",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid": (
-                "models.swinv2_hybrid.html#swinv2hybrid",
+                "models/swinv2_hybrid.html#swinv2hybrid",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.__init__": (
-                "models.swinv2_hybrid.html#swinv2hybrid.__init__",
+                "models/swinv2_hybrid.html#swinv2hybrid.__init__",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.forward": (
-                "models.swinv2_hybrid.html#swinv2hybrid.forward",
+                "models/swinv2_hybrid.html#swinv2hybrid.forward",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.set_grad_checkpointing": (
-                "models.swinv2_hybrid.html#swinv2hybrid.set_grad_checkpointing",
+                "models/swinv2_hybrid.html#swinv2hybrid.set_grad_checkpointing",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig": (
-                "models.swinv2_hybrid.html#swinv2hybridconfig",
+                "models/swinv2_hybrid.html#swinv2hybridconfig",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
             "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig.__post_init__": (
-                "models.swinv2_hybrid.html#swinv2hybridconfig.__post_init__",
+                "models/swinv2_hybrid.html#swinv2hybridconfig.__post_init__",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
         },
-        "crackseg_nb.models.transfer": {
-            "crackseg_nb.models.transfer.Fate": ("models.transfer.html#fate", "crackseg_nb/models/transfer.py"),
-            "crackseg_nb.models.transfer.TransferReport": (
-                "models.transfer.html#transferreport",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.as_dict": (
-                "models.transfer.html#transferreport.as_dict",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.describe": (
-                "models.transfer.html#transferreport.describe",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.of": (
-                "models.transfer.html#transferreport.of",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.share": (
-                "models.transfer.html#transferreport.share",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.table": (
-                "models.transfer.html#transferreport.table",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.TransferReport.values": (
-                "models.transfer.html#transferreport.values",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.check_finite": (
-                "models.transfer.html#check_finite",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.check_transfer": (
-                "models.transfer.html#check_transfer",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.find_source": (
-                "models.transfer.html#find_source",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.fit_tensor": (
-                "models.transfer.html#fit_tensor",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.kind_of": ("models.transfer.html#kind_of", "crackseg_nb/models/transfer.py"),
-            "crackseg_nb.models.transfer.load_encoder_weights": (
-                "models.transfer.html#load_encoder_weights",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.load_model_weights": (
-                "models.transfer.html#load_model_weights",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.plan_transfer": (
-                "models.transfer.html#plan_transfer",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.read_source": (
-                "models.transfer.html#read_source",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.resize_table": (
-                "models.transfer.html#resize_table",
-                "crackseg_nb/models/transfer.py",
-            ),
-            "crackseg_nb.models.transfer.split_source": (
-                "models.transfer.html#split_source",
-                "crackseg_nb/models/transfer.py",
-            ),
-        },
         "crackseg_nb.models.unet": {
-            "crackseg_nb.models.unet.Unet": ("models.unet.html#unet", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.Unet.__init__": ("models.unet.html#unet.__init__", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.Unet.forward": ("models.unet.html#unet.forward", "crackseg_nb/models/unet.py"),
+            "crackseg_nb.models.unet.Unet": ("models/unet.html#unet", "crackseg_nb/models/unet.py"),
+            "crackseg_nb.models.unet.Unet.__init__": ("models/unet.html#unet.__init__", "crackseg_nb/models/unet.py"),
+            "crackseg_nb.models.unet.Unet.forward": ("models/unet.html#unet.forward", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.set_grad_checkpointing": (
-                "models.unet.html#unet.set_grad_checkpointing",
+                "models/unet.html#unet.set_grad_checkpointing",
                 "crackseg_nb/models/unet.py",
             ),
-            "crackseg_nb.models.unet.UnetConfig": ("models.unet.html#unetconfig", "crackseg_nb/models/unet.py"),
+            "crackseg_nb.models.unet.UnetConfig": ("models/unet.html#unetconfig", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.UnetConfig.__post_init__": (
-                "models.unet.html#unetconfig.__post_init__",
+                "models/unet.html#unetconfig.__post_init__",
                 "crackseg_nb/models/unet.py",
             ),
         },
-        "crackseg_nb.pictures": {
-            "crackseg_nb.pictures.Case": ("pictures.html#case", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.Case.prediction": ("pictures.html#case.prediction", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.ClassCase": ("pictures.html#classcase", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.LiveCurves": ("pictures.html#livecurves", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.LiveCurves.__call__": (
-                "pictures.html#livecurves.__call__",
-                "crackseg_nb/pictures.py",
+        "crackseg_nb.runs.command": {
+            "crackseg_nb.runs.command.Claimed": ("runs/command.html#claimed", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.Outcome": ("runs/command.html#outcome", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.SignalRelay": ("runs/command.html#signalrelay", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.SignalRelay.__enter__": (
+                "runs/command.html#signalrelay.__enter__",
+                "crackseg_nb/runs/command.py",
             ),
-            "crackseg_nb.pictures.LiveCurves.__init__": (
-                "pictures.html#livecurves.__init__",
-                "crackseg_nb/pictures.py",
+            "crackseg_nb.runs.command.SignalRelay.__exit__": (
+                "runs/command.html#signalrelay.__exit__",
+                "crackseg_nb/runs/command.py",
             ),
-            "crackseg_nb.pictures.add_legend": ("pictures.html#add_legend", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.answer_plane": ("pictures.html#answer_plane", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.as_tile": ("pictures.html#as_tile", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.check_class_ids": ("pictures.html#check_class_ids", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.check_pair": ("pictures.html#check_pair", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.class_legend": ("pictures.html#class_legend", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.colour_table": ("pictures.html#colour_table", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.draw_case": ("pictures.html#draw_case", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.draw_curves": ("pictures.html#draw_curves", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.draw_ids": ("pictures.html#draw_ids", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.draw_shares": ("pictures.html#draw_shares", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.draw_spread": ("pictures.html#draw_spread", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.error_legend": ("pictures.html#error_legend", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.error_map": ("pictures.html#error_map", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.grey_out": ("pictures.html#grey_out", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.in_notebook": ("pictures.html#in_notebook", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.mark_best": ("pictures.html#mark_best", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.mark_row": ("pictures.html#mark_row", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.mask_picture": ("pictures.html#mask_picture", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.number_regions": ("pictures.html#number_regions", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.outcomes": ("pictures.html#outcomes", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.overlay": ("pictures.html#overlay", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.paint_outcomes": ("pictures.html#paint_outcomes", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.plain_axis": ("pictures.html#plain_axis", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.row_shares": ("pictures.html#row_shares", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.save_figure": ("pictures.html#save_figure", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.shorten": ("pictures.html#shorten", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_augmentations": ("pictures.html#show_augmentations", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_cases": ("pictures.html#show_cases", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_class_balance": ("pictures.html#show_class_balance", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_class_scores": ("pictures.html#show_class_scores", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_confusion": ("pictures.html#show_confusion", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_grid": ("pictures.html#show_grid", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_history": ("pictures.html#show_history", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_pairs": ("pictures.html#show_pairs", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_samples": ("pictures.html#show_samples", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.show_threshold_curve": (
-                "pictures.html#show_threshold_curve",
-                "crackseg_nb/pictures.py",
+            "crackseg_nb.runs.command.SignalRelay.__init__": (
+                "runs/command.html#signalrelay.__init__",
+                "crackseg_nb/runs/command.py",
             ),
-            "crackseg_nb.pictures.shrink_image": ("pictures.html#shrink_image", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.shrink_labels": ("pictures.html#shrink_labels", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.shrink_probability": ("pictures.html#shrink_probability", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.shrunk_size": ("pictures.html#shrunk_size", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.stress_lines": ("pictures.html#stress_lines", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.stripes": ("pictures.html#stripes", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.tiles": ("pictures.html#tiles", "crackseg_nb/pictures.py"),
-            "crackseg_nb.pictures.write_share": ("pictures.html#write_share", "crackseg_nb/pictures.py"),
+            "crackseg_nb.runs.command.SignalRelay.attach": (
+                "runs/command.html#signalrelay.attach",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.SignalRelay.relay": (
+                "runs/command.html#signalrelay.relay",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.claim": ("runs/command.html#claim", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.claim_new": ("runs/command.html#claim_new", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.command_line": ("runs/command.html#command_line", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.execute": ("runs/command.html#execute", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.execute_notebook": (
+                "runs/command.html#execute_notebook",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.find_notebook": (
+                "runs/command.html#find_notebook",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.given_parameters": (
+                "runs/command.html#given_parameters",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.judge": ("runs/command.html#judge", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.kernel_class": ("runs/command.html#kernel_class", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.main": ("runs/command.html#main", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.one_line": ("runs/command.html#one_line", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.parse_value": ("runs/command.html#parse_value", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.resume_line": ("runs/command.html#resume_line", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.run_notebook": ("runs/command.html#run_notebook", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.status_of": ("runs/command.html#status_of", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.take_parameters": (
+                "runs/command.html#take_parameters",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.try_lock": ("runs/command.html#try_lock", "crackseg_nb/runs/command.py"),
         },
-        "crackseg_nb.results": {
-            "crackseg_nb.results.cases": ("results.html#cases", "crackseg_nb/results.py"),
-            "crackseg_nb.results.class_table": ("results.html#class_table", "crackseg_nb/results.py"),
-            "crackseg_nb.results.collect_results": ("results.html#collect_results", "crackseg_nb/results.py"),
-            "crackseg_nb.results.image_scores": ("results.html#image_scores", "crackseg_nb/results.py"),
-            "crackseg_nb.results.image_table": ("results.html#image_table", "crackseg_nb/results.py"),
-            "crackseg_nb.results.kept_files": ("results.html#kept_files", "crackseg_nb/results.py"),
-            "crackseg_nb.results.performance_of": ("results.html#performance_of", "crackseg_nb/results.py"),
-            "crackseg_nb.results.prediction_path": ("results.html#prediction_path", "crackseg_nb/results.py"),
-            "crackseg_nb.results.protocol_of": ("results.html#protocol_of", "crackseg_nb/results.py"),
-            "crackseg_nb.results.read_losses": ("results.html#read_losses", "crackseg_nb/results.py"),
-            "crackseg_nb.results.read_prediction": ("results.html#read_prediction", "crackseg_nb/results.py"),
-            "crackseg_nb.results.read_training": ("results.html#read_training", "crackseg_nb/results.py"),
-            "crackseg_nb.results.resumes": ("results.html#resumes", "crackseg_nb/results.py"),
-            "crackseg_nb.results.save_prediction": ("results.html#save_prediction", "crackseg_nb/results.py"),
-            "crackseg_nb.results.score_lines": ("results.html#score_lines", "crackseg_nb/results.py"),
-            "crackseg_nb.results.score_table": ("results.html#score_table", "crackseg_nb/results.py"),
-            "crackseg_nb.results.scores_of": ("results.html#scores_of", "crackseg_nb/results.py"),
-            "crackseg_nb.results.show_answers": ("results.html#show_answers", "crackseg_nb/results.py"),
-            "crackseg_nb.results.show_decision": ("results.html#show_decision", "crackseg_nb/results.py"),
-            "crackseg_nb.results.show_extremes": ("results.html#show_extremes", "crackseg_nb/results.py"),
-            "crackseg_nb.results.split_scores": ("results.html#split_scores", "crackseg_nb/results.py"),
-            "crackseg_nb.results.warn_of_amounts": ("results.html#warn_of_amounts", "crackseg_nb/results.py"),
-            "crackseg_nb.results.without_images": ("results.html#without_images", "crackseg_nb/results.py"),
-            "crackseg_nb.results.write_manifest": ("results.html#write_manifest", "crackseg_nb/results.py"),
-            "crackseg_nb.results.write_report": ("results.html#write_report", "crackseg_nb/results.py"),
-        },
-        "crackseg_nb.run": {
-            "crackseg_nb.run.Claimed": ("run.html#claimed", "crackseg_nb/run.py"),
-            "crackseg_nb.run.Outcome": ("run.html#outcome", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay": ("run.html#signalrelay", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay.__enter__": ("run.html#signalrelay.__enter__", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay.__exit__": ("run.html#signalrelay.__exit__", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay.__init__": ("run.html#signalrelay.__init__", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay.attach": ("run.html#signalrelay.attach", "crackseg_nb/run.py"),
-            "crackseg_nb.run.SignalRelay.relay": ("run.html#signalrelay.relay", "crackseg_nb/run.py"),
-            "crackseg_nb.run.claim": ("run.html#claim", "crackseg_nb/run.py"),
-            "crackseg_nb.run.claim_new": ("run.html#claim_new", "crackseg_nb/run.py"),
-            "crackseg_nb.run.command": ("run.html#command", "crackseg_nb/run.py"),
-            "crackseg_nb.run.command_line": ("run.html#command_line", "crackseg_nb/run.py"),
-            "crackseg_nb.run.execute": ("run.html#execute", "crackseg_nb/run.py"),
-            "crackseg_nb.run.execute_notebook": ("run.html#execute_notebook", "crackseg_nb/run.py"),
-            "crackseg_nb.run.find_notebook": ("run.html#find_notebook", "crackseg_nb/run.py"),
-            "crackseg_nb.run.given_parameters": ("run.html#given_parameters", "crackseg_nb/run.py"),
-            "crackseg_nb.run.judge": ("run.html#judge", "crackseg_nb/run.py"),
-            "crackseg_nb.run.kernel_class": ("run.html#kernel_class", "crackseg_nb/run.py"),
-            "crackseg_nb.run.main": ("run.html#main", "crackseg_nb/run.py"),
-            "crackseg_nb.run.one_line": ("run.html#one_line", "crackseg_nb/run.py"),
-            "crackseg_nb.run.parse_value": ("run.html#parse_value", "crackseg_nb/run.py"),
-            "crackseg_nb.run.resume_line": ("run.html#resume_line", "crackseg_nb/run.py"),
-            "crackseg_nb.run.run_notebook": ("run.html#run_notebook", "crackseg_nb/run.py"),
-            "crackseg_nb.run.status_of": ("run.html#status_of", "crackseg_nb/run.py"),
-            "crackseg_nb.run.take_parameters": ("run.html#take_parameters", "crackseg_nb/run.py"),
-            "crackseg_nb.run.try_lock": ("run.html#try_lock", "crackseg_nb/run.py"),
-        },
-        "crackseg_nb.sweep": {
-            "crackseg_nb.sweep.JobConfig": ("sweep.html#jobconfig", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.JobConfig.__post_init__": ("sweep.html#jobconfig.__post_init__", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.LiveTable": ("sweep.html#livetable", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.LiveTable.__init__": ("sweep.html#livetable.__init__", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.LiveTable.show": ("sweep.html#livetable.show", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.LiveTable.show_in_notebook": (
-                "sweep.html#livetable.show_in_notebook",
-                "crackseg_nb/sweep.py",
+        "crackseg_nb.runs.config": {
+            "crackseg_nb.runs.config.DataConfig": ("runs/config.html#dataconfig", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.DataConfig.__post_init__": (
+                "runs/config.html#dataconfig.__post_init__",
+                "crackseg_nb/runs/config.py",
             ),
-            "crackseg_nb.sweep.Sweep": ("sweep.html#sweep", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.__init__": ("sweep.html#sweep.__init__", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.active": ("sweep.html#sweep.active", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.cancel": ("sweep.html#sweep.cancel", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.compare": ("sweep.html#sweep.compare", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.create": ("sweep.html#sweep.create", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.differences": ("sweep.html#sweep.differences", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.results": ("sweep.html#sweep.results", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.submissions": ("sweep.html#sweep.submissions", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.submit": ("sweep.html#sweep.submit", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.table": ("sweep.html#sweep.table", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.varying": ("sweep.html#sweep.varying", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.Sweep.watch": ("sweep.html#sweep.watch", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.SweepJob": ("sweep.html#sweepjob", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.SweepJob.__call__": ("sweep.html#sweepjob.__call__", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.SweepJob.carry": ("sweep.html#sweepjob.carry", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.SweepJob.checkpoint": ("sweep.html#sweepjob.checkpoint", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.SweepJob.may_try": ("sweep.html#sweepjob.may_try", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.attempt": ("sweep.html#attempt", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.attempts_of": ("sweep.html#attempts_of", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.carry_out": ("sweep.html#carry_out", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.check_grid": ("sweep.html#check_grid", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.checkpoints_of": ("sweep.html#checkpoints_of", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.command_line": ("sweep.html#command_line", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.expand": ("sweep.html#expand", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.has_failed": ("sweep.html#has_failed", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.job_environment": ("sweep.html#job_environment", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.local_shares": ("sweep.html#local_shares", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.look_at": ("sweep.html#look_at", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.main": ("sweep.html#main", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.markdown_table": ("sweep.html#markdown_table", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.name_runs": ("sweep.html#name_runs", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.next_parameters": ("sweep.html#next_parameters", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.notes_on": ("sweep.html#notes_on", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.path_from_anywhere": ("sweep.html#path_from_anywhere", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.rank": ("sweep.html#rank", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.read_fixed": ("sweep.html#read_fixed", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.read_grid": ("sweep.html#read_grid", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.read_if_there": ("sweep.html#read_if_there", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.read_settings": ("sweep.html#read_settings", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.requeue": ("sweep.html#requeue", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.score": ("sweep.html#score", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.slurm_options": ("sweep.html#slurm_options", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.state_of": ("sweep.html#state_of", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.submit_local": ("sweep.html#submit_local", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.submit_slurm": ("sweep.html#submit_slurm", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.sweep_parameters": ("sweep.html#sweep_parameters", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.visible_gpus": ("sweep.html#visible_gpus", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.with_spread": ("sweep.html#with_spread", "crackseg_nb/sweep.py"),
-            "crackseg_nb.sweep.write_attempts": ("sweep.html#write_attempts", "crackseg_nb/sweep.py"),
+            "crackseg_nb.runs.config.DataConfig.classes": (
+                "runs/config.html#dataconfig.classes",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.DataConfig.labelled": (
+                "runs/config.html#dataconfig.labelled",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.DataConfig.num_channels": (
+                "runs/config.html#dataconfig.num_channels",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.ExperimentConfig": (
+                "runs/config.html#experimentconfig",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.ExperimentConfig.__post_init__": (
+                "runs/config.html#experimentconfig.__post_init__",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.ExperimentConfig.check_first_weights": (
+                "runs/config.html#experimentconfig.check_first_weights",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.ExperimentConfig.model_config": (
+                "runs/config.html#experimentconfig.model_config",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.Recipe": ("runs/config.html#recipe", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.RunConfig": ("runs/config.html#runconfig", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.RunConfig.__post_init__": (
+                "runs/config.html#runconfig.__post_init__",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.build_config": ("runs/config.html#build_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.choose_model": ("runs/config.html#choose_model", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.coerce": ("runs/config.html#coerce", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.config_to_dict": ("runs/config.html#config_to_dict", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.configure": ("runs/config.html#configure", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.configure_resumed": (
+                "runs/config.html#configure_resumed",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.default_of": ("runs/config.html#default_of", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.describe_config": (
+                "runs/config.html#describe_config",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.find_finished_run": (
+                "runs/config.html#find_finished_run",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.find_run_folder": (
+                "runs/config.html#find_run_folder",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.is_labelled": ("runs/config.html#is_labelled", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.known_parameters": (
+                "runs/config.html#known_parameters",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.locate_weights": ("runs/config.html#locate_weights", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.loss_parameters": (
+                "runs/config.html#loss_parameters",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.model_settings": ("runs/config.html#model_settings", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.notebook_parameters": (
+                "runs/config.html#notebook_parameters",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.notebook_settings": (
+                "runs/config.html#notebook_settings",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.read_config": ("runs/config.html#read_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.to_number": ("runs/config.html#to_number", "crackseg_nb/runs/config.py"),
+        },
+        "crackseg_nb.runs.experiment": {
+            "crackseg_nb.runs.experiment.Experiment": (
+                "runs/experiment.html#experiment",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.__init__": (
+                "runs/experiment.html#experiment.__init__",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.begin": (
+                "runs/experiment.html#experiment.begin",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.binary": (
+                "runs/experiment.html#experiment.binary",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.build_model": (
+                "runs/experiment.html#experiment.build_model",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.fail": (
+                "runs/experiment.html#experiment.fail",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.fail_if_unfinished": (
+                "runs/experiment.html#experiment.fail_if_unfinished",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.finish": (
+                "runs/experiment.html#experiment.finish",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.fitting_batch": (
+                "runs/experiment.html#experiment.fitting_batch",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.keep_tables": (
+                "runs/experiment.html#experiment.keep_tables",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.load_data": (
+                "runs/experiment.html#experiment.load_data",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.refuse_seen_images": (
+                "runs/experiment.html#experiment.refuse_seen_images",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.settle_precision": (
+                "runs/experiment.html#experiment.settle_precision",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.stop_if_asked": (
+                "runs/experiment.html#experiment.stop_if_asked",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.test": (
+                "runs/experiment.html#experiment.test",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.train": (
+                "runs/experiment.html#experiment.train",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.train_on_devices": (
+                "runs/experiment.html#experiment.train_on_devices",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.validation_metrics": (
+                "runs/experiment.html#experiment.validation_metrics",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.weigh_classes": (
+                "runs/experiment.html#experiment.weigh_classes",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.check_same_world": (
+                "runs/experiment.html#check_same_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.default_run_name": (
+                "runs/experiment.html#default_run_name",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.find_source": (
+                "runs/experiment.html#find_source",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.learned_splits": (
+                "runs/experiment.html#learned_splits",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.make_criterion": (
+                "runs/experiment.html#make_criterion",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.make_datasets": (
+                "runs/experiment.html#make_datasets",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.make_loaders": (
+                "runs/experiment.html#make_loaders",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.make_model": (
+                "runs/experiment.html#make_model",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.note_resume": (
+                "runs/experiment.html#note_resume",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.prepare": ("runs/experiment.html#prepare", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.run": ("runs/experiment.html#run", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.run_of_weights": (
+                "runs/experiment.html#run_of_weights",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.step": ("runs/experiment.html#step", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.take_first_weights": (
+                "runs/experiment.html#take_first_weights",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.train_in_process": (
+                "runs/experiment.html#train_in_process",
+                "crackseg_nb/runs/experiment.py",
+            ),
+        },
+        "crackseg_nb.runs.launch": {
+            "crackseg_nb.runs.launch.main": ("runs/launch.html#main", "crackseg_nb/runs/launch.py"),
+            "crackseg_nb.runs.launch.run_launched": ("runs/launch.html#run_launched", "crackseg_nb/runs/launch.py"),
+        },
+        "crackseg_nb.runs.results": {
+            "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.class_table": ("runs/results.html#class_table", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.collect_results": (
+                "runs/results.html#collect_results",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.image_scores": ("runs/results.html#image_scores", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.performance_of": (
+                "runs/results.html#performance_of",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.prediction_path": (
+                "runs/results.html#prediction_path",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.protocol_of": ("runs/results.html#protocol_of", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.read_losses": ("runs/results.html#read_losses", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.read_prediction": (
+                "runs/results.html#read_prediction",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.read_training": (
+                "runs/results.html#read_training",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.resumes": ("runs/results.html#resumes", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.save_prediction": (
+                "runs/results.html#save_prediction",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.score_lines": ("runs/results.html#score_lines", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.show_decision": (
+                "runs/results.html#show_decision",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.show_extremes": (
+                "runs/results.html#show_extremes",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.split_scores": ("runs/results.html#split_scores", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.warn_of_amounts": (
+                "runs/results.html#warn_of_amounts",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.without_images": (
+                "runs/results.html#without_images",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.write_manifest": (
+                "runs/results.html#write_manifest",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.write_report": ("runs/results.html#write_report", "crackseg_nb/runs/results.py"),
+        },
+        "crackseg_nb.runs.sweep": {
+            "crackseg_nb.runs.sweep.JobConfig": ("runs/sweep.html#jobconfig", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.JobConfig.__post_init__": (
+                "runs/sweep.html#jobconfig.__post_init__",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.LiveTable": ("runs/sweep.html#livetable", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.LiveTable.__init__": (
+                "runs/sweep.html#livetable.__init__",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.LiveTable.show": ("runs/sweep.html#livetable.show", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.LiveTable.show_in_notebook": (
+                "runs/sweep.html#livetable.show_in_notebook",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.Sweep": ("runs/sweep.html#sweep", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.__init__": ("runs/sweep.html#sweep.__init__", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.active": ("runs/sweep.html#sweep.active", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.cancel": ("runs/sweep.html#sweep.cancel", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.compare": ("runs/sweep.html#sweep.compare", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.create": ("runs/sweep.html#sweep.create", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.differences": (
+                "runs/sweep.html#sweep.differences",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.Sweep.results": ("runs/sweep.html#sweep.results", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.submissions": (
+                "runs/sweep.html#sweep.submissions",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.Sweep.submit": ("runs/sweep.html#sweep.submit", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.table": ("runs/sweep.html#sweep.table", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.varying": ("runs/sweep.html#sweep.varying", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.watch": ("runs/sweep.html#sweep.watch", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.SweepJob": ("runs/sweep.html#sweepjob", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.SweepJob.__call__": (
+                "runs/sweep.html#sweepjob.__call__",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.SweepJob.carry": ("runs/sweep.html#sweepjob.carry", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.SweepJob.checkpoint": (
+                "runs/sweep.html#sweepjob.checkpoint",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.SweepJob.may_try": (
+                "runs/sweep.html#sweepjob.may_try",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.attempt": ("runs/sweep.html#attempt", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.attempts_of": ("runs/sweep.html#attempts_of", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.carry_out": ("runs/sweep.html#carry_out", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.check_grid": ("runs/sweep.html#check_grid", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.checkpoints_of": ("runs/sweep.html#checkpoints_of", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.command_line": ("runs/sweep.html#command_line", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.expand": ("runs/sweep.html#expand", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.has_failed": ("runs/sweep.html#has_failed", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.job_environment": ("runs/sweep.html#job_environment", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.local_shares": ("runs/sweep.html#local_shares", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.look_at": ("runs/sweep.html#look_at", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.main": ("runs/sweep.html#main", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.markdown_table": ("runs/sweep.html#markdown_table", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.name_runs": ("runs/sweep.html#name_runs", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.next_parameters": ("runs/sweep.html#next_parameters", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.notes_on": ("runs/sweep.html#notes_on", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.path_from_anywhere": (
+                "runs/sweep.html#path_from_anywhere",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.rank": ("runs/sweep.html#rank", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.read_fixed": ("runs/sweep.html#read_fixed", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.read_grid": ("runs/sweep.html#read_grid", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.read_if_there": ("runs/sweep.html#read_if_there", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.read_settings": ("runs/sweep.html#read_settings", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.requeue": ("runs/sweep.html#requeue", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.score": ("runs/sweep.html#score", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.slurm_options": ("runs/sweep.html#slurm_options", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.state_of": ("runs/sweep.html#state_of", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.submit_local": ("runs/sweep.html#submit_local", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.submit_slurm": ("runs/sweep.html#submit_slurm", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.sweep_parameters": (
+                "runs/sweep.html#sweep_parameters",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.visible_gpus": ("runs/sweep.html#visible_gpus", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.with_spread": ("runs/sweep.html#with_spread", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.write_attempts": ("runs/sweep.html#write_attempts", "crackseg_nb/runs/sweep.py"),
+        },
+        "crackseg_nb.runs.verify": {
+            "crackseg_nb.runs.verify.Check": ("runs/verify.html#check", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.Check.what": ("runs/verify.html#check.what", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.KeptRun": ("runs/verify.html#keptrun", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.KeptRun.compare_table": (
+                "runs/verify.html#keptrun.compare_table",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.KeptRun.read": ("runs/verify.html#keptrun.read", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.KeptRun.table": ("runs/verify.html#keptrun.table", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.Verification": ("runs/verify.html#verification", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.Verification.__str__": (
+                "runs/verify.html#verification.__str__",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.Verification.code": (
+                "runs/verify.html#verification.code",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.Verification.outcome": (
+                "runs/verify.html#verification.outcome",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.Verification.table": (
+                "runs/verify.html#verification.table",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.Verification.to_dict": (
+                "runs/verify.html#verification.to_dict",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.cells": ("runs/verify.html#cells", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.changed_on_the_way": (
+                "runs/verify.html#changed_on_the_way",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.check_files": ("runs/verify.html#check_files", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.check_images": ("runs/verify.html#check_images", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.check_means": ("runs/verify.html#check_means", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.check_world": ("runs/verify.html#check_world", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.command_line": ("runs/verify.html#command_line", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.compare": ("runs/verify.html#compare", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.compare_scores": ("runs/verify.html#compare_scores", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.compare_training": (
+                "runs/verify.html#compare_training",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.compare_yaml": ("runs/verify.html#compare_yaml", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.distance": ("runs/verify.html#distance", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.evaluate_again": ("runs/verify.html#evaluate_again", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.evaluated": ("runs/verify.html#evaluated", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.flatten": ("runs/verify.html#flatten", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.is_number": ("runs/verify.html#is_number", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.look_for_changes": (
+                "runs/verify.html#look_for_changes",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.main": ("runs/verify.html#main", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.only_scores": ("runs/verify.html#only_scores", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.open_manifest": ("runs/verify.html#open_manifest", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.read_splits": ("runs/verify.html#read_splits", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.repeat": ("runs/verify.html#repeat", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.settled": ("runs/verify.html#settled", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.settled_for_evaluation": (
+                "runs/verify.html#settled_for_evaluation",
+                "crackseg_nb/runs/verify.py",
+            ),
+            "crackseg_nb.runs.verify.shown": ("runs/verify.html#shown", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.threads_of": ("runs/verify.html#threads_of", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.trained": ("runs/verify.html#trained", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.verify": ("runs/verify.html#verify", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.weights_digest": ("runs/verify.html#weights_digest", "crackseg_nb/runs/verify.py"),
+        },
+        "crackseg_nb.sources.registry": {
+            "crackseg_nb.sources.registry.Classes": (
+                "sources/registry.html#classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Classes.__len__": (
+                "sources/registry.html#classes.__len__",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Classes.__post_init__": (
+                "sources/registry.html#classes.__post_init__",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Classes.binary": (
+                "sources/registry.html#classes.binary",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Classes.num_channels": (
+                "sources/registry.html#classes.num_channels",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.MaskFacts": (
+                "sources/registry.html#maskfacts",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Reader": ("sources/registry.html#reader", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.Sample": ("sources/registry.html#sample", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.Source": ("sources/registry.html#source", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.Source.__len__": (
+                "sources/registry.html#source.__len__",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Source.__repr__": (
+                "sources/registry.html#source.__repr__",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.Tile": ("sources/registry.html#tile", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.artefact_folder": (
+                "sources/registry.html#artefact_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.check_colours": (
+                "sources/registry.html#check_colours",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.check_folder": (
+                "sources/registry.html#check_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.check_ids": (
+                "sources/registry.html#check_ids",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.check_names": (
+                "sources/registry.html#check_names",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.choose_classes": (
+                "sources/registry.html#choose_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.colour_values": (
+                "sources/registry.html#colour_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.describe_tile": (
+                "sources/registry.html#describe_tile",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.detail": ("sources/registry.html#detail", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.fetch_artefact": (
+                "sources/registry.html#fetch_artefact",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.files_below": (
+                "sources/registry.html#files_below",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.folder_pairs": (
+                "sources/registry.html#folder_pairs",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.group_notes": (
+                "sources/registry.html#group_notes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.group_of": (
+                "sources/registry.html#group_of",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.id_values": (
+                "sources/registry.html#id_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.image_folder_classes": (
+                "sources/registry.html#image_folder_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.image_size": (
+                "sources/registry.html#image_size",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.in_threads": (
+                "sources/registry.html#in_threads",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.label_classes": (
+                "sources/registry.html#label_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.label_places": (
+                "sources/registry.html#label_places",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.look_at": (
+                "sources/registry.html#look_at",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.mask_values": (
+                "sources/registry.html#mask_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.matlab_values": (
+                "sources/registry.html#matlab_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.metadata_notes": (
+                "sources/registry.html#metadata_notes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.open_picture": (
+                "sources/registry.html#open_picture",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.orientations": (
+                "sources/registry.html#orientations",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.pair_files": (
+                "sources/registry.html#pair_files",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.pair_folders": (
+                "sources/registry.html#pair_folders",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.palette_values": (
+                "sources/registry.html#palette_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.parquet_rows": (
+                "sources/registry.html#parquet_rows",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.photo_numbers": (
+                "sources/registry.html#photo_numbers",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.place_of": (
+                "sources/registry.html#place_of",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.plane_values": (
+                "sources/registry.html#plane_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.raise_first": (
+                "sources/registry.html#raise_first",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.raw_values": (
+                "sources/registry.html#raw_values",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_artefact": (
+                "sources/registry.html#read_artefact",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_crackforest": (
+                "sources/registry.html#read_crackforest",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_deepcrack": (
+                "sources/registry.html#read_deepcrack",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_folder": (
+                "sources/registry.html#read_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_image": (
+                "sources/registry.html#read_image",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_image_folder": (
+                "sources/registry.html#read_image_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_mask": (
+                "sources/registry.html#read_mask",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_neu_seg": (
+                "sources/registry.html#read_neu_seg",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_rows": (
+                "sources/registry.html#read_rows",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_source": (
+                "sources/registry.html#read_source",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_tiny_imagenet": (
+                "sources/registry.html#read_tiny_imagenet",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_unified360": (
+                "sources/registry.html#read_unified360",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.read_voc": (
+                "sources/registry.html#read_voc",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.readable": (
+                "sources/registry.html#readable",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.same_detail": (
+                "sources/registry.html#same_detail",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.same_photos": (
+                "sources/registry.html#same_photos",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.scan_masks": (
+                "sources/registry.html#scan_masks",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.similar": (
+                "sources/registry.html#similar",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.some": ("sources/registry.html#some", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.source_name": (
+                "sources/registry.html#source_name",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.split_of": (
+                "sources/registry.html#split_of",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.store_picture": (
+                "sources/registry.html#store_picture",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.subfolder": (
+                "sources/registry.html#subfolder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.subfolders": (
+                "sources/registry.html#subfolders",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tell_encoding": (
+                "sources/registry.html#tell_encoding",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.thumbnail": (
+                "sources/registry.html#thumbnail",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tiny_classes": (
+                "sources/registry.html#tiny_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tiny_folder": (
+                "sources/registry.html#tiny_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tiny_train": (
+                "sources/registry.html#tiny_train",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tiny_validation": (
+                "sources/registry.html#tiny_validation",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.tiny_words": (
+                "sources/registry.html#tiny_words",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.to_rgb": ("sources/registry.html#to_rgb", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.touch": ("sources/registry.html#touch", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.unit": ("sources/registry.html#unit", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.unit_thumbnail": (
+                "sources/registry.html#unit_thumbnail",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.unpack": ("sources/registry.html#unpack", "crackseg_nb/sources/registry.py"),
+            "crackseg_nb.sources.registry.value_counts": (
+                "sources/registry.html#value_counts",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.value_table": (
+                "sources/registry.html#value_table",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.voc_colours": (
+                "sources/registry.html#voc_colours",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.voc_folder": (
+                "sources/registry.html#voc_folder",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.voc_lists": (
+                "sources/registry.html#voc_lists",
+                "crackseg_nb/sources/registry.py",
+            ),
+        },
+        "crackseg_nb.studies.ablation": {
+            "crackseg_nb.studies.ablation.AblationConfig": (
+                "studies/ablation.html#ablationconfig",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.AblationConfig.__post_init__": (
+                "studies/ablation.html#ablationconfig.__post_init__",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.effects": (
+                "studies/ablation.html#effects",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.finish_ablation": (
+                "studies/ablation.html#finish_ablation",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.paired_scores": (
+                "studies/ablation.html#paired_scores",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.results_of": (
+                "studies/ablation.html#results_of",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.run_all": (
+                "studies/ablation.html#run_all",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.show_effects": (
+                "studies/ablation.html#show_effects",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.sweeps_of": (
+                "studies/ablation.html#sweeps_of",
+                "crackseg_nb/studies/ablation.py",
+            ),
+            "crackseg_nb.studies.ablation.tell_effect": (
+                "studies/ablation.html#tell_effect",
+                "crackseg_nb/studies/ablation.py",
+            ),
+        },
+        "crackseg_nb.studies.compression": {
+            "crackseg_nb.studies.compression.CalibrationImages": (
+                "studies/compression.html#calibrationimages",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.CalibrationImages.__init__": (
+                "studies/compression.html#calibrationimages.__init__",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.CalibrationImages.get_next": (
+                "studies/compression.html#calibrationimages.get_next",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.DistillationLoss": (
+                "studies/compression.html#distillationloss",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.DistillationLoss.__init__": (
+                "studies/compression.html#distillationloss.__init__",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.DistillationLoss.counts": (
+                "studies/compression.html#distillationloss.counts",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.DistillationLoss.sums": (
+                "studies/compression.html#distillationloss.sums",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Ensemble": (
+                "studies/compression.html#ensemble",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Ensemble.__init__": (
+                "studies/compression.html#ensemble.__init__",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Ensemble.forward": (
+                "studies/compression.html#ensemble.forward",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Int8Model": (
+                "studies/compression.html#int8model",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Int8Model.__getstate__": (
+                "studies/compression.html#int8model.__getstate__",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Int8Model.__init__": (
+                "studies/compression.html#int8model.__init__",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Int8Model.forward": (
+                "studies/compression.html#int8model.forward",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.Int8Model.start": (
+                "studies/compression.html#int8model.start",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.divergence": (
+                "studies/compression.html#divergence",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.export_onnx": (
+                "studies/compression.html#export_onnx",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.keep_zeros": (
+                "studies/compression.html#keep_zeros",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.log_probabilities": (
+                "studies/compression.html#log_probabilities",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.mean_logits": (
+                "studies/compression.html#mean_logits",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.need_packages": (
+                "studies/compression.html#need_packages",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.operators": (
+                "studies/compression.html#operators",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.prunable": (
+                "studies/compression.html#prunable",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.prune_weights": (
+                "studies/compression.html#prune_weights",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.quantize_int8": (
+                "studies/compression.html#quantize_int8",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.sparsity": (
+                "studies/compression.html#sparsity",
+                "crackseg_nb/studies/compression.py",
+            ),
+            "crackseg_nb.studies.compression.taught_by": (
+                "studies/compression.html#taught_by",
+                "crackseg_nb/studies/compression.py",
+            ),
+        },
+        "crackseg_nb.studies.efficiency": {
+            "crackseg_nb.studies.efficiency.compare_latency": (
+                "studies/efficiency.html#compare_latency",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.file_bytes": (
+                "studies/efficiency.html#file_bytes",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.file_size": (
+                "studies/efficiency.html#file_size",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.frontier_row": (
+                "studies/efficiency.html#frontier_row",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.frontier_table": (
+                "studies/efficiency.html#frontier_table",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.measure_memory": (
+                "studies/efficiency.html#measure_memory",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.median_latency": (
+                "studies/efficiency.html#median_latency",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.pareto": (
+                "studies/efficiency.html#pareto",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.show_frontier": (
+                "studies/efficiency.html#show_frontier",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+            "crackseg_nb.studies.efficiency.torch_threads": (
+                "studies/efficiency.html#torch_threads",
+                "crackseg_nb/studies/efficiency.py",
+            ),
+        },
+        "crackseg_nb.studies.encoder_benchmark": {
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark": (
+                "studies/encoder_benchmark.html#encoderbenchmark",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.__init__": (
+                "studies/encoder_benchmark.html#encoderbenchmark.__init__",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.common": (
+                "studies/encoder_benchmark.html#encoderbenchmark.common",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.describe": (
+                "studies/encoder_benchmark.html#encoderbenchmark.describe",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.differences": (
+                "studies/encoder_benchmark.html#encoderbenchmark.differences",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.finish": (
+                "studies/encoder_benchmark.html#encoderbenchmark.finish",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.loading": (
+                "studies/encoder_benchmark.html#encoderbenchmark.loading",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.measure": (
+                "studies/encoder_benchmark.html#encoderbenchmark.measure",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.per_class": (
+                "studies/encoder_benchmark.html#encoderbenchmark.per_class",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.protocol": (
+                "studies/encoder_benchmark.html#encoderbenchmark.protocol",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.remarks": (
+                "studies/encoder_benchmark.html#encoderbenchmark.remarks",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.report": (
+                "studies/encoder_benchmark.html#encoderbenchmark.report",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run": (
+                "studies/encoder_benchmark.html#encoderbenchmark.run",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run_config": (
+                "studies/encoder_benchmark.html#encoderbenchmark.run_config",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.runs": (
+                "studies/encoder_benchmark.html#encoderbenchmark.runs",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.table": (
+                "studies/encoder_benchmark.html#encoderbenchmark.table",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmarkConfig": (
+                "studies/encoder_benchmark.html#encoderbenchmarkconfig",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmarkConfig.__post_init__": (
+                "studies/encoder_benchmark.html#encoderbenchmarkconfig.__post_init__",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmarkConfig.fixed": (
+                "studies/encoder_benchmark.html#encoderbenchmarkconfig.fixed",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.bullets": (
+                "studies/encoder_benchmark.html#bullets",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.cautions": (
+                "studies/encoder_benchmark.html#cautions",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.chance_of_false_difference": (
+                "studies/encoder_benchmark.html#chance_of_false_difference",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.check_same_data": (
+                "studies/encoder_benchmark.html#check_same_data",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.class_means": (
+                "studies/encoder_benchmark.html#class_means",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
+                "studies/encoder_benchmark.html#compare_pairs",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.enter_inference": (
+                "studies/encoder_benchmark.html#enter_inference",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.family_of": (
+                "studies/encoder_benchmark.html#family_of",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.finish_axis": (
+                "studies/encoder_benchmark.html#finish_axis",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.free_place": (
+                "studies/encoder_benchmark.html#free_place",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.label_means": (
+                "studies/encoder_benchmark.html#label_means",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.machine_of": (
+                "studies/encoder_benchmark.html#machine_of",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.measure_inference": (
+                "studies/encoder_benchmark.html#measure_inference",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.read_jobs": (
+                "studies/encoder_benchmark.html#read_jobs",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.read_run": (
+                "studies/encoder_benchmark.html#read_run",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.readable": (
+                "studies/encoder_benchmark.html#readable",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.sentences": (
+                "studies/encoder_benchmark.html#sentences",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.show_accuracy": (
+                "studies/encoder_benchmark.html#show_accuracy",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.show_classes": (
+                "studies/encoder_benchmark.html#show_classes",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.strength_of": (
+                "studies/encoder_benchmark.html#strength_of",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.summarise": (
+                "studies/encoder_benchmark.html#summarise",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.taken_by": (
+                "studies/encoder_benchmark.html#taken_by",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.training_speed": (
+                "studies/encoder_benchmark.html#training_speed",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.verdict": (
+                "studies/encoder_benchmark.html#verdict",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+        },
+        "crackseg_nb.studies.frontier": {
+            "crackseg_nb.studies.frontier.FinishedRun": (
+                "studies/frontier.html#finishedrun",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.FinishedRun.scores": (
+                "studies/frontier.html#finishedrun.scores",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.Frontier": (
+                "studies/frontier.html#frontier",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.Frontier.__init__": (
+                "studies/frontier.html#frontier.__init__",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.Frontier.check_runs": (
+                "studies/frontier.html#frontier.check_runs",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.Frontier.costs": (
+                "studies/frontier.html#frontier.costs",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.Frontier.keep": (
+                "studies/frontier.html#frontier.keep",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.FrontierConfig": (
+                "studies/frontier.html#frontierconfig",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.FrontierConfig.__post_init__": (
+                "studies/frontier.html#frontierconfig.__post_init__",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.open_run": (
+                "studies/frontier.html#open_run",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.pruned": ("studies/frontier.html#pruned", "crackseg_nb/studies/frontier.py"),
+            "crackseg_nb.studies.frontier.quantised": (
+                "studies/frontier.html#quantised",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.score": ("studies/frontier.html#score", "crackseg_nb/studies/frontier.py"),
+            "crackseg_nb.studies.frontier.sentences": (
+                "studies/frontier.html#sentences",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.take_steps": (
+                "studies/frontier.html#take_steps",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.train_on": (
+                "studies/frontier.html#train_on",
+                "crackseg_nb/studies/frontier.py",
+            ),
+            "crackseg_nb.studies.frontier.trained_further": (
+                "studies/frontier.html#trained_further",
+                "crackseg_nb/studies/frontier.py",
+            ),
+        },
+        "crackseg_nb.studies.pretraining": {
+            "crackseg_nb.studies.pretraining.arms": (
+                "studies/pretraining.html#arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.paired_results": (
+                "studies/pretraining.html#paired_results",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.show_arms": (
+                "studies/pretraining.html#show_arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.tell": (
+                "studies/pretraining.html#tell",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+        },
+        "crackseg_nb.studies.training_speed": {
+            "crackseg_nb.studies.training_speed.Benchmark": (
+                "studies/training_speed.html#benchmark",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.__init__": (
+                "studies/training_speed.html#benchmark.__init__",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.compiling": (
+                "studies/training_speed.html#benchmark.compiling",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.contest": (
+                "studies/training_speed.html#benchmark.contest",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.cost": (
+                "studies/training_speed.html#benchmark.cost",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.describe": (
+                "studies/training_speed.html#benchmark.describe",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.each": (
+                "studies/training_speed.html#benchmark.each",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.evaluation": (
+                "studies/training_speed.html#benchmark.evaluation",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.finish": (
+                "studies/training_speed.html#benchmark.finish",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.first_step": (
+                "studies/training_speed.html#benchmark.first_step",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.options": (
+                "studies/training_speed.html#benchmark.options",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Benchmark.per_model": (
+                "studies/training_speed.html#benchmark.per_model",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.BenchmarkConfig": (
+                "studies/training_speed.html#benchmarkconfig",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.BenchmarkConfig.__post_init__": (
+                "studies/training_speed.html#benchmarkconfig.__post_init__",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest": (
+                "studies/training_speed.html#contest",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest.__post_init__": (
+                "studies/training_speed.html#contest.__post_init__",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest.autocast": (
+                "studies/training_speed.html#contest.autocast",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest.copy_model": (
+                "studies/training_speed.html#contest.copy_model",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest.loader": (
+                "studies/training_speed.html#contest.loader",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contest.time_precisions": (
+                "studies/training_speed.html#contest.time_precisions",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Contestant": (
+                "studies/training_speed.html#contestant",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.Work": (
+                "studies/training_speed.html#work",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.algorithms": (
+                "studies/training_speed.html#algorithms",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.check_equal_work": (
+                "studies/training_speed.html#check_equal_work",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.counted": (
+                "studies/training_speed.html#counted",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.create_contest": (
+                "studies/training_speed.html#create_contest",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.create_trainer": (
+                "studies/training_speed.html#create_trainer",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_all": (
+                "studies/training_speed.html#enter_all",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_bare": (
+                "studies/training_speed.html#enter_bare",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_lightning": (
+                "studies/training_speed.html#enter_lightning",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_plain": (
+                "studies/training_speed.html#enter_plain",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_resident": (
+                "studies/training_speed.html#enter_resident",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_trainer": (
+                "studies/training_speed.html#enter_trainer",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.enter_with": (
+                "studies/training_speed.html#enter_with",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.has_lightning": (
+                "studies/training_speed.html#has_lightning",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.hidden_bars": (
+                "studies/training_speed.html#hidden_bars",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.judge": (
+                "studies/training_speed.html#judge",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.lightning_parts": (
+                "studies/training_speed.html#lightning_parts",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.measure_compile": (
+                "studies/training_speed.html#measure_compile",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.measure_cost": (
+                "studies/training_speed.html#measure_cost",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.measure_evaluation": (
+                "studies/training_speed.html#measure_evaluation",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.measure_options": (
+                "studies/training_speed.html#measure_options",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.not_measured": (
+                "studies/training_speed.html#not_measured",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.options_of": (
+                "studies/training_speed.html#options_of",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.phase_of": (
+                "studies/training_speed.html#phase_of",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.plain_axes": (
+                "studies/training_speed.html#plain_axes",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.plain_epoch": (
+                "studies/training_speed.html#plain_epoch",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.quiet_lightning": (
+                "studies/training_speed.html#quiet_lightning",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.race": (
+                "studies/training_speed.html#race",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.ratios": (
+                "studies/training_speed.html#ratios",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.read_phases": (
+                "studies/training_speed.html#read_phases",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.relative_to": (
+                "studies/training_speed.html#relative_to",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.rounded": (
+                "studies/training_speed.html#rounded",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.seconds_of": (
+                "studies/training_speed.html#seconds_of",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.show_cost": (
+                "studies/training_speed.html#show_cost",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.show_ratios": (
+                "studies/training_speed.html#show_ratios",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.stopping_notebook": (
+                "studies/training_speed.html#stopping_notebook",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.time_first_step": (
+                "studies/training_speed.html#time_first_step",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.torch_settings": (
+                "studies/training_speed.html#torch_settings",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.turns": (
+                "studies/training_speed.html#turns",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.unchanged_settings": (
+                "studies/training_speed.html#unchanged_settings",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+            "crackseg_nb.studies.training_speed.wait_for": (
+                "studies/training_speed.html#wait_for",
+                "crackseg_nb/studies/training_speed.py",
+            ),
+        },
+        "crackseg_nb.synthetic.cracks": {
+            "crackseg_nb.synthetic.cracks.Stroke": ("synthetic/cracks.html#stroke", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.SyntheticConfig": (
+                "synthetic/cracks.html#syntheticconfig",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.SyntheticConfig.__post_init__": (
+                "synthetic/cracks.html#syntheticconfig.__post_init__",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.asphalt": (
+                "synthetic/cracks.html#asphalt",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.blade": ("synthetic/cracks.html#blade", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.check_names": (
+                "synthetic/cracks.html#check_names",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.check_range": (
+                "synthetic/cracks.html#check_range",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.check_size": (
+                "synthetic/cracks.html#check_size",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.concrete": (
+                "synthetic/cracks.html#concrete",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.crack_stroke": (
+                "synthetic/cracks.html#crack_stroke",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.crossing": (
+                "synthetic/cracks.html#crossing",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.draw_strokes": (
+                "synthetic/cracks.html#draw_strokes",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.even_stroke": (
+                "synthetic/cracks.html#even_stroke",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.find_synthetic": (
+                "synthetic/cracks.html#find_synthetic",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.folder_settings": (
+                "synthetic/cracks.html#folder_settings",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.grass": ("synthetic/cracks.html#grass", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.grow_crack": (
+                "synthetic/cracks.html#grow_crack",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.joint": ("synthetic/cracks.html#joint", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.lay": ("synthetic/cracks.html#lay", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.leaf": ("synthetic/cracks.html#leaf", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.marking": (
+                "synthetic/cracks.html#marking",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.paint": ("synthetic/cracks.html#paint", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.paint_cracks": (
+                "synthetic/cracks.html#paint_cracks",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.pair_paths": (
+                "synthetic/cracks.html#pair_paths",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.photograph": (
+                "synthetic/cracks.html#photograph",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.pick_distractors": (
+                "synthetic/cracks.html#pick_distractors",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.place_cracks": (
+                "synthetic/cracks.html#place_cracks",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.random_line": (
+                "synthetic/cracks.html#random_line",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.remove_strays": (
+                "synthetic/cracks.html#remove_strays",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.scratch": (
+                "synthetic/cracks.html#scratch",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.sealant": (
+                "synthetic/cracks.html#sealant",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.shadow": ("synthetic/cracks.html#shadow", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.smooth_noise": (
+                "synthetic/cracks.html#smooth_noise",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.stain": ("synthetic/cracks.html#stain", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.synthesize": (
+                "synthetic/cracks.html#synthesize",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.tyre": ("synthetic/cracks.html#tyre", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.wander": ("synthetic/cracks.html#wander", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.wire": ("synthetic/cracks.html#wire", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.worn": ("synthetic/cracks.html#worn", "crackseg_nb/synthetic/cracks.py"),
+            "crackseg_nb.synthetic.cracks.write_images": (
+                "synthetic/cracks.html#write_images",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.write_png": (
+                "synthetic/cracks.html#write_png",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+            "crackseg_nb.synthetic.cracks.write_synthetic": (
+                "synthetic/cracks.html#write_synthetic",
+                "crackseg_nb/synthetic/cracks.py",
+            ),
+        },
+        "crackseg_nb.synthetic.damage": {
+            "crackseg_nb.synthetic.damage.DamageConfig": (
+                "synthetic/damage.html#damageconfig",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.DamageConfig.__post_init__": (
+                "synthetic/damage.html#damageconfig.__post_init__",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.break_off": (
+                "synthetic/damage.html#break_off",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.broken_concrete": (
+                "synthetic/damage.html#broken_concrete",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.draw_damage": (
+                "synthetic/damage.html#draw_damage",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.draw_share": (
+                "synthetic/damage.html#draw_share",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.largest_share": (
+                "synthetic/damage.html#largest_share",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.lay_bare": (
+                "synthetic/damage.html#lay_bare",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.paint_corrosion": (
+                "synthetic/damage.html#paint_corrosion",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.paint_efflorescence": (
+                "synthetic/damage.html#paint_efflorescence",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.paint_spalling": (
+                "synthetic/damage.html#paint_spalling",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.run_down": (
+                "synthetic/damage.html#run_down",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.seep": ("synthetic/damage.html#seep", "crackseg_nb/synthetic/damage.py"),
+            "crackseg_nb.synthetic.damage.soften": ("synthetic/damage.html#soften", "crackseg_nb/synthetic/damage.py"),
+            "crackseg_nb.synthetic.damage.steel": ("synthetic/damage.html#steel", "crackseg_nb/synthetic/damage.py"),
+            "crackseg_nb.synthetic.damage.synthesize_damage": (
+                "synthetic/damage.html#synthesize_damage",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+            "crackseg_nb.synthetic.damage.write_damage": (
+                "synthetic/damage.html#write_damage",
+                "crackseg_nb/synthetic/damage.py",
+            ),
+        },
+        "crackseg_nb.synthetic.textures": {
+            "crackseg_nb.synthetic.textures.brick": (
+                "synthetic/textures.html#brick",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.courses": (
+                "synthetic/textures.html#courses",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.find_textures": (
+                "synthetic/textures.html#find_textures",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.gravel": (
+                "synthetic/textures.html#gravel",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.pick": (
+                "synthetic/textures.html#pick",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.plaster": (
+                "synthetic/textures.html#plaster",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.relief": (
+                "synthetic/textures.html#relief",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.rusted_metal": (
+                "synthetic/textures.html#rusted_metal",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.stones": (
+                "synthetic/textures.html#stones",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.synthesize_texture": (
+                "synthetic/textures.html#synthesize_texture",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.tiles": (
+                "synthetic/textures.html#tiles",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.tone": (
+                "synthetic/textures.html#tone",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.wood": (
+                "synthetic/textures.html#wood",
+                "crackseg_nb/synthetic/textures.py",
+            ),
+            "crackseg_nb.synthetic.textures.write_textures": (
+                "synthetic/textures.html#write_textures",
+                "crackseg_nb/synthetic/textures.py",
+            ),
         },
         "crackseg_nb.training.checkpoint": {
             "crackseg_nb.training.checkpoint.Checkpoint": (
-                "training.checkpoint.html#checkpoint",
+                "training/checkpoint.html#checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.LoadReport": (
-                "training.checkpoint.html#loadreport",
+                "training/checkpoint.html#loadreport",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.LoadReport.__str__": (
-                "training.checkpoint.html#loadreport.__str__",
+                "training/checkpoint.html#loadreport.__str__",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.capture_rng_state": (
-                "training.checkpoint.html#capture_rng_state",
+                "training/checkpoint.html#capture_rng_state",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.check_layout": (
-                "training.checkpoint.html#check_layout",
+                "training/checkpoint.html#check_layout",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.checkpoint_names": (
-                "training.checkpoint.html#checkpoint_names",
+                "training/checkpoint.html#checkpoint_names",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.find_weights": (
-                "training.checkpoint.html#find_weights",
+                "training/checkpoint.html#find_weights",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.latest_checkpoint": (
-                "training.checkpoint.html#latest_checkpoint",
+                "training/checkpoint.html#latest_checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.load_checkpoint": (
-                "training.checkpoint.html#load_checkpoint",
+                "training/checkpoint.html#load_checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.load_tensors": (
-                "training.checkpoint.html#load_tensors",
+                "training/checkpoint.html#load_tensors",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.load_torch": (
-                "training.checkpoint.html#load_torch",
+                "training/checkpoint.html#load_torch",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.load_weights": (
-                "training.checkpoint.html#load_weights",
+                "training/checkpoint.html#load_weights",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.make_folder": (
-                "training.checkpoint.html#make_folder",
+                "training/checkpoint.html#make_folder",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.manifest_sum": (
-                "training.checkpoint.html#manifest_sum",
+                "training/checkpoint.html#manifest_sum",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.owned_on_cpu": (
-                "training.checkpoint.html#owned_on_cpu",
+                "training/checkpoint.html#owned_on_cpu",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.plain_metadata": (
-                "training.checkpoint.html#plain_metadata",
+                "training/checkpoint.html#plain_metadata",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.prune_checkpoints": (
-                "training.checkpoint.html#prune_checkpoints",
+                "training/checkpoint.html#prune_checkpoints",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.read_manifest": (
-                "training.checkpoint.html#read_manifest",
+                "training/checkpoint.html#read_manifest",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.read_manifests": (
-                "training.checkpoint.html#read_manifests",
+                "training/checkpoint.html#read_manifests",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.read_verified": (
-                "training.checkpoint.html#read_verified",
+                "training/checkpoint.html#read_verified",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.remove_strays": (
-                "training.checkpoint.html#remove_strays",
+                "training/checkpoint.html#remove_strays",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.restore_rng_state": (
-                "training.checkpoint.html#restore_rng_state",
+                "training/checkpoint.html#restore_rng_state",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.save_checkpoint": (
-                "training.checkpoint.html#save_checkpoint",
+                "training/checkpoint.html#save_checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.state_to_bytes": (
-                "training.checkpoint.html#state_to_bytes",
+                "training/checkpoint.html#state_to_bytes",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.sync_folder": (
-                "training.checkpoint.html#sync_folder",
+                "training/checkpoint.html#sync_folder",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.to_storable": (
-                "training.checkpoint.html#to_storable",
+                "training/checkpoint.html#to_storable",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.weights_to_bytes": (
-                "training.checkpoint.html#weights_to_bytes",
+                "training/checkpoint.html#weights_to_bytes",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.write_bytes": (
-                "training.checkpoint.html#write_bytes",
+                "training/checkpoint.html#write_bytes",
                 "crackseg_nb/training/checkpoint.py",
             ),
         },
         "crackseg_nb.training.diagnosis": {
             "crackseg_nb.training.diagnosis.Finding": (
-                "training.diagnosis.html#finding",
+                "training/diagnosis.html#finding",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Finding.__str__": (
-                "training.diagnosis.html#finding.__str__",
+                "training/diagnosis.html#finding.__str__",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.FiniteGuard": (
-                "training.diagnosis.html#finiteguard",
+                "training/diagnosis.html#finiteguard",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.FiniteGuard.__init__": (
-                "training.diagnosis.html#finiteguard.__init__",
+                "training/diagnosis.html#finiteguard.__init__",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.FiniteGuard.check": (
-                "training.diagnosis.html#finiteguard.check",
+                "training/diagnosis.html#finiteguard.check",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.FiniteGuard.first_bad_step": (
-                "training.diagnosis.html#finiteguard.first_bad_step",
+                "training/diagnosis.html#finiteguard.first_bad_step",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch": (
-                "training.diagnosis.html#watch",
+                "training/diagnosis.html#watch",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.__enter__": (
-                "training.diagnosis.html#watch.__enter__",
+                "training/diagnosis.html#watch.__enter__",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.__exit__": (
-                "training.diagnosis.html#watch.__exit__",
+                "training/diagnosis.html#watch.__exit__",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.__init__": (
-                "training.diagnosis.html#watch.__init__",
+                "training/diagnosis.html#watch.__init__",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.after": (
-                "training.diagnosis.html#watch.after",
+                "training/diagnosis.html#watch.after",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.before": (
-                "training.diagnosis.html#watch.before",
+                "training/diagnosis.html#watch.before",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.label": (
-                "training.diagnosis.html#watch.label",
+                "training/diagnosis.html#watch.label",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.observer": (
-                "training.diagnosis.html#watch.observer",
+                "training/diagnosis.html#watch.observer",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.Watch.tap": (
-                "training.diagnosis.html#watch.tap",
+                "training/diagnosis.html#watch.tap",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.batch_finding": (
-                "training.diagnosis.html#batch_finding",
+                "training/diagnosis.html#batch_finding",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.first_nonfinite": (
-                "training.diagnosis.html#first_nonfinite",
+                "training/diagnosis.html#first_nonfinite",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.gradient_finding": (
-                "training.diagnosis.html#gradient_finding",
+                "training/diagnosis.html#gradient_finding",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.input_finding": (
-                "training.diagnosis.html#input_finding",
+                "training/diagnosis.html#input_finding",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.keep_batch": (
-                "training.diagnosis.html#keep_batch",
+                "training/diagnosis.html#keep_batch",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.largest": (
-                "training.diagnosis.html#largest",
+                "training/diagnosis.html#largest",
                 "crackseg_nb/training/diagnosis.py",
             ),
             "crackseg_nb.training.diagnosis.load_batch": (
-                "training.diagnosis.html#load_batch",
+                "training/diagnosis.html#load_batch",
                 "crackseg_nb/training/diagnosis.py",
             ),
         },
         "crackseg_nb.training.evaluation": {
             "crackseg_nb.training.evaluation.eager": (
-                "training.evaluation.html#eager",
+                "training/evaluation.html#eager",
                 "crackseg_nb/training/evaluation.py",
             ),
             "crackseg_nb.training.evaluation.evaluate": (
-                "training.evaluation.html#evaluate",
+                "training/evaluation.html#evaluate",
                 "crackseg_nb/training/evaluation.py",
             ),
             "crackseg_nb.training.evaluation.predict": (
-                "training.evaluation.html#predict",
+                "training/evaluation.html#predict",
                 "crackseg_nb/training/evaluation.py",
             ),
             "crackseg_nb.training.evaluation.sum_type": (
-                "training.evaluation.html#sum_type",
+                "training/evaluation.html#sum_type",
                 "crackseg_nb/training/evaluation.py",
             ),
         },
+        "crackseg_nb.training.exchange": {
+            "crackseg_nb.training.exchange.RunningStatistics": (
+                "training/exchange.html#runningstatistics",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.RunningStatistics.__init__": (
+                "training/exchange.html#runningstatistics.__init__",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.RunningStatistics.now": (
+                "training/exchange.html#runningstatistics.now",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.RunningStatistics.restore": (
+                "training/exchange.html#runningstatistics.restore",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.RunningStatistics.snapshot": (
+                "training/exchange.html#runningstatistics.snapshot",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.any_process": (
+                "training/exchange.html#any_process",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.check_counted": (
+                "training/exchange.html#check_counted",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.check_launch": (
+                "training/exchange.html#check_launch",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.close": ("training/exchange.html#close", "crackseg_nb/training/exchange.py"),
+            "crackseg_nb.training.exchange.combine": (
+                "training/exchange.html#combine",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.gather_metrics": (
+                "training/exchange.html#gather_metrics",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.gather_objects": (
+                "training/exchange.html#gather_objects",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.launch": (
+                "training/exchange.html#launch",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.launch_error": (
+                "training/exchange.html#launch_error",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.note_error": (
+                "training/exchange.html#note_error",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.passing_signals": (
+                "training/exchange.html#passing_signals",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.receive_signals": (
+                "training/exchange.html#receive_signals",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.statistics_weights": (
+                "training/exchange.html#statistics_weights",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.stop_early": (
+                "training/exchange.html#stop_early",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.sum_gradients": (
+                "training/exchange.html#sum_gradients",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.sum_over_processes": (
+                "training/exchange.html#sum_over_processes",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.was_stopped": (
+                "training/exchange.html#was_stopped",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.watch_parent": (
+                "training/exchange.html#watch_parent",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.work": ("training/exchange.html#work", "crackseg_nb/training/exchange.py"),
+        },
         "crackseg_nb.training.interrupt": {
             "crackseg_nb.training.interrupt.StopRequest": (
-                "training.interrupt.html#stoprequest",
+                "training/interrupt.html#stoprequest",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.__enter__": (
-                "training.interrupt.html#stoprequest.__enter__",
+                "training/interrupt.html#stoprequest.__enter__",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.__exit__": (
-                "training.interrupt.html#stoprequest.__exit__",
+                "training/interrupt.html#stoprequest.__exit__",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.__init__": (
-                "training.interrupt.html#stoprequest.__init__",
+                "training/interrupt.html#stoprequest.__init__",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.minutes_left": (
-                "training.interrupt.html#stoprequest.minutes_left",
+                "training/interrupt.html#stoprequest.minutes_left",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.note": (
-                "training.interrupt.html#stoprequest.note",
+                "training/interrupt.html#stoprequest.note",
                 "crackseg_nb/training/interrupt.py",
             ),
             "crackseg_nb.training.interrupt.StopRequest.reason": (
-                "training.interrupt.html#stoprequest.reason",
+                "training/interrupt.html#stoprequest.reason",
                 "crackseg_nb/training/interrupt.py",
+            ),
+        },
+        "crackseg_nb.training.losses": {
+            "crackseg_nb.training.losses.BCE": ("training/losses.html#bce", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.BCE.__init__": (
+                "training/losses.html#bce.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.BCE.terms": (
+                "training/losses.html#bce.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Boundary": ("training/losses.html#boundary", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Boundary.__init__": (
+                "training/losses.html#boundary.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Boundary.terms": (
+                "training/losses.html#boundary.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.CrossEntropy": (
+                "training/losses.html#crossentropy",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.CrossEntropy.terms": (
+                "training/losses.html#crossentropy.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Dice": ("training/losses.html#dice", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Dice.__init__": (
+                "training/losses.html#dice.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Focal": ("training/losses.html#focal", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Focal.__init__": (
+                "training/losses.html#focal.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Focal.terms": (
+                "training/losses.html#focal.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LabelCrossEntropy": (
+                "training/losses.html#labelcrossentropy",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LabelCrossEntropy.__init__": (
+                "training/losses.html#labelcrossentropy.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LabelCrossEntropy.sums": (
+                "training/losses.html#labelcrossentropy.sums",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LabelCrossEntropy.tally": (
+                "training/losses.html#labelcrossentropy.tally",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LabelCrossEntropy.terms": (
+                "training/losses.html#labelcrossentropy.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss": ("training/losses.html#loss", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Loss.__init__": (
+                "training/losses.html#loss.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.counts": (
+                "training/losses.html#loss.counts",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.forward": (
+                "training/losses.html#loss.forward",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.normalizers": (
+                "training/losses.html#loss.normalizers",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.sums": (
+                "training/losses.html#loss.sums",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.tally": (
+                "training/losses.html#loss.tally",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Loss.terms": (
+                "training/losses.html#loss.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LossConfig": (
+                "training/losses.html#lossconfig",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LossConfig.__post_init__": (
+                "training/losses.html#lossconfig.__post_init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.LossConfig.create": (
+                "training/losses.html#lossconfig.create",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.PixelLoss": (
+                "training/losses.html#pixelloss",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.PixelLoss.__init__": (
+                "training/losses.html#pixelloss.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.PixelLoss.counts": (
+                "training/losses.html#pixelloss.counts",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.PixelLoss.pixel_weights": (
+                "training/losses.html#pixelloss.pixel_weights",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.PixelLoss.weighted_sum": (
+                "training/losses.html#pixelloss.weighted_sum",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Pixels": ("training/losses.html#pixels", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Tversky": ("training/losses.html#tversky", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.Tversky.__init__": (
+                "training/losses.html#tversky.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Tversky.counts": (
+                "training/losses.html#tversky.counts",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.Tversky.terms": (
+                "training/losses.html#tversky.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.WeightedSum": (
+                "training/losses.html#weightedsum",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.WeightedSum.__init__": (
+                "training/losses.html#weightedsum.__init__",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.WeightedSum.counts": (
+                "training/losses.html#weightedsum.counts",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.WeightedSum.terms": (
+                "training/losses.html#weightedsum.terms",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.bce_dice": ("training/losses.html#bce_dice", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.ce_dice": ("training/losses.html#ce_dice", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.check_shapes": (
+                "training/losses.html#check_shapes",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.create_loss": (
+                "training/losses.html#create_loss",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.dice_boundary": (
+                "training/losses.html#dice_boundary",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.focal_dice": (
+                "training/losses.html#focal_dice",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.log_others": (
+                "training/losses.html#log_others",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.log_true": ("training/losses.html#log_true", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.loss_settings": (
+                "training/losses.html#loss_settings",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.losses_for": (
+                "training/losses.html#losses_for",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.masked_sum": (
+                "training/losses.html#masked_sum",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.members": ("training/losses.html#members", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.prepare": ("training/losses.html#prepare", "crackseg_nb/training/losses.py"),
+            "crackseg_nb.training.losses.probabilities": (
+                "training/losses.html#probabilities",
+                "crackseg_nb/training/losses.py",
+            ),
+            "crackseg_nb.training.losses.signed_distance": (
+                "training/losses.html#signed_distance",
+                "crackseg_nb/training/losses.py",
             ),
         },
         "crackseg_nb.training.memory": {
             "crackseg_nb.training.memory.CacheCleaner": (
-                "training.memory.html#cachecleaner",
+                "training/memory.html#cachecleaner",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.CacheCleaner.__init__": (
-                "training.memory.html#cachecleaner.__init__",
+                "training/memory.html#cachecleaner.__init__",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.CacheCleaner.step": (
-                "training.memory.html#cachecleaner.step",
+                "training/memory.html#cachecleaner.step",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryEstimate": (
-                "training.memory.html#memoryestimate",
+                "training/memory.html#memoryestimate",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryEstimate.__str__": (
-                "training.memory.html#memoryestimate.__str__",
+                "training/memory.html#memoryestimate.__str__",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryEstimate.images_that_fit": (
-                "training.memory.html#memoryestimate.images_that_fit",
+                "training/memory.html#memoryestimate.images_that_fit",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryEstimate.total": (
-                "training.memory.html#memoryestimate.total",
+                "training/memory.html#memoryestimate.total",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor": (
-                "training.memory.html#memorymonitor",
+                "training/memory.html#memorymonitor",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.__enter__": (
-                "training.memory.html#memorymonitor.__enter__",
+                "training/memory.html#memorymonitor.__enter__",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.__exit__": (
-                "training.memory.html#memorymonitor.__exit__",
+                "training/memory.html#memorymonitor.__exit__",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.__init__": (
-                "training.memory.html#memorymonitor.__init__",
+                "training/memory.html#memorymonitor.__init__",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.read": (
-                "training.memory.html#memorymonitor.read",
+                "training/memory.html#memorymonitor.read",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.reset": (
-                "training.memory.html#memorymonitor.reset",
+                "training/memory.html#memorymonitor.reset",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.sample": (
-                "training.memory.html#memorymonitor.sample",
+                "training/memory.html#memorymonitor.sample",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.MemoryMonitor.watch": (
-                "training.memory.html#memorymonitor.watch",
+                "training/memory.html#memorymonitor.watch",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.available_memory": (
-                "training.memory.html#available_memory",
+                "training/memory.html#available_memory",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.c_library": (
-                "training.memory.html#c_library",
+                "training/memory.html#c_library",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.checkpointing_modules": (
-                "training.memory.html#checkpointing_modules",
+                "training/memory.html#checkpointing_modules",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.clear_cache": (
-                "training.memory.html#clear_cache",
+                "training/memory.html#clear_cache",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.cuda_peaks": (
-                "training.memory.html#cuda_peaks",
+                "training/memory.html#cuda_peaks",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.enable_gradient_checkpointing": (
-                "training.memory.html#enable_gradient_checkpointing",
+                "training/memory.html#enable_gradient_checkpointing",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.estimate_memory": (
-                "training.memory.html#estimate_memory",
+                "training/memory.html#estimate_memory",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.is_out_of_memory": (
-                "training.memory.html#is_out_of_memory",
+                "training/memory.html#is_out_of_memory",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.keep_freed_memory": (
-                "training.memory.html#keep_freed_memory",
+                "training/memory.html#keep_freed_memory",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.memory_advice": (
-                "training.memory.html#memory_advice",
+                "training/memory.html#memory_advice",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.saved_bytes": (
-                "training.memory.html#saved_bytes",
+                "training/memory.html#saved_bytes",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.unsupported": (
-                "training.memory.html#unsupported",
+                "training/memory.html#unsupported",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.untouched": (
-                "training.memory.html#untouched",
+                "training/memory.html#untouched",
                 "crackseg_nb/training/memory.py",
             ),
         },
         "crackseg_nb.training.optim": {
             "crackseg_nb.training.optim.OptimConfig": (
-                "training.optim.html#optimconfig",
+                "training/optim.html#optimconfig",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.OptimConfig.__post_init__": (
-                "training.optim.html#optimconfig.__post_init__",
+                "training/optim.html#optimconfig.__post_init__",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.OptimConfig.for_batch": (
-                "training.optim.html#optimconfig.for_batch",
+                "training/optim.html#optimconfig.for_batch",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.OptimConfig.warmup": (
-                "training.optim.html#optimconfig.warmup",
+                "training/optim.html#optimconfig.warmup",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.check_betas": (
-                "training.optim.html#check_betas",
+                "training/optim.html#check_betas",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.cosine_between": (
-                "training.optim.html#cosine_between",
+                "training/optim.html#cosine_between",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.cosine_factor": (
-                "training.optim.html#cosine_factor",
+                "training/optim.html#cosine_factor",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.create_optimizer": (
-                "training.optim.html#create_optimizer",
+                "training/optim.html#create_optimizer",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.create_scheduler": (
-                "training.optim.html#create_scheduler",
+                "training/optim.html#create_scheduler",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.fused_available": (
-                "training.optim.html#fused_available",
+                "training/optim.html#fused_available",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.learning_rate_curve": (
-                "training.optim.html#learning_rate_curve",
+                "training/optim.html#learning_rate_curve",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.onecycle_factor": (
-                "training.optim.html#onecycle_factor",
+                "training/optim.html#onecycle_factor",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.parameter_groups": (
-                "training.optim.html#parameter_groups",
+                "training/optim.html#parameter_groups",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.schedule_factor": (
-                "training.optim.html#schedule_factor",
+                "training/optim.html#schedule_factor",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.undecayed_names": (
-                "training.optim.html#undecayed_names",
+                "training/optim.html#undecayed_names",
                 "crackseg_nb/training/optim.py",
             ),
         },
-        "crackseg_nb.training.parallel": {
-            "crackseg_nb.training.parallel.RunningStatistics": (
-                "training.parallel.html#runningstatistics",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.RunningStatistics.__init__": (
-                "training.parallel.html#runningstatistics.__init__",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.RunningStatistics.now": (
-                "training.parallel.html#runningstatistics.now",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.RunningStatistics.restore": (
-                "training.parallel.html#runningstatistics.restore",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.RunningStatistics.snapshot": (
-                "training.parallel.html#runningstatistics.snapshot",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.any_process": (
-                "training.parallel.html#any_process",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.check_counted": (
-                "training.parallel.html#check_counted",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.check_launch": (
-                "training.parallel.html#check_launch",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.close": ("training.parallel.html#close", "crackseg_nb/training/parallel.py"),
-            "crackseg_nb.training.parallel.combine": (
-                "training.parallel.html#combine",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.gather_metrics": (
-                "training.parallel.html#gather_metrics",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.gather_objects": (
-                "training.parallel.html#gather_objects",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.launch": (
-                "training.parallel.html#launch",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.launch_error": (
-                "training.parallel.html#launch_error",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.note_error": (
-                "training.parallel.html#note_error",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.passing_signals": (
-                "training.parallel.html#passing_signals",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.receive_signals": (
-                "training.parallel.html#receive_signals",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.statistics_weights": (
-                "training.parallel.html#statistics_weights",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.stop_early": (
-                "training.parallel.html#stop_early",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.sum_gradients": (
-                "training.parallel.html#sum_gradients",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.sum_over_processes": (
-                "training.parallel.html#sum_over_processes",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.was_stopped": (
-                "training.parallel.html#was_stopped",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.watch_parent": (
-                "training.parallel.html#watch_parent",
-                "crackseg_nb/training/parallel.py",
-            ),
-            "crackseg_nb.training.parallel.work": ("training.parallel.html#work", "crackseg_nb/training/parallel.py"),
-        },
         "crackseg_nb.training.precision": {
             "crackseg_nb.training.precision.PrecisionTiming": (
-                "training.precision.html#precisiontiming",
+                "training/precision.html#precisiontiming",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.PrecisionTiming.__str__": (
-                "training.precision.html#precisiontiming.__str__",
+                "training/precision.html#precisiontiming.__str__",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.PrecisionTiming.best": (
-                "training.precision.html#precisiontiming.best",
+                "training/precision.html#precisiontiming.best",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.choose_precision": (
-                "training.precision.html#choose_precision",
+                "training/precision.html#choose_precision",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.cpu_computes_bf16": (
-                "training.precision.html#cpu_computes_bf16",
+                "training/precision.html#cpu_computes_bf16",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.make_step": (
-                "training.precision.html#make_step",
+                "training/precision.html#make_step",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.time_precisions": (
-                "training.precision.html#time_precisions",
+                "training/precision.html#time_precisions",
                 "crackseg_nb/training/precision.py",
             ),
         },
         "crackseg_nb.training.trainer": {
             "crackseg_nb.training.trainer.BestSoFar": (
-                "training.trainer.html#bestsofar",
+                "training/trainer.html#bestsofar",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.BestSoFar.should_stop": (
-                "training.trainer.html#bestsofar.should_stop",
+                "training/trainer.html#bestsofar.should_stop",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.BestSoFar.update": (
-                "training.trainer.html#bestsofar.update",
+                "training/trainer.html#bestsofar.update",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.TrainConfig": (
-                "training.trainer.html#trainconfig",
+                "training/trainer.html#trainconfig",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.TrainConfig.__post_init__": (
-                "training.trainer.html#trainconfig.__post_init__",
+                "training/trainer.html#trainconfig.__post_init__",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer": (
-                "training.trainer.html#trainer",
+                "training/trainer.html#trainer",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer.__init__": (
-                "training.trainer.html#trainer.__init__",
+                "training/trainer.html#trainer.__init__",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer.over": (
-                "training.trainer.html#trainer.over",
+                "training/trainer.html#trainer.over",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer.position": (
-                "training.trainer.html#trainer.position",
+                "training/trainer.html#trainer.position",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.begin_epoch": (
-                "training.trainer.html#begin_epoch",
+                "training/trainer.html#begin_epoch",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.create_guard": (
-                "training.trainer.html#create_guard",
+                "training/trainer.html#create_guard",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.epoch_line": (
-                "training.trainer.html#epoch_line",
+                "training/trainer.html#epoch_line",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.finish_epoch": (
-                "training.trainer.html#finish_epoch",
+                "training/trainer.html#finish_epoch",
                 "crackseg_nb/training/trainer.py",
             ),
-            "crackseg_nb.training.trainer.fit": ("training.trainer.html#fit", "crackseg_nb/training/trainer.py"),
+            "crackseg_nb.training.trainer.fit": ("training/trainer.html#fit", "crackseg_nb/training/trainer.py"),
             "crackseg_nb.training.trainer.gradient_norm": (
-                "training.trainer.html#gradient_norm",
+                "training/trainer.html#gradient_norm",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.last_good": (
-                "training.trainer.html#last_good",
+                "training/trainer.html#last_good",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.load_optimizer_state": (
-                "training.trainer.html#load_optimizer_state",
+                "training/trainer.html#load_optimizer_state",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.look_for_nan": (
-                "training.trainer.html#look_for_nan",
+                "training/trainer.html#look_for_nan",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.next_step": (
-                "training.trainer.html#next_step",
+                "training/trainer.html#next_step",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.pause_if_asked": (
-                "training.trainer.html#pause_if_asked",
+                "training/trainer.html#pause_if_asked",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.repeat_step": (
-                "training.trainer.html#repeat_step",
+                "training/trainer.html#repeat_step",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.restore": (
-                "training.trainer.html#restore",
+                "training/trainer.html#restore",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.restore_files": (
-                "training.trainer.html#restore_files",
+                "training/trainer.html#restore_files",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.restore_schedule": (
-                "training.trainer.html#restore_schedule",
+                "training/trainer.html#restore_schedule",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.run_epoch": (
-                "training.trainer.html#run_epoch",
+                "training/trainer.html#run_epoch",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.save_epoch": (
-                "training.trainer.html#save_epoch",
+                "training/trainer.html#save_epoch",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.save_state": (
-                "training.trainer.html#save_state",
+                "training/trainer.html#save_state",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.save_tables": (
-                "training.trainer.html#save_tables",
+                "training/trainer.html#save_tables",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.state_name": (
-                "training.trainer.html#state_name",
+                "training/trainer.html#state_name",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.train_epoch": (
-                "training.trainer.html#train_epoch",
+                "training/trainer.html#train_epoch",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.train_window": (
-                "training.trainer.html#train_window",
+                "training/trainer.html#train_window",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.training_row": (
-                "training.trainer.html#training_row",
+                "training/trainer.html#training_row",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.training_state": (
-                "training.trainer.html#training_state",
+                "training/trainer.html#training_state",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.validation_row": (
-                "training.trainer.html#validation_row",
+                "training/trainer.html#validation_row",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.write_scalars": (
-                "training.trainer.html#write_scalars",
+                "training/trainer.html#write_scalars",
                 "crackseg_nb/training/trainer.py",
+            ),
+        },
+        "crackseg_nb.training.weights": {
+            "crackseg_nb.training.weights.Fate": ("training/weights.html#fate", "crackseg_nb/training/weights.py"),
+            "crackseg_nb.training.weights.TransferReport": (
+                "training/weights.html#transferreport",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.as_dict": (
+                "training/weights.html#transferreport.as_dict",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.describe": (
+                "training/weights.html#transferreport.describe",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.of": (
+                "training/weights.html#transferreport.of",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.share": (
+                "training/weights.html#transferreport.share",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.table": (
+                "training/weights.html#transferreport.table",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.TransferReport.values": (
+                "training/weights.html#transferreport.values",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.check_finite": (
+                "training/weights.html#check_finite",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.check_transfer": (
+                "training/weights.html#check_transfer",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.find_source": (
+                "training/weights.html#find_source",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.fit_tensor": (
+                "training/weights.html#fit_tensor",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.kind_of": (
+                "training/weights.html#kind_of",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.load_encoder_weights": (
+                "training/weights.html#load_encoder_weights",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.load_model_weights": (
+                "training/weights.html#load_model_weights",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.plan_transfer": (
+                "training/weights.html#plan_transfer",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.read_source": (
+                "training/weights.html#read_source",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.resize_table": (
+                "training/weights.html#resize_table",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.split_source": (
+                "training/weights.html#split_source",
+                "crackseg_nb/training/weights.py",
             ),
         },
         "crackseg_nb.training.window": {
             "crackseg_nb.training.window.accumulate_window": (
-                "training.window.html#accumulate_window",
+                "training/window.html#accumulate_window",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.backward_window": (
-                "training.window.html#backward_window",
+                "training/window.html#backward_window",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.create_accelerator": (
-                "training.window.html#create_accelerator",
+                "training/window.html#create_accelerator",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.forget_window": (
-                "training.window.html#forget_window",
+                "training/window.html#forget_window",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.smaller_micro_batch": (
-                "training.window.html#smaller_micro_batch",
+                "training/window.html#smaller_micro_batch",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.split_batch": (
-                "training.window.html#split_batch",
+                "training/window.html#split_batch",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.to_device": (
-                "training.window.html#to_device",
+                "training/window.html#to_device",
                 "crackseg_nb/training/window.py",
             ),
             "crackseg_nb.training.window.window_normalizers": (
-                "training.window.html#window_normalizers",
+                "training/window.html#window_normalizers",
                 "crackseg_nb/training/window.py",
             ),
-        },
-        "crackseg_nb.transfer_study": {
-            "crackseg_nb.transfer_study.arms": ("transfer_study.html#arms", "crackseg_nb/transfer_study.py"),
-            "crackseg_nb.transfer_study.paired_results": (
-                "transfer_study.html#paired_results",
-                "crackseg_nb/transfer_study.py",
-            ),
-            "crackseg_nb.transfer_study.show_arms": ("transfer_study.html#show_arms", "crackseg_nb/transfer_study.py"),
-            "crackseg_nb.transfer_study.tell": ("transfer_study.html#tell", "crackseg_nb/transfer_study.py"),
-        },
-        "crackseg_nb.verify": {
-            "crackseg_nb.verify.Check": ("verify.html#check", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Check.what": ("verify.html#check.what", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.KeptRun": ("verify.html#keptrun", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.KeptRun.compare_table": ("verify.html#keptrun.compare_table", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.KeptRun.read": ("verify.html#keptrun.read", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.KeptRun.table": ("verify.html#keptrun.table", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification": ("verify.html#verification", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification.__str__": ("verify.html#verification.__str__", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification.code": ("verify.html#verification.code", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification.outcome": ("verify.html#verification.outcome", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification.table": ("verify.html#verification.table", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.Verification.to_dict": ("verify.html#verification.to_dict", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.cells": ("verify.html#cells", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.changed_on_the_way": ("verify.html#changed_on_the_way", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.check_files": ("verify.html#check_files", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.check_images": ("verify.html#check_images", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.check_means": ("verify.html#check_means", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.check_world": ("verify.html#check_world", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.command_line": ("verify.html#command_line", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.compare": ("verify.html#compare", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.compare_scores": ("verify.html#compare_scores", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.compare_training": ("verify.html#compare_training", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.compare_yaml": ("verify.html#compare_yaml", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.distance": ("verify.html#distance", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.evaluate_again": ("verify.html#evaluate_again", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.evaluated": ("verify.html#evaluated", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.flatten": ("verify.html#flatten", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.is_number": ("verify.html#is_number", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.look_for_changes": ("verify.html#look_for_changes", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.main": ("verify.html#main", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.only_scores": ("verify.html#only_scores", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.open_manifest": ("verify.html#open_manifest", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.read_splits": ("verify.html#read_splits", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.repeat": ("verify.html#repeat", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.settled": ("verify.html#settled", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.settled_for_evaluation": (
-                "verify.html#settled_for_evaluation",
-                "crackseg_nb/verify.py",
-            ),
-            "crackseg_nb.verify.shown": ("verify.html#shown", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.threads_of": ("verify.html#threads_of", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.trained": ("verify.html#trained", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.verify": ("verify.html#verify", "crackseg_nb/verify.py"),
-            "crackseg_nb.verify.weights_digest": ("verify.html#weights_digest", "crackseg_nb/verify.py"),
         },
     },
 }

@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def begin():
     "A function that returns an experiment with data and model, which goes no further."
-    from crackseg_nb.experiment import prepare
+    from crackseg_nb.runs.experiment import prepare
 
     def prepared(config):
         experiment = prepare(config)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from crackseg_nb.core import CrackSegError
+from crackseg_nb.core.checks import CrackSegError
 
 
 def one_line(action, *parts):

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from crackseg_nb.core import CrackSegError, Stopped
-from crackseg_nb.metrics import BinaryMetrics
-from crackseg_nb.training.parallel import (
+from crackseg_nb.core.checks import CrackSegError, Stopped
+from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.training.exchange import (
     RunningStatistics,
     any_process,
     gather_metrics,

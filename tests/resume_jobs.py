@@ -13,10 +13,10 @@ import timm
 import torch
 from torch import nn
 
-from crackseg_nb import experiment as experiment_module
-from crackseg_nb.config import configure
-from crackseg_nb.metrics import BinaryMetrics
+from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.models import encoders, registry
+from crackseg_nb.runs import experiment as experiment_module
+from crackseg_nb.runs.config import configure
 from crackseg_nb.training import checkpoint as checkpoint_module
 from crackseg_nb.training import trainer as trainer_module
 

@@ -6,9 +6,9 @@ import papermill
 import pytest
 from messages import one_line
 
-from crackseg_nb.config import config_to_dict, configure
-from crackseg_nb.core import project_root
-from crackseg_nb.evidence.ablation import ARMS, BASE, AblationConfig, effects, sweeps_of
+from crackseg_nb.core.checks import project_root
+from crackseg_nb.runs.config import config_to_dict, configure
+from crackseg_nb.studies.ablation import ARMS, BASE, AblationConfig, effects, sweeps_of
 
 
 def flat(settings, path=""):

@@ -12,8 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from crackseg_nb import benchmark
-from crackseg_nb.benchmark import (
+from crackseg_nb.core.checks import CrackSegError, read_yaml
+from crackseg_nb.data.augment import create_augmentation
+from crackseg_nb.data.dataset import CrackDataset
+from crackseg_nb.sources.registry import read_source
+from crackseg_nb.studies import training_speed as benchmark
+from crackseg_nb.studies.training_speed import (
     BenchmarkConfig,
     Contest,
     Contestant,
@@ -25,12 +29,8 @@ from crackseg_nb.benchmark import (
     time_first_step,
     turns,
 )
-from crackseg_nb.core import CrackSegError, read_yaml
-from crackseg_nb.data.augment import create_augmentation
-from crackseg_nb.data.dataset import CrackDataset
-from crackseg_nb.data.sources import read_source
-from crackseg_nb.data.synthetic import write_synthetic
-from crackseg_nb.losses import create_loss
+from crackseg_nb.synthetic.cracks import write_synthetic
+from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import OptimConfig
 from crackseg_nb.training.trainer import TrainConfig
 

@@ -10,9 +10,8 @@ from scipy.stats import entropy as scipy_entropy
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.data.synthetic import synthesize
-from crackseg_nb.evidence.calibration import (
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.metrics.calibration import (
     Calibration,
     show_reliability,
     show_uncertainty,
@@ -22,6 +21,7 @@ from crackseg_nb.evidence.calibration import (
     uncertainty_maps,
 )
 from crackseg_nb.models.unet import Unet, UnetConfig
+from crackseg_nb.synthetic.cracks import synthesize
 
 NUM_CASES = 200
 NAMES = ("ece", "brier", "near_ece", "near_brier")

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from test_sources import CRACK, one_line, palette, write_folder
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.data import sources
-from crackseg_nb.data.sources import (
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.data.splits import audit, make_splits
+from crackseg_nb.sources import registry as sources
+from crackseg_nb.sources.registry import (
     ARTEFACT,
     ENCODINGS,
     NEU_SEG,
@@ -28,7 +29,6 @@ from crackseg_nb.data.sources import (
     unpack,
     voc_colours,
 )
-from crackseg_nb.data.splits import audit, make_splits
 
 NAMES = ("background", "inclusion", "patches", "scratches")
 RANDOM = np.random.default_rng(0)

@@ -7,8 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crackseg_nb import compression
-from crackseg_nb.compression import (
+from crackseg_nb.core.checks import CrackSegError, create_run_folder, seed_everything
+from crackseg_nb.data.augment import create_augmentation
+from crackseg_nb.data.dataset import CrackDataset, create_loader
+from crackseg_nb.data.splits import make_splits
+from crackseg_nb.models import deeplab_lite
+from crackseg_nb.models.encoders import pad_to_multiple
+from crackseg_nb.models.layers import conv_norm_relu
+from crackseg_nb.sources.registry import read_source
+from crackseg_nb.studies import compression
+from crackseg_nb.studies.compression import (
     DistillationLoss,
     Ensemble,
     Int8Model,
@@ -21,18 +29,10 @@ from crackseg_nb.compression import (
     sparsity,
     taught_by,
 )
-from crackseg_nb.core import CrackSegError, create_run_folder, seed_everything
-from crackseg_nb.data.augment import create_augmentation
-from crackseg_nb.data.dataset import CrackDataset, create_loader
-from crackseg_nb.data.sources import read_source
-from crackseg_nb.data.splits import make_splits
-from crackseg_nb.data.synthetic import write_synthetic
-from crackseg_nb.layers import conv_norm_relu
-from crackseg_nb.losses import create_loss
-from crackseg_nb.models import deeplab_lite
-from crackseg_nb.models.encoders import pad_to_multiple
+from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint, load_weights
 from crackseg_nb.training.evaluation import evaluate
+from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import OptimConfig
 from crackseg_nb.training.trainer import TrainConfig, Trainer, fit
 from crackseg_nb.training.window import create_accelerator

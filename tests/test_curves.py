@@ -14,8 +14,8 @@ from torchmetrics.functional.classification import (
     binary_recall,
 )
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.evidence.curves import CURVE_SCORES, HUNDREDTHS, ThresholdCurves, one_to_one, show_curves
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.metrics.curves import CURVE_SCORES, HUNDREDTHS, ThresholdCurves, one_to_one, show_curves
 
 NUM_CASES = 200
 GRID = (0.1, 0.25, 0.5, 0.7, 0.9)

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from crackseg_nb.core import CrackSegError, read_yaml, seed_for, write_yaml
-from crackseg_nb.data import synthetic
-from crackseg_nb.data.damage import (
+from crackseg_nb.core.checks import CrackSegError, read_yaml, seed_for, write_yaml
+from crackseg_nb.synthetic import cracks as synthetic
+from crackseg_nb.synthetic.cracks import DISTRACTOR_NAMES, MANIFEST, synthesize, write_synthetic
+from crackseg_nb.synthetic.damage import (
     DAMAGE_CLASSES,
     DAMAGE_IDS,
     DamageConfig,
@@ -19,7 +20,6 @@ from crackseg_nb.data.damage import (
     synthesize_damage,
     write_damage,
 )
-from crackseg_nb.data.synthetic import DISTRACTOR_NAMES, MANIFEST, synthesize, write_synthetic
 
 SIZE = (48, 64)
 KINDS = [name for name in DAMAGE_CLASSES if name != "background"]

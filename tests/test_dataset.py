@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from crackseg_nb.core import CrackSegError
+from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.data import dataset as dataset_module
-from crackseg_nb.data import sources as sources_module
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
 from crackseg_nb.data.dataset import CrackDataset, EpochSampler, ImageStore, Loader, SameSizeBatches, create_loader
-from crackseg_nb.data.sources import Sample, read_source
-from crackseg_nb.data.synthetic import write_synthetic
+from crackseg_nb.sources import registry as sources_module
+from crackseg_nb.sources.registry import Sample, read_source
+from crackseg_nb.synthetic.cracks import write_synthetic
 
 NUM_IMAGES = 13
 
@@ -363,7 +363,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from crackseg_nb.data import dataset
-from crackseg_nb.data.sources import read_source
+from crackseg_nb.sources.registry import read_source
 folder, cache = map(Path, sys.argv[1:])
 read = dataset.read_pair
 def slow(sample, *arguments):

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from crackseg_nb.config import configure
-from crackseg_nb.core import RunFolder, read_yaml
-from crackseg_nb.experiment import run
+from crackseg_nb.core.checks import RunFolder, read_yaml
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def test_a_launcher_trains_one_run(outputs, alone):
         "--nproc-per-node",
         "2",
         "-m",
-        "crackseg_nb.launch",
+        "crackseg_nb.runs.launch",
         *words,
     ]
     done = subprocess.run(

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from crackseg_nb.compression import Ensemble, prune_weights, quantize_int8
-from crackseg_nb.core import CrackSegError
-from crackseg_nb.efficiency import (
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.models.layers import conv_norm_relu
+from crackseg_nb.models.registry import create_model
+from crackseg_nb.studies.compression import Ensemble, prune_weights, quantize_int8
+from crackseg_nb.studies.efficiency import (
     compare_latency,
     file_size,
     frontier_table,
@@ -20,8 +22,6 @@ from crackseg_nb.efficiency import (
     pareto,
     show_frontier,
 )
-from crackseg_nb.layers import conv_norm_relu
-from crackseg_nb.models.registry import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

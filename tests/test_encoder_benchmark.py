@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crackseg_nb.config import notebook_settings
-from crackseg_nb.core import CrackSegError, RunFolder, write_yaml
-from crackseg_nb.encoder_benchmark import (
+from crackseg_nb.core.checks import CrackSegError, RunFolder, write_yaml
+from crackseg_nb.runs.config import notebook_settings
+from crackseg_nb.runs.sweep import read_fixed
+from crackseg_nb.studies.encoder_benchmark import (
     FAMILY_COLOURS,
     EncoderBenchmark,
     EncoderBenchmarkConfig,
@@ -26,7 +27,6 @@ from crackseg_nb.encoder_benchmark import (
     show_classes,
     summarise,
 )
-from crackseg_nb.sweep import read_fixed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "benchmark_encoders.ipynb"

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from crackseg_nb.core import CrackSegError
-from crackseg_nb.layers import BatchNorm2d
+from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.models import encoders
 from crackseg_nb.models.encoders import (
     ENCODERS,
@@ -20,6 +19,7 @@ from crackseg_nb.models.encoders import (
     load_pretrained,
     load_weights_file,
 )
+from crackseg_nb.models.layers import BatchNorm2d
 from crackseg_nb.models.registry import MODELS, create_model
 from crackseg_nb.models.unet import Unet, UnetConfig
 from crackseg_nb.training.memory import enable_gradient_checkpointing

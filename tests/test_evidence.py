@@ -12,12 +12,12 @@ import pytest
 from messages import one_line
 from PIL import Image
 
-from crackseg_nb.config import configure
-from crackseg_nb.core import project_root, read_yaml, write_yaml
+from crackseg_nb.core.checks import project_root, read_yaml, write_yaml
 from crackseg_nb.evidence.comparison import compare
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
-from crackseg_nb.experiment import run
-from crackseg_nb.results import prediction_path, save_prediction
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.results import prediction_path, save_prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(

@@ -14,13 +14,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from crackseg_nb import core
-from crackseg_nb import experiment as experiment_module
-from crackseg_nb.config import configure, known_parameters
-from crackseg_nb.core import CrackSegError, RunFolder, read_yaml
-from crackseg_nb.data.synthetic import write_synthetic
-from crackseg_nb.experiment import run
-from crackseg_nb.results import prediction_path
+from crackseg_nb.core import checks as core
+from crackseg_nb.core.checks import CrackSegError, RunFolder, read_yaml
+from crackseg_nb.runs import experiment as experiment_module
+from crackseg_nb.runs.config import configure, known_parameters
+from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.results import prediction_path
+from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
 
 def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
     code = (
-        f"from crackseg_nb.config import configure; from crackseg_nb.experiment import Experiment\n"
+        f"from crackseg_nb.runs.config import configure; from crackseg_nb.runs.experiment import Experiment\n"
         f"experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise SystemExit(3)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3

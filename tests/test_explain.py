@@ -12,8 +12,8 @@ from skimage.measure import label
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
-from crackseg_nb.core import VOID
-from crackseg_nb.evidence.explain import (
+from crackseg_nb.core.checks import VOID
+from crackseg_nb.evidence.error_types import (
     ERROR_TYPES,
     activation_maps,
     aspp_maps,
@@ -29,9 +29,9 @@ from crackseg_nb.evidence.explain import (
     watched,
     window_attention,
 )
-from crackseg_nb.evidence.widths import local_widths, trace
+from crackseg_nb.figures.photos import ERROR_COLOURS, VOID_COLOUR, Case
+from crackseg_nb.metrics.widths import local_widths, trace
 from crackseg_nb.models.registry import create_model
-from crackseg_nb.pictures import ERROR_COLOURS, VOID_COLOUR, Case
 
 SIZES = [(64, 64), (33, 47), (75, 101), (32, 96), (150, 90)]
 

@@ -15,10 +15,10 @@ import pytest
 import resume_jobs
 import torch
 
-from crackseg_nb.config import configure
-from crackseg_nb.core import RESUME_CODE, CrackSegError, RunFolder, Stopped, read_yaml
-from crackseg_nb.experiment import run
+from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, RunFolder, Stopped, read_yaml
 from crackseg_nb.models import registry
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
 from crackseg_nb.training import checkpoint as checkpoint_module
 from crackseg_nb.training.checkpoint import checkpoint_names, load_checkpoint
 from crackseg_nb.training.diagnosis import load_batch
@@ -207,8 +207,8 @@ def test_a_disk_that_is_really_full(tmp_path, whole):
             filler.write_bytes(b"0" * (shutil.disk_usage(disk).free - 3000))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("crackseg_nb.experiment.check_writable", lambda *_: None)
-            patch.setattr("crackseg_nb.experiment.SPACE_TO_BEGIN", 0)
+            patch.setattr("crackseg_nb.runs.experiment.check_writable", lambda *_: None)
+            patch.setattr("crackseg_nb.runs.experiment.SPACE_TO_BEGIN", 0)
             patch.setattr(
                 "crackseg_nb.training.trainer.begin_epoch",
                 lambda trainer, begin=run.__globals__["Trainer"].__init__.__globals__["begin_epoch"]: (
@@ -290,7 +290,7 @@ def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
     timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "crackseg_nb.experiment.fit", lambda *args, fit=run.__globals__["fit"]: (timer.start(), fit(*args))[1]
+            "crackseg_nb.runs.experiment.fit", lambda *args, fit=run.__globals__["fit"]: (timer.start(), fit(*args))[1]
         )
         slow = resume_jobs.ConvNorm.forward
         patch.setattr(resume_jobs.ConvNorm, "forward", lambda self, image: (time.sleep(0.05), slow(self, image))[1])
@@ -317,7 +317,7 @@ def test_the_time_limit_stops_within_a_step_and_ends_with_the_code_to_resume(tmp
         for word in ("-p", *map(str, item))
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "crackseg_nb.launch", *words], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "crackseg_nb.runs.launch", *words], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == RESUME_CODE, done.stderr[-2000:]
     folder = RunFolder(tmp_path / "late")

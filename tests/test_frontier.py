@@ -5,10 +5,10 @@ import papermill
 import pytest
 import torch
 
-from crackseg_nb.config import configure
-from crackseg_nb.core import CrackSegError, project_root
-from crackseg_nb.experiment import run
-from crackseg_nb.frontier import Frontier, FrontierConfig, take_steps
+from crackseg_nb.core.checks import CrackSegError, project_root
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
+from crackseg_nb.studies.frontier import Frontier, FrontierConfig, take_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(

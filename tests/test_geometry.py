@@ -11,9 +11,9 @@ from messages import one_line
 from scipy.spatial.distance import cdist
 from skimage.morphology import skeletonize
 
-from crackseg_nb.core import VOID
-from crackseg_nb.data.synthetic import SyntheticConfig, synthesize
-from crackseg_nb.evidence.geometry import (
+from crackseg_nb.core.checks import VOID
+from crackseg_nb.figures.photos import OUTCOMES
+from crackseg_nb.metrics.geometry import (
     SHAPE_SCORES,
     GeometryScores,
     line_outcomes,
@@ -21,7 +21,7 @@ from crackseg_nb.evidence.geometry import (
     shape_scores,
     show_geometry,
 )
-from crackseg_nb.evidence.widths import (
+from crackseg_nb.metrics.widths import (
     WIDTHS,
     inscribed,
     local_widths,
@@ -32,7 +32,7 @@ from crackseg_nb.evidence.widths import (
     width_counts,
     width_scores,
 )
-from crackseg_nb.pictures import OUTCOMES
+from crackseg_nb.synthetic.cracks import SyntheticConfig, synthesize
 
 EIGHT = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
 FOUR = [(-1, 0), (1, 0), (0, -1), (0, 1)]

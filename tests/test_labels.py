@@ -11,13 +11,13 @@ import torch
 from messages import one_line
 from PIL import Image
 
-from crackseg_nb.core import fingerprint_of, read_yaml, write_yaml
-from crackseg_nb.data import sources
+from crackseg_nb.core.checks import fingerprint_of, read_yaml, write_yaml
 from crackseg_nb.data.dataset import create_loader
-from crackseg_nb.data.labels import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
-from crackseg_nb.data.sources import LABELS, Classes, Sample, Source, label_classes, read_image, read_source
+from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
 from crackseg_nb.data.splits import audit, fingerprint, make_splits
-from crackseg_nb.data.textures import TEXTURES, synthesize_texture, write_textures
+from crackseg_nb.sources import registry as sources
+from crackseg_nb.sources.registry import LABELS, Classes, Sample, Source, label_classes, read_image, read_source
+from crackseg_nb.synthetic.textures import TEXTURES, synthesize_texture, write_textures
 
 
 def noise(seed, size=(32, 32)):
@@ -596,7 +596,7 @@ def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch):
     def refuse(place):
         raise PermissionError(13, "Permission denied", str(place))
 
-    monkeypatch.setattr("crackseg_nb.data.sources.subfolders", refuse)
+    monkeypatch.setattr("crackseg_nb.sources.registry.subfolders", refuse)
     for read in (read_source, label_classes):
         one_line(
             lambda read=read: read("ImageFolder", tmp_path),

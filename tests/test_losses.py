@@ -12,8 +12,8 @@ from segmentation_models_pytorch.losses._functional import softmax_focal_loss_wi
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.losses import LOSSES, LossConfig, create_loss, loss_settings, losses_for
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.training.losses import LOSSES, LossConfig, create_loss, loss_settings, losses_for
 
 NUM_CASES = 200
 ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]

@@ -21,8 +21,8 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.segmentation import dice_score
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.metrics import (
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.metrics.counts import (
     CLASS_PROTOCOL,
     PROTOCOL,
     SCORES,

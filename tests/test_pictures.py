@@ -9,13 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from crackseg_nb.core import VOID, CrackSegError
+from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.augment import create_augmentation
-from crackseg_nb.data.sources import Classes, Sample
 from crackseg_nb.data.splits import Audit
-from crackseg_nb.data.synthetic import synthesize
-from crackseg_nb.metrics import ClassMetrics
-from crackseg_nb.pictures import (
+from crackseg_nb.figures.photos import (
     CRACK_COLOUR,
     ERROR_COLOURS,
     OUTCOMES,
@@ -37,6 +34,9 @@ from crackseg_nb.pictures import (
     show_samples,
     shrink_labels,
 )
+from crackseg_nb.metrics.counts import ClassMetrics
+from crackseg_nb.sources.registry import Classes, Sample
+from crackseg_nb.synthetic.cracks import synthesize
 
 COLOURS = tuple((10 * k, 255 - 10 * k, 7 * k) for k in range(1, 21))
 

@@ -10,7 +10,7 @@ import pytest
 import resume_jobs
 import torch
 
-from crackseg_nb.core import RunFolder, read_yaml
+from crackseg_nb.core.checks import RunFolder, read_yaml
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 KINDS = ("step", "checkpoint", "evaluation", "time", "in evaluation", "start")

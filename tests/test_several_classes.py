@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from crackseg_nb.config import configure
-from crackseg_nb.core import CrackSegError, read_yaml
-from crackseg_nb.data.sources import read_mask
-from crackseg_nb.data.weights import weights_from_counts
-from crackseg_nb.experiment import run
-from crackseg_nb.results import read_prediction
+from crackseg_nb.core.checks import CrackSegError, read_yaml
+from crackseg_nb.data.class_weights import weights_from_counts
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.results import read_prediction
+from crackseg_nb.sources.registry import read_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("background", "crack", "spalling", "corrosion", "efflorescence")

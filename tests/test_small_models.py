@@ -9,11 +9,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from crackseg_nb.config import RECIPES, configure
-from crackseg_nb.core import CrackSegError, RunFolder, Stopped, project_root, read_yaml
-from crackseg_nb.data.synthetic import SyntheticConfig, write_synthetic
-from crackseg_nb.experiment import Experiment, prepare, run
+from crackseg_nb.core.checks import CrackSegError, RunFolder, Stopped, project_root, read_yaml
 from crackseg_nb.models.registry import count_parameters, create_model
+from crackseg_nb.runs.config import RECIPES, configure
+from crackseg_nb.runs.experiment import Experiment, prepare, run
+from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = {"deeplab_original": 6_831_509, "deeplab_optimized": 2_516_853}

@@ -12,8 +12,8 @@ from messages import one_line
 from PIL import Image
 from scipy.io import savemat
 
-from crackseg_nb.data.sources import ENCODINGS, SOURCES, Sample, Source, read_image, read_mask, read_source
 from crackseg_nb.data.splits import audit, crossing_groups, fingerprint, make_splits, pick_groups
+from crackseg_nb.sources.registry import ENCODINGS, SOURCES, Sample, Source, read_image, read_mask, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT / "../shared/data")
@@ -57,7 +57,7 @@ def test_missing_folder_names_path_and_layout(name, data_dir, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("no network\nhere")
 
-    monkeypatch.setattr("crackseg_nb.data.sources.snapshot_download", unreachable)
+    monkeypatch.setattr("crackseg_nb.sources.registry.snapshot_download", unreachable)
     found = "can't be fetched (no network)" if SOURCES[name].fetch and not data_dir else repr(data_dir)
     one_line(lambda: read_source(name, data_dir), "data_dir", found, SOURCES[name].layout)
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from crackseg_nb.core import CrackSegError
-from crackseg_nb.evidence import statistics
-from crackseg_nb.evidence.statistics import (
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.metrics import statistics
+from crackseg_nb.metrics.statistics import (
     COUNTS,
     achieved_significance,
     bootstrap,

@@ -12,8 +12,8 @@ import pytest
 from slurm_cluster import wait_for
 from stand_in import write_stand_in
 
-from crackseg_nb.core import CrackSegError, RunFolder, read_yaml
-from crackseg_nb.sweep import Sweep, attempts_of
+from crackseg_nb.core.checks import CrackSegError, RunFolder, read_yaml
+from crackseg_nb.runs.sweep import Sweep, attempts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -90,7 +90,7 @@ def start(tmp_path, real, command, **jobs):
         command = [
             sys.executable,
             "-c",
-            f"import sys; from crackseg_nb.sweep import *; sys.exit(carry_out({create}, False))",
+            f"import sys; from crackseg_nb.runs.sweep import *; sys.exit(carry_out({create}, False))",
         ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for((tmp_path / "demo" / "sweep.yaml").exists, "the sweep", 60)
@@ -208,7 +208,7 @@ def test_an_interrupt_stops_the_runs_and_the_same_sweep_goes_on(sweep, tmp_path)
     command = [
         sys.executable,
         "-c",
-        f"import sys; from crackseg_nb.sweep import *; sys.exit(carry_out({create}, False))",
+        f"import sys; from crackseg_nb.runs.sweep import *; sys.exit(carry_out({create}, False))",
     ]
     both = sweep("seed=1,2", "epochs=40", parallel=2)
     process = subprocess.Popen(

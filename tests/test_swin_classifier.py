@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from crackseg_nb.core import CrackSegError
+from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.models.encoders import SWINV2_ENCODERS, create_encoder, plain_name
 from crackseg_nb.models.swin_classifier import SWIN_ENCODERS, SwinClassifier, SwinClassifierConfig, swin_layout
 from crackseg_nb.models.swinv2_hybrid import SwinV2HybridConfig

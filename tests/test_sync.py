@@ -23,8 +23,25 @@ EXPORT = re.compile(r"^#\s*\|\s*exports?i?\b", re.M)
 DEFAULT_EXPORT = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 MACHINE_PATH = re.compile(r"(?<![\w.+/-])(?:/(?:home|mnt|private|root|tmp|Users|var|work)/\w|[A-Z]:\\\w)")
 
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+# The parts of the house in reading order; a part imports from itself and from those above it only.
+PARTS = (
+    "core",
+    "synthetic",
+    "sources",
+    "data",
+    "models",
+    "figures",
+    "metrics",
+    "training",
+    "runs",
+    "evidence",
+    "inference",
+    "measure",
+    "studies",
+)
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 
 def code_cells(path):
@@ -42,10 +59,9 @@ def module_of(path):
     )
 
 
-def number_of(path):
-    "Return the chapter number of `05b_layers.ipynb` as `(5, 'b')`, which sorts as the chapters do."
-    digits, letter = re.match(r"(\d+)([a-z]?)_", path.name).groups()
-    return int(digits), letter
+def place_of(path):
+    "Return the place of a chapter in the reading order, (number of its part, number in the part)."
+    return PARTS.index(path.parent.name), int(path.name.split("_", 1)[0])
 
 
 def texts_of(path):
@@ -104,16 +120,29 @@ def test_a_module_has_one_notebook():
 
 @every_chapter
 def test_a_chapter_is_named_after_its_module(path):
-    assert path.stem.split("_", 1)[1] == module_of(path)
+    assert re.fullmatch(r"\d\d_[a-z_0-9]+", path.stem), (
+        f"{path.name}: two digits, `_` and the module's name; no letters"
+    )
+    assert f"{path.parent.name}.{path.stem.split('_', 1)[1]}" == module_of(path)
+
+
+def test_doors_and_parts():
+    "What lies directly in nbs/ is run or is the home page; what exports lies in the folder of its part."
+    folders = {path.parent.name for path in CHAPTERS}
+    assert folders <= set(PARTS), f"folders that are no part: {folders - set(PARTS)}"
+    exporting = [path.name for path in (ROOT / "nbs").glob("*.ipynb") if module_of(path)]
+    assert not exporting, f"doors that export: {exporting}"
+    places = [place_of(path) for path in CHAPTERS]
+    assert len(set(places)) == len(places), "two chapters of a part share a number"
 
 
 @every_chapter
-def test_a_chapter_imports_lower_numbers_only(path):
-    numbers = {module_of(chapter): number_of(chapter) for chapter in CHAPTERS}
+def test_a_chapter_imports_earlier_chapters_only(path):
+    places = {module_of(chapter): place_of(chapter) for chapter in CHAPTERS}
     for source in exported_sources(path):
         for module in imported_modules(source):
-            assert module in numbers, f"{path.name} imports {PACKAGE}.{module}, which no chapter exports"
-            assert numbers[module] < number_of(path), (
+            assert module in places, f"{path.name} imports {PACKAGE}.{module}, which no chapter exports"
+            assert places[module] < place_of(path), (
                 f"{path.name} imports {PACKAGE}.{module}, which is no earlier chapter"
             )
 

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from crackseg_nb.core import CrackSegError, read_yaml, seed_for, write_yaml
-from crackseg_nb.data import synthetic
-from crackseg_nb.data.synthetic import (
+from crackseg_nb.core.checks import CrackSegError, read_yaml, seed_for, write_yaml
+from crackseg_nb.synthetic import cracks as synthetic
+from crackseg_nb.synthetic.cracks import (
     DISTRACTOR_NAMES,
     MANIFEST,
     SURFACES,
@@ -29,7 +29,7 @@ SIZE = (48, 64)
 PACKAGE_ROOT = str(Path(synthetic.__file__).resolve().parents[2])
 WRITE = f"""
 import sys; sys.path.insert(0, {PACKAGE_ROOT!r})
-from crackseg_nb.data.synthetic import write_synthetic
+from crackseg_nb.synthetic.cracks import write_synthetic
 write_synthetic(sys.argv[1], int(sys.argv[2]), {SIZE}, seed=3)
 """
 

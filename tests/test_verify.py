@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crackseg_nb import verify as module
-from crackseg_nb.config import configure
-from crackseg_nb.core import CrackSegError, describe_environment, read_yaml, sha256_file, write_yaml
-from crackseg_nb.data.synthetic import write_synthetic
-from crackseg_nb.experiment import run
-from crackseg_nb.verify import TOLERANCE, main, verify
+from crackseg_nb.core.checks import CrackSegError, describe_environment, read_yaml, sha256_file, write_yaml
+from crackseg_nb.runs import verify as module
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.verify import TOLERANCE, main, verify
+from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(

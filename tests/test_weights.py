@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crackseg_nb.core import VOID, CrackSegError
-from crackseg_nb.data.weights import WEIGHTINGS, ClassWeights, resolve_class_weights, weights_from_counts
+from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.data.class_weights import WEIGHTINGS, ClassWeights, resolve_class_weights, weights_from_counts
 
 NAMES = ("background", "crack", "spalling", "corrosion")
 FINGERPRINT, OTHER = "ab" * 32, "cd" * 32
