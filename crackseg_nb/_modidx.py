@@ -11,90 +11,107 @@ d = {
     "syms": {
         "crackseg_nb.core.checks": {
             "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.RunFolder": ("core/checks.html#runfolder", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.RunFolder.__init__": (
-                "core/checks.html#runfolder.__init__",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.RunFolder.__repr__": (
-                "core/checks.html#runfolder.__repr__",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.RunFolder.__truediv__": (
-                "core/checks.html#runfolder.__truediv__",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.RunFolder.mark": ("core/checks.html#runfolder.mark", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.RunFolder.run_id": (
-                "core/checks.html#runfolder.run_id",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.RunFolder.state": (
-                "core/checks.html#runfolder.state",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.RunFolder.status": (
-                "core/checks.html#runfolder.status",
-                "crackseg_nb/core/checks.py",
-            ),
             "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.atomic_write": ("core/checks.html#atomic_write", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.check_folder_name": (
                 "core/checks.html#check_folder_name",
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.check_writable": ("core/checks.html#check_writable", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.cores": ("core/checks.html#cores", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.create_run_folder": (
-                "core/checks.html#create_run_folder",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.describe_environment": (
-                "core/checks.html#describe_environment",
-                "crackseg_nb/core/checks.py",
-            ),
-            "crackseg_nb.core.checks.display_path": ("core/checks.html#display_path", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.find_path": ("core/checks.html#find_path", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.fingerprint_of": ("core/checks.html#fingerprint_of", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.get_device": ("core/checks.html#get_device", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.git_state": ("core/checks.html#git_state", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.is_alive": ("core/checks.html#is_alive", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.log_to": ("core/checks.html#log_to", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.now": ("core/checks.html#now", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.outputs_folder": ("core/checks.html#outputs_folder", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.package_versions": (
-                "core/checks.html#package_versions",
-                "crackseg_nb/core/checks.py",
-            ),
             "crackseg_nb.core.checks.plain_variables": (
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.core.checks.process_is_gone": (
-                "core/checks.html#process_is_gone",
-                "crackseg_nb/core/checks.py",
+        },
+        "crackseg_nb.core.files": {
+            "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.check_writable": ("core/files.html#check_writable", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.find_path": ("core/files.html#find_path", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.fingerprint_of": ("core/files.html#fingerprint_of", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.outputs_folder": ("core/files.html#outputs_folder", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.project_root": ("core/files.html#project_root", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.write_text": ("core/files.html#write_text", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.write_yaml": ("core/files.html#write_yaml", "crackseg_nb/core/files.py"),
+        },
+        "crackseg_nb.core.machine": {
+            "crackseg_nb.core.machine.cores": ("core/machine.html#cores", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.describe_environment": (
+                "core/machine.html#describe_environment",
+                "crackseg_nb/core/machine.py",
             ),
-            "crackseg_nb.core.checks.processor_name": ("core/checks.html#processor_name", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.project_root": ("core/checks.html#project_root", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.quiet_loggers": ("core/checks.html#quiet_loggers", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.read_yaml": ("core/checks.html#read_yaml", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.seed_everything": (
-                "core/checks.html#seed_everything",
-                "crackseg_nb/core/checks.py",
+            "crackseg_nb.core.machine.get_device": ("core/machine.html#get_device", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.git_state": ("core/machine.html#git_state", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.is_alive": ("core/machine.html#is_alive", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.log_to": ("core/machine.html#log_to", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.now": ("core/machine.html#now", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.package_versions": (
+                "core/machine.html#package_versions",
+                "crackseg_nb/core/machine.py",
             ),
-            "crackseg_nb.core.checks.seed_for": ("core/checks.html#seed_for", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.sha256_file": ("core/checks.html#sha256_file", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.signal_handlers": (
-                "core/checks.html#signal_handlers",
-                "crackseg_nb/core/checks.py",
+            "crackseg_nb.core.machine.processor_name": (
+                "core/machine.html#processor_name",
+                "crackseg_nb/core/machine.py",
             ),
-            "crackseg_nb.core.checks.this_process": ("core/checks.html#this_process", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.to_plain": ("core/checks.html#to_plain", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.write_text": ("core/checks.html#write_text", "crackseg_nb/core/checks.py"),
-            "crackseg_nb.core.checks.write_yaml": ("core/checks.html#write_yaml", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.machine.quiet_loggers": (
+                "core/machine.html#quiet_loggers",
+                "crackseg_nb/core/machine.py",
+            ),
+            "crackseg_nb.core.machine.signal_handlers": (
+                "core/machine.html#signal_handlers",
+                "crackseg_nb/core/machine.py",
+            ),
+            "crackseg_nb.core.machine.this_process": ("core/machine.html#this_process", "crackseg_nb/core/machine.py"),
+        },
+        "crackseg_nb.core.run_folder": {
+            "crackseg_nb.core.run_folder.RunFolder": (
+                "core/run_folder.html#runfolder",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.__init__": (
+                "core/run_folder.html#runfolder.__init__",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.__repr__": (
+                "core/run_folder.html#runfolder.__repr__",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.__truediv__": (
+                "core/run_folder.html#runfolder.__truediv__",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.mark": (
+                "core/run_folder.html#runfolder.mark",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.run_id": (
+                "core/run_folder.html#runfolder.run_id",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.state": (
+                "core/run_folder.html#runfolder.state",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.RunFolder.status": (
+                "core/run_folder.html#runfolder.status",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.create_run_folder": (
+                "core/run_folder.html#create_run_folder",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.process_is_gone": (
+                "core/run_folder.html#process_is_gone",
+                "crackseg_nb/core/run_folder.py",
+            ),
+        },
+        "crackseg_nb.core.seeds": {
+            "crackseg_nb.core.seeds.seed_everything": ("core/seeds.html#seed_everything", "crackseg_nb/core/seeds.py"),
+            "crackseg_nb.core.seeds.seed_for": ("core/seeds.html#seed_for", "crackseg_nb/core/seeds.py"),
         },
         "crackseg_nb.data.augment": {
             "crackseg_nb.data.augment.Augmentation": ("data/augment.html#augmentation", "crackseg_nb/data/augment.py"),

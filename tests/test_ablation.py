@@ -6,7 +6,7 @@ import papermill
 import pytest
 from messages import one_line
 
-from crackseg_nb.core.checks import project_root
+from crackseg_nb.core.files import project_root
 from crackseg_nb.runs.config import config_to_dict, configure
 from crackseg_nb.studies.ablation import ARMS, BASE, AblationConfig, effects, sweeps_of
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from crackseg_nb.core.checks import CrackSegError, read_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml
 from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.data.dataset import CrackDataset
 from crackseg_nb.sources.registry import read_source

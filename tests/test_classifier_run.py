@@ -7,7 +7,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crackseg_nb.core.checks import CrackSegError, Stopped, project_root, read_yaml
+from crackseg_nb.core.checks import CrackSegError, Stopped
+from crackseg_nb.core.files import project_root, read_yaml
 from crackseg_nb.runs.config import RECIPES, configure
 from crackseg_nb.runs.experiment import prepare, run
 from crackseg_nb.training.checkpoint import checkpoint_names

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crackseg_nb.core.checks import CrackSegError, create_run_folder, seed_everything
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.run_folder import create_run_folder
+from crackseg_nb.core.seeds import seed_everything
 from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.data.dataset import CrackDataset, create_loader
 from crackseg_nb.data.splits import make_splits

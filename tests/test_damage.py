@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from crackseg_nb.core.checks import CrackSegError, read_yaml, seed_for, write_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml, write_yaml
+from crackseg_nb.core.seeds import seed_for
 from crackseg_nb.synthetic import cracks as synthetic
 from crackseg_nb.synthetic.cracks import DISTRACTOR_NAMES, MANIFEST, synthesize, write_synthetic
 from crackseg_nb.synthetic.damage import (

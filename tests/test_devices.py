@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from crackseg_nb.core.checks import RunFolder, read_yaml
+from crackseg_nb.core.files import read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training.checkpoint import load_checkpoint

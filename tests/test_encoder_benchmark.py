@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from crackseg_nb.core.checks import CrackSegError, RunFolder, write_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import write_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs.config import notebook_settings
 from crackseg_nb.runs.sweep import read_fixed
 from crackseg_nb.studies.encoder_benchmark import (

@@ -12,7 +12,7 @@ import pytest
 from messages import one_line
 from PIL import Image
 
-from crackseg_nb.core.checks import project_root, read_yaml, write_yaml
+from crackseg_nb.core.files import project_root, read_yaml, write_yaml
 from crackseg_nb.evidence.comparison import compare
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure

@@ -15,7 +15,9 @@ import torch
 from huggingface_hub import constants
 
 from crackseg_nb.core import checks as core
-from crackseg_nb.core.checks import CrackSegError, RunFolder, read_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure, known_parameters
 from crackseg_nb.runs.experiment import run

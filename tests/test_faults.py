@@ -15,7 +15,9 @@ import pytest
 import resume_jobs
 import torch
 
-from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, RunFolder, Stopped, read_yaml
+from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, Stopped
+from crackseg_nb.core.files import read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models import registry
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run

@@ -5,7 +5,8 @@ import papermill
 import pytest
 import torch
 
-from crackseg_nb.core.checks import CrackSegError, project_root
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import project_root
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.studies.frontier import Frontier, FrontierConfig, take_steps

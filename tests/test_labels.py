@@ -11,7 +11,7 @@ import torch
 from messages import one_line
 from PIL import Image
 
-from crackseg_nb.core.checks import fingerprint_of, read_yaml, write_yaml
+from crackseg_nb.core.files import fingerprint_of, read_yaml, write_yaml
 from crackseg_nb.data.dataset import create_loader
 from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
 from crackseg_nb.data.splits import audit, fingerprint, make_splits

@@ -10,7 +10,8 @@ import pytest
 import resume_jobs
 import torch
 
-from crackseg_nb.core.checks import RunFolder, read_yaml
+from crackseg_nb.core.files import read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 KINDS = ("step", "checkpoint", "evaluation", "time", "in evaluation", "start")

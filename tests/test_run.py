@@ -15,7 +15,8 @@ import pytest
 from slurm_cluster import wait_for
 from stand_in import write_stand_in
 
-from crackseg_nb.core.checks import RESUME_CODE, RunFolder
+from crackseg_nb.core.checks import RESUME_CODE
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs.command import Claimed, claim
 
 BIN = Path(sys.executable).parent

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from crackseg_nb.core.checks import CrackSegError, read_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml
 from crackseg_nb.data.class_weights import weights_from_counts
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run

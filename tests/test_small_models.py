@@ -9,7 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from crackseg_nb.core.checks import CrackSegError, RunFolder, Stopped, project_root, read_yaml
+from crackseg_nb.core.checks import CrackSegError, Stopped
+from crackseg_nb.core.files import project_root, read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models.registry import count_parameters, create_model
 from crackseg_nb.runs.config import RECIPES, configure
 from crackseg_nb.runs.experiment import Experiment, prepare, run

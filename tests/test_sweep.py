@@ -12,7 +12,9 @@ import pytest
 from slurm_cluster import wait_for
 from stand_in import write_stand_in
 
-from crackseg_nb.core.checks import CrackSegError, RunFolder, read_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs.sweep import Sweep, attempts_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from crackseg_nb.core.checks import CrackSegError, sha256_file
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import sha256_file
 from crackseg_nb.training.checkpoint import (
     capture_rng_state,
     checkpoint_names,
@@ -239,7 +240,7 @@ def test_resume_through_a_checkpoint_equals_not_stopping(tmp_path, name):
 def test_settings_survive_yaml():
     from dataclasses import asdict
 
-    from crackseg_nb.core.checks import to_plain
+    from crackseg_nb.core.files import to_plain
 
     config = OptimConfig(scheduler="warmup_cosine", betas=(0.9, 0.95))
     assert OptimConfig(**to_plain(asdict(config))) == config

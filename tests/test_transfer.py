@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
 
-from crackseg_nb.core.checks import CrackSegError, read_yaml, write_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml, write_yaml
 from crackseg_nb.models.encoders import create_encoder, plain_name
 from crackseg_nb.models.swin_classifier import SwinClassifier, SwinClassifierConfig
 from crackseg_nb.models.swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig

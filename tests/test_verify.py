@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crackseg_nb.core.checks import CrackSegError, describe_environment, read_yaml, sha256_file, write_yaml
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import read_yaml, sha256_file, write_yaml
+from crackseg_nb.core.machine import describe_environment
 from crackseg_nb.runs import verify as module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run

@@ -25,7 +25,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.checks import CrackSegError, check_number, choose, to_plain, write_text
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import to_plain, write_text
 
 
 # %% ../../nbs/data/03_class_weights.ipynb #b62ccff3

@@ -78,18 +78,10 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from crackseg_nb.core.checks import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CrackSegError,
-    atomic_write,
-    check_number,
-    choose,
-    display_path,
-    fingerprint_of,
-    logger,
-    seed_for,
-)
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, check_number, choose
+from ..core.files import atomic_write, display_path, fingerprint_of
+from ..core.machine import logger
+from ..core.seeds import seed_for
 from .augment import Augmentation, check_image_size, resize_pair
 from ..sources.registry import Sample, image_size, read_image, read_mask
 

@@ -24,7 +24,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from ..core.checks import CrackSegError, choose, seed_for
+from ..core.checks import CrackSegError, choose
+from ..core.seeds import seed_for
 from .augment import FILL, check_image_size
 from .dataset import normalize
 from ..sources.registry import Sample, read_image

@@ -45,7 +45,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..core.checks import VOID, CrackSegError, check_number, fingerprint_of, seed_for, sha256_file
+from ..core.checks import VOID, CrackSegError, check_number
+from ..core.files import fingerprint_of, sha256_file
+from ..core.seeds import seed_for
 from crackseg_nb.sources.registry import (
     AUGMENTATION,
     AUGMENTATION_WORDS,

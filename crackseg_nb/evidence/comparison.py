@@ -37,7 +37,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
-from ..core.checks import CrackSegError, RunFolder, choose, display_path, fingerprint_of, read_yaml
+from ..core.checks import CrackSegError, choose
+from ..core.files import display_path, fingerprint_of, read_yaml
+from ..core.run_folder import RunFolder
 from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread

@@ -30,14 +30,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/03_report.ipynb #15b239bc
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    atomic_write,
-    check_folder_name,
-    outputs_folder,
-    read_yaml,
-    write_text,
-)
+from ..core.checks import CrackSegError, check_folder_name
+from ..core.files import atomic_write, outputs_folder, read_yaml, write_text
 from crackseg_nb.evidence.comparison import (
     Comparison,
     System,

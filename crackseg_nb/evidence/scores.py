@@ -31,15 +31,9 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    RunFolder,
-    atomic_write,
-    check_number,
-    read_yaml,
-    sha256_file,
-    write_yaml,
-)
+from ..core.checks import CrackSegError, check_number
+from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
+from ..core.run_folder import RunFolder
 from ..data.dataset import CrackDataset
 from ..data.splits import fingerprint, make_splits
 from ..metrics.calibration import Calibration

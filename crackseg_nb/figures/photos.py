@@ -76,7 +76,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..core.checks import VOID, CrackSegError, atomic_write, seed_for
+from ..core.checks import VOID, CrackSegError
+from ..core.files import atomic_write
+from ..core.seeds import seed_for
 from ..data.augment import Augmentation
 from ..data.dataset import denormalize
 from ..data.label_augment import LabelAugmentation

@@ -63,7 +63,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/models/02_encoders.ipynb #e57a77c8
-from ..core.checks import CrackSegError, check_number, choose, logger, nearest
+from ..core.checks import CrackSegError, check_number, choose, nearest
+from ..core.machine import logger
 from .layers import BatchNorm2d
 
 # %% ../../nbs/models/02_encoders.ipynb #a6ccd505

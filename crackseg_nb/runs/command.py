@@ -56,15 +56,10 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 # %% ../../nbs/runs/06_command.ipynb #1d663925
-from crackseg_nb.core.checks import (
-    RESUME_CODE,
-    CrackSegError,
-    RunFolder,
-    Stopped,
-    outputs_folder,
-    project_root,
-    signal_handlers,
-)
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped
+from ..core.files import outputs_folder, project_root
+from ..core.machine import signal_handlers
+from ..core.run_folder import RunFolder
 
 
 # %% ../../nbs/runs/06_command.ipynb #92beb9bb

@@ -64,17 +64,15 @@ from fastcore.basics import patch
 from crackseg_nb.core.checks import (
     PLAIN,
     CrackSegError,
-    RunFolder,
     check_folder_name,
     check_number,
     choose,
-    find_path,
-    get_device,
     nearest,
-    outputs_folder,
     plain_variables,
-    read_yaml,
 )
+from ..core.files import find_path, outputs_folder, read_yaml
+from ..core.machine import get_device
+from ..core.run_folder import RunFolder
 from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS

@@ -41,29 +41,20 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/runs/04_experiment.ipynb #7d1c4d0d
-from crackseg_nb.core.checks import (
-    RESUME_CODE,
-    CrackSegError,
-    RunFolder,
-    Stopped,
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped
+from crackseg_nb.core.files import (
     atomic_write,
     check_writable,
-    create_run_folder,
-    describe_environment,
     display_path,
     find_path,
-    get_device,
-    log_to,
-    logger,
-    now,
     outputs_folder,
     read_yaml,
-    seed_everything,
-    seed_for,
-    this_process,
     write_text,
     write_yaml,
 )
+from ..core.machine import describe_environment, get_device, log_to, logger, now, this_process
+from ..core.run_folder import RunFolder, create_run_folder
+from ..core.seeds import seed_everything, seed_for
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
 from ..data.dataset import CrackDataset, create_loader

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from ..core.checks import get_device
+from ..core.machine import get_device
 from .command import command, given_parameters, take_parameters
 from .config import ExperimentConfig, configure
 from .experiment import Experiment, prepare, run, step, train_in_process

@@ -45,7 +45,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/03_results.ipynb #6b9d3ac1
-from ..core.checks import RunFolder, atomic_write, read_yaml, sha256_file, to_plain, write_yaml
+from ..core.files import atomic_write, read_yaml, sha256_file, to_plain, write_yaml
+from ..core.run_folder import RunFolder
 from crackseg_nb.figures.photos import (
     Case,
     ClassCase,

@@ -73,27 +73,19 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/09_sweep.ipynb #d4294545
-from crackseg_nb.core.checks import (
-    PLAIN,
-    CrackSegError,
-    RunFolder,
+from ..core.checks import PLAIN, CrackSegError, check_folder_name, check_number, choose, plain_variables
+from crackseg_nb.core.files import (
     atomic_write,
-    check_folder_name,
-    check_number,
-    choose,
-    cores,
     find_path,
-    is_alive,
-    now,
     outputs_folder,
-    plain_variables,
     project_root,
     read_yaml,
-    signal_handlers,
     to_plain,
     write_text,
     write_yaml,
 )
+from ..core.machine import cores, is_alive, now, signal_handlers
+from ..core.run_folder import RunFolder
 from crackseg_nb.runs.command import (
     Claimed,
     Outcome,

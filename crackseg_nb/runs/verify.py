@@ -62,15 +62,10 @@ import torch
 from torch import nn
 
 # %% ../../nbs/runs/10_verify.ipynb #de7a3798
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    RunFolder,
-    describe_environment,
-    find_path,
-    get_device,
-    quiet_loggers,
-    read_yaml,
-)
+from ..core.checks import CrackSegError
+from ..core.files import find_path, read_yaml
+from ..core.machine import describe_environment, get_device, quiet_loggers
+from ..core.run_folder import RunFolder
 from ..data.splits import Splits, digests_of, fingerprint_from, make_splits
 from ..metrics.counts import create_metrics
 from .command import one_line

@@ -137,7 +137,9 @@ from PIL import Image, ImageOps
 from scipy.io import loadmat
 from tqdm.auto import tqdm
 
-from ..core.checks import VOID, CrackSegError, check_writable, choose, fingerprint_of, logger, nearest
+from ..core.checks import VOID, CrackSegError, choose, nearest
+from ..core.files import check_writable, fingerprint_of
+from ..core.machine import logger
 
 
 # %% ../../nbs/sources/08_registry.ipynb #180f2008

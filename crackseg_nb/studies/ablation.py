@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 # %% ../../nbs/studies/05_ablation.ipynb #ba7e1158
-from ..core.checks import CrackSegError, atomic_write, check_folder_name, choose, outputs_folder
+from ..core.checks import CrackSegError, check_folder_name, choose
+from ..core.files import atomic_write, outputs_folder
 from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
 from ..metrics.statistics import holm, spread
 from ..runs.sweep import Sweep, read_fixed

@@ -58,7 +58,9 @@ from matplotlib.transforms import Bbox
 from torch import nn
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #e85050d0
-from ..core.checks import CrackSegError, check_number, choose, display_path, get_device, read_yaml, write_text
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import display_path, read_yaml, write_text
+from ..core.machine import get_device
 from ..data.augment import create_augmentation
 from ..data.dataset import measure_loading
 from ..data.splits import make_splits

@@ -28,19 +28,11 @@ import torch
 from torch import nn
 
 # %% ../../nbs/studies/08_frontier.ipynb #f3d575c0
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    RunFolder,
-    atomic_write,
-    check_number,
-    choose,
-    create_run_folder,
-    get_device,
-    logger,
-    outputs_folder,
-    read_yaml,
-    seed_everything,
-)
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import atomic_write, outputs_folder, read_yaml
+from ..core.machine import get_device, logger
+from ..core.run_folder import RunFolder, create_run_folder
+from ..core.seeds import seed_everything
 from ..data.splits import make_splits
 from ..metrics.counts import create_metrics
 from ..runs.config import ExperimentConfig, configure, find_finished_run

@@ -91,24 +91,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.std import tqdm
 
 # %% ../../nbs/studies/02_training_speed.ipynb #bc87624a
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    check_folder_name,
-    check_number,
-    choose,
-    create_run_folder,
-    describe_environment,
-    display_path,
-    get_device,
-    outputs_folder,
-    package_versions,
-    project_root,
-    quiet_loggers,
-    seed_everything,
-    seed_for,
-    write_text,
-    write_yaml,
-)
+from ..core.checks import CrackSegError, check_folder_name, check_number, choose
+from ..core.files import display_path, outputs_folder, project_root, write_text, write_yaml
+from ..core.machine import describe_environment, get_device, package_versions, quiet_loggers
+from ..core.run_folder import create_run_folder
+from ..core.seeds import seed_everything, seed_for
 from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset, create_loader
 from ..figures.photos import CURVE_COLOURS, DPI

@@ -66,16 +66,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    atomic_write,
-    check_number,
-    choose,
-    read_yaml,
-    seed_for,
-    to_plain,
-    write_yaml,
-)
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import atomic_write, read_yaml, to_plain, write_yaml
+from ..core.seeds import seed_for
 
 
 # %% ../../nbs/synthetic/02_cracks.ipynb #a53ff373

@@ -34,7 +34,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..core.checks import check_number, seed_for
+from ..core.checks import check_number
+from ..core.seeds import seed_for
 from crackseg_nb.synthetic.cracks import (
     DISTRACTOR_NAMES,
     GROUND_MARKS,

@@ -33,7 +33,9 @@ import numpy as np
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
-from ..core.checks import CrackSegError, check_number, choose, read_yaml, seed_for, write_yaml
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import read_yaml, write_yaml
+from ..core.seeds import seed_for
 from crackseg_nb.synthetic.cracks import (
     MANIFEST,
     asphalt,

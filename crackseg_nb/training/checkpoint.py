@@ -53,7 +53,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..core.checks import CrackSegError, atomic_write, check_number, logger, nearest
+from ..core.checks import CrackSegError, check_number, nearest
+from ..core.files import atomic_write
+from ..core.machine import logger
 
 
 # %% ../../nbs/training/07_checkpoint.ipynb #82f2cbb4

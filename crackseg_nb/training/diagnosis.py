@@ -29,7 +29,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.checks import CrackSegError, atomic_write, logger, read_yaml, write_yaml
+from ..core.checks import CrackSegError
+from ..core.files import atomic_write, read_yaml, write_yaml
+from ..core.machine import logger
 from .losses import Loss
 from .memory import untouched
 

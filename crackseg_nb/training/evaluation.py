@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..core.checks import logger
+from ..core.machine import logger
 from ..metrics.counts import BinaryMetrics, ImageCounts
 from .exchange import gather_metrics, sum_over_processes
 from .losses import Loss

@@ -56,7 +56,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 # %% ../../nbs/training/05_exchange.ipynb #9f0a7362
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped, check_number, quiet_loggers, signal_handlers
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped, check_number
+from ..core.machine import quiet_loggers, signal_handlers
 from ..metrics.counts import ImageCounts
 
 

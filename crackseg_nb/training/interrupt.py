@@ -9,7 +9,8 @@ __all__ = ["StopRequest"]
 import signal
 import time
 
-from ..core.checks import check_number, logger, signal_handlers
+from ..core.checks import check_number
+from ..core.machine import logger, signal_handlers
 from .exchange import PASSED
 
 

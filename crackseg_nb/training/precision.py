@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checks import CrackSegError, logger
+from ..core.checks import CrackSegError
+from ..core.machine import logger
 from .memory import untouched
 
 

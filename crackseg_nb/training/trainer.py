@@ -53,16 +53,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 # %% ../../nbs/training/13_trainer.ipynb #63d29c58
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    RunFolder,
-    Stopped,
-    atomic_write,
-    check_number,
-    choose,
-    display_path,
-    logger,
-)
+from ..core.checks import CrackSegError, Stopped, check_number, choose
+from ..core.files import atomic_write, display_path
+from ..core.machine import logger
+from ..core.run_folder import RunFolder
 from ..metrics.counts import BinaryMetrics, ImageCounts
 from crackseg_nb.training.checkpoint import (
     Checkpoint,

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from ..core.checks import CrackSegError, logger
+from ..core.checks import CrackSegError
+from ..core.machine import logger
 from .checkpoint import capture_rng_state, restore_rng_state
 from .exchange import RunningStatistics, any_process, sum_over_processes
 from .losses import Loss
