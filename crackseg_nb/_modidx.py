@@ -3414,7 +3414,6 @@ d = {
             ),
         },
         "crackseg_nb.synthetic.cracks": {
-            "crackseg_nb.synthetic.cracks.Stroke": ("synthetic/cracks.html#stroke", "crackseg_nb/synthetic/cracks.py"),
             "crackseg_nb.synthetic.cracks.SyntheticConfig": (
                 "synthetic/cracks.html#syntheticconfig",
                 "crackseg_nb/synthetic/cracks.py",
@@ -3423,41 +3422,8 @@ d = {
                 "synthetic/cracks.html#syntheticconfig.__post_init__",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.asphalt": (
-                "synthetic/cracks.html#asphalt",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.blade": ("synthetic/cracks.html#blade", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.check_names": (
-                "synthetic/cracks.html#check_names",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.check_range": (
-                "synthetic/cracks.html#check_range",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.check_size": (
-                "synthetic/cracks.html#check_size",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.concrete": (
-                "synthetic/cracks.html#concrete",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
             "crackseg_nb.synthetic.cracks.crack_stroke": (
                 "synthetic/cracks.html#crack_stroke",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.crossing": (
-                "synthetic/cracks.html#crossing",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.draw_strokes": (
-                "synthetic/cracks.html#draw_strokes",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.even_stroke": (
-                "synthetic/cracks.html#even_stroke",
                 "crackseg_nb/synthetic/cracks.py",
             ),
             "crackseg_nb.synthetic.cracks.find_synthetic": (
@@ -3468,29 +3434,16 @@ d = {
                 "synthetic/cracks.html#folder_settings",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.grass": ("synthetic/cracks.html#grass", "crackseg_nb/synthetic/cracks.py"),
             "crackseg_nb.synthetic.cracks.grow_crack": (
                 "synthetic/cracks.html#grow_crack",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.joint": ("synthetic/cracks.html#joint", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.lay": ("synthetic/cracks.html#lay", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.leaf": ("synthetic/cracks.html#leaf", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.marking": (
-                "synthetic/cracks.html#marking",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.paint": ("synthetic/cracks.html#paint", "crackseg_nb/synthetic/cracks.py"),
             "crackseg_nb.synthetic.cracks.paint_cracks": (
                 "synthetic/cracks.html#paint_cracks",
                 "crackseg_nb/synthetic/cracks.py",
             ),
             "crackseg_nb.synthetic.cracks.pair_paths": (
                 "synthetic/cracks.html#pair_paths",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.photograph": (
-                "synthetic/cracks.html#photograph",
                 "crackseg_nb/synthetic/cracks.py",
             ),
             "crackseg_nb.synthetic.cracks.pick_distractors": (
@@ -3501,36 +3454,14 @@ d = {
                 "synthetic/cracks.html#place_cracks",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.random_line": (
-                "synthetic/cracks.html#random_line",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
             "crackseg_nb.synthetic.cracks.remove_strays": (
                 "synthetic/cracks.html#remove_strays",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.scratch": (
-                "synthetic/cracks.html#scratch",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.sealant": (
-                "synthetic/cracks.html#sealant",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.shadow": ("synthetic/cracks.html#shadow", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.smooth_noise": (
-                "synthetic/cracks.html#smooth_noise",
-                "crackseg_nb/synthetic/cracks.py",
-            ),
-            "crackseg_nb.synthetic.cracks.stain": ("synthetic/cracks.html#stain", "crackseg_nb/synthetic/cracks.py"),
             "crackseg_nb.synthetic.cracks.synthesize": (
                 "synthetic/cracks.html#synthesize",
                 "crackseg_nb/synthetic/cracks.py",
             ),
-            "crackseg_nb.synthetic.cracks.tyre": ("synthetic/cracks.html#tyre", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.wander": ("synthetic/cracks.html#wander", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.wire": ("synthetic/cracks.html#wire", "crackseg_nb/synthetic/cracks.py"),
-            "crackseg_nb.synthetic.cracks.worn": ("synthetic/cracks.html#worn", "crackseg_nb/synthetic/cracks.py"),
             "crackseg_nb.synthetic.cracks.write_images": (
                 "synthetic/cracks.html#write_images",
                 "crackseg_nb/synthetic/cracks.py",
@@ -3604,6 +3535,86 @@ d = {
                 "synthetic/damage.html#write_damage",
                 "crackseg_nb/synthetic/damage.py",
             ),
+        },
+        "crackseg_nb.synthetic.drawing": {
+            "crackseg_nb.synthetic.drawing.Stroke": (
+                "synthetic/drawing.html#stroke",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.asphalt": (
+                "synthetic/drawing.html#asphalt",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.blade": ("synthetic/drawing.html#blade", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.check_names": (
+                "synthetic/drawing.html#check_names",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.check_range": (
+                "synthetic/drawing.html#check_range",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.check_size": (
+                "synthetic/drawing.html#check_size",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.concrete": (
+                "synthetic/drawing.html#concrete",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.crossing": (
+                "synthetic/drawing.html#crossing",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.draw_strokes": (
+                "synthetic/drawing.html#draw_strokes",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.even_stroke": (
+                "synthetic/drawing.html#even_stroke",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.grass": ("synthetic/drawing.html#grass", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.joint": ("synthetic/drawing.html#joint", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.lay": ("synthetic/drawing.html#lay", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.leaf": ("synthetic/drawing.html#leaf", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.marking": (
+                "synthetic/drawing.html#marking",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.paint": ("synthetic/drawing.html#paint", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.photograph": (
+                "synthetic/drawing.html#photograph",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.random_line": (
+                "synthetic/drawing.html#random_line",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.scratch": (
+                "synthetic/drawing.html#scratch",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.sealant": (
+                "synthetic/drawing.html#sealant",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.shadow": (
+                "synthetic/drawing.html#shadow",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.smooth_noise": (
+                "synthetic/drawing.html#smooth_noise",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.stain": ("synthetic/drawing.html#stain", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.tyre": ("synthetic/drawing.html#tyre", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.wander": (
+                "synthetic/drawing.html#wander",
+                "crackseg_nb/synthetic/drawing.py",
+            ),
+            "crackseg_nb.synthetic.drawing.wire": ("synthetic/drawing.html#wire", "crackseg_nb/synthetic/drawing.py"),
+            "crackseg_nb.synthetic.drawing.worn": ("synthetic/drawing.html#worn", "crackseg_nb/synthetic/drawing.py"),
         },
         "crackseg_nb.synthetic.textures": {
             "crackseg_nb.synthetic.textures.brick": (

@@ -12,7 +12,7 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
 from crackseg_nb.core.seeds import seed_for
 from crackseg_nb.synthetic import cracks as synthetic
-from crackseg_nb.synthetic.cracks import DISTRACTOR_NAMES, MANIFEST, synthesize, write_synthetic
+from crackseg_nb.synthetic.cracks import MANIFEST, synthesize, write_synthetic
 from crackseg_nb.synthetic.damage import (
     DAMAGE_CLASSES,
     DAMAGE_IDS,
@@ -22,6 +22,7 @@ from crackseg_nb.synthetic.damage import (
     synthesize_damage,
     write_damage,
 )
+from crackseg_nb.synthetic.drawing import DISTRACTOR_NAMES
 
 SIZE = (48, 64)
 KINDS = [name for name in DAMAGE_CLASSES if name != "background"]

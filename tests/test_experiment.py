@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from crackseg_nb.core import checks as core
+from crackseg_nb.core import files
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
@@ -275,7 +275,7 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(core.shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**27, 2**27))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**27, 2**27))
     monkeypatch.setattr(experiment_module, "fit", lambda *_: pytest.fail("training began"))
     expect_failure(tmp_path, ("MiB free", "checkpoints"))
 

@@ -17,14 +17,8 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
 from crackseg_nb.core.seeds import seed_for
 from crackseg_nb.synthetic import cracks as synthetic
-from crackseg_nb.synthetic.cracks import (
-    DISTRACTOR_NAMES,
-    MANIFEST,
-    SURFACES,
-    SyntheticConfig,
-    synthesize,
-    write_synthetic,
-)
+from crackseg_nb.synthetic.cracks import MANIFEST, SyntheticConfig, synthesize, write_synthetic
+from crackseg_nb.synthetic.drawing import DISTRACTOR_NAMES, SURFACES
 
 SIZE = (48, 64)
 # The child imports the package from where the parent found it, whatever its working directory is.

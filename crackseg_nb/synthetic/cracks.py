@@ -4,47 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    "SURFACES",
-    "FINE",
-    "STEP",
-    "DISTRACTOR_NAMES",
-    "GROUND_MARKS",
-    "LITTER",
     "MANIFEST",
     "GENERATOR_VERSION",
-    "smooth_noise",
-    "concrete",
-    "asphalt",
-    "Stroke",
-    "draw_strokes",
-    "random_line",
-    "wander",
     "crack_stroke",
     "grow_crack",
-    "check_range",
-    "check_names",
     "SyntheticConfig",
     "place_cracks",
-    "paint",
     "paint_cracks",
-    "crossing",
-    "even_stroke",
-    "worn",
-    "joint",
-    "sealant",
-    "scratch",
-    "marking",
-    "tyre",
-    "lay",
-    "wire",
-    "blade",
-    "grass",
-    "leaf",
-    "stain",
-    "shadow",
-    "photograph",
     "pick_distractors",
-    "check_size",
     "synthesize",
     "write_png",
     "pair_paths",
@@ -66,127 +33,28 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from ..core.checks import CrackSegError, check_number, choose
+# %% ../../nbs/synthetic/02_cracks.ipynb #28bb0ee3
+from ..core.checks import CrackSegError, check_number
 from ..core.files import atomic_write, read_yaml, to_plain, write_yaml
 from ..core.seeds import seed_for
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #a53ff373
-def smooth_noise(
-    generator: np.random.Generator,
-    size: tuple[int, int],  # height, width
-    scale: float,  # distance in pixels over which the noise changes
-) -> np.ndarray:
-    "Return float32 noise (H, W) with mean about 0 and deviation near 1, smooth over `scale` pixels."
-    height, width = size
-    if scale <= 4:
-        white = generator.standard_normal(size, dtype=np.float32)
-        return cv2.GaussianBlur(white, (0, 0), scale / 2, borderType=cv2.BORDER_REFLECT) * np.float32(
-            scale * math.sqrt(math.pi)
-        )
-    rows, columns = math.ceil(height / scale) + 3, math.ceil(width / scale) + 3
-    coarse = generator.standard_normal((rows, columns), dtype=np.float32)
-    fine = cv2.resize(coarse, (math.ceil(columns * scale), math.ceil(rows * scale)), interpolation=cv2.INTER_CUBIC)
-    top, left = (int(generator.uniform(0, 2 * scale)) for _ in range(2))
-    return fine[top : top + height, left : left + width] * np.float32(1.3)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #75ab0537
-def concrete(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    "Return a concrete surface (H, W, 3), float32 reflectance 0..1."
-    value = np.ones(size, np.float32)
-    for scale, strength in ((90, 0.06), (36, 0.05), (14, 0.025), (5, 0.02), (1.2, 0.03)):
-        value += np.float32(strength * generator.uniform(0.4, 1.3)) * smooth_noise(generator, size, scale)
-    if generator.random() < 0.4:  # brushed: noise smeared along the rows or the columns
-        kernel = (int(generator.integers(15, 45)), 1)[:: int(generator.choice([-1, 1]))]
-        value += 0.12 * cv2.blur(generator.standard_normal(size, dtype=np.float32), kernel)
-    for scale, threshold, depth in ((2, 2.6, 0.5), (4, 2.9, 0.9)):  # fine and coarse pores
-        pores = smooth_noise(generator, size, scale) - np.float32(threshold + generator.uniform(-0.3, 0.8))
-        value *= 1 - np.clip(pores * depth, 0, 0.6)
-    warmth = generator.uniform(-0.03, 0.07)
-    tint = np.array([1 + warmth, 1 + warmth / 3, 1 - warmth], np.float32)
-    return value[..., None] * tint * np.float32(generator.uniform(0.5, 0.74))
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #b8b890b7
-def asphalt(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    "Return an asphalt surface (H, W, 3), float32 reflectance 0..1."
-    grain, contrast = generator.uniform(1.6, 3.6), generator.uniform(0.5, 1.2)
-    stones, voids = smooth_noise(generator, size, grain), smooth_noise(generator, size, grain * 0.8)
-    value = 1 + np.float32(0.16 * contrast) * np.tanh(stones) + 0.05 * smooth_noise(generator, size, 1)
-    value += np.float32(0.3 * contrast) * np.clip(stones - np.float32(1.2), 0, 1.2)
-    value -= np.float32(0.35 * contrast) * np.clip(voids - np.float32(1.1), 0, 1.2)
-    for scale, strength in ((70, 0.07), (24, 0.04)):
-        value += np.float32(strength) * smooth_noise(generator, size, scale)
-    warmth = np.float32(generator.uniform(-0.03, 0.04)) + 0.02 * smooth_noise(generator, size, 2 * grain)
-    tint = np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth], -1)
-    return value[..., None] * tint * np.float32(generator.uniform(0.27, 0.48))
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #64b34ef4
-SURFACES: dict[str, Callable] = {"concrete": concrete, "asphalt": asphalt}
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #f880048f
-FINE = 4  # strokes are drawn this many times larger, then averaged
-
-
-@dataclass
-class Stroke:
-    "Describe a line by its points."
-
-    points: np.ndarray  # (N, 2): x, y in pixels, (0, 0) is the centre of the first pixel
-    width: np.ndarray  # (N,): pixels
-    strength: np.ndarray  # (N,): 0..1, how dark or opaque the line is there
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #603b0251
-def draw_strokes(size: tuple[int, int], strokes: list[Stroke]) -> tuple[np.ndarray, np.ndarray]:
-    "Return coverage (H, W) in 0..1, and coverage times strength, both float32."
-    height, width = size
-    canvas = np.zeros((height * FINE, width * FINE), np.uint8)
-    for stroke in strokes:
-        # The last factor 8 gives OpenCV three bits below the pixel. Its lines are an odd number of
-        # pixels wide, one more than an even thickness; so a width is true to a quarter of a pixel, and on average.
-        points = np.rint(((stroke.points + 0.5) * FINE - 0.5) * 8).astype(int).tolist()
-        thickness = np.maximum(2 * np.floor(stroke.width * FINE / 2), 1).astype(int).tolist()
-        strength = np.rint(np.clip(stroke.strength, 0.01, 1) * 255).astype(int).tolist()
-        for start, end, thick, value in zip(points, points[1:], thickness[1:], strength[1:]):
-            cv2.line(canvas, start, end, value, thick, cv2.LINE_8, 3)
-    covered = np.where(canvas > 0, np.uint8(255), np.uint8(0))
-    shrunk = [cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA) for part in (covered, canvas)]
-    return tuple(part.astype(np.float32) / 255 for part in shrunk)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #df9f5bba
-STEP = 1.5  # pixels between the points of a crack
-
-
-def random_line(
-    generator: np.random.Generator,
-    count: int,  # number of values
-    spacing: float,  # pixels between independent values
-) -> np.ndarray:
-    "Return `count` values, `STEP` pixels apart, of a piecewise linear random function with unit deviation at its knots."
-    knots = generator.standard_normal(int(count * STEP / spacing) + 3)
-    return np.interp(np.arange(count) * STEP / spacing + generator.random(), np.arange(len(knots)), knots)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #f2b651de
-def wander(
-    generator: np.random.Generator,
-    start: np.ndarray,  # x, y
-    heading: float,  # main direction in radians
-    length: float,  # pixels along the path
-    roughness: float = 1.0,  # 0 gives a smooth curve
-) -> np.ndarray:
-    "Return the points (N, 2) of a path that drifts, kinks and trembles around `heading`."
-    count = max(3, int(length / STEP))
-    kinks = np.repeat(generator.standard_normal(count // 3 + 1), 3)[:count]
-    angle = heading + 0.45 * random_line(generator, count, 30)
-    angle += roughness * (
-        0.45 * kinks + 0.25 * random_line(generator, count, 6) + 0.25 * generator.standard_normal(count)
-    )
-    return start + STEP * np.cumsum(np.stack([np.cos(angle), np.sin(angle)], -1), axis=0)
+from crackseg_nb.synthetic.drawing import (
+    DISTRACTOR_NAMES,
+    GROUND_MARKS,
+    LITTER,
+    STEP,
+    SURFACES,
+    Stroke,
+    check_names,
+    check_range,
+    check_size,
+    draw_strokes,
+    paint,
+    photograph,
+    random_line,
+    smooth_noise,
+    stain,
+    wander,
+)
 
 
 # %% ../../nbs/synthetic/02_cracks.ipynb #eac95411
@@ -232,29 +100,7 @@ def grow_crack(
     return [*strokes, stem]
 
 
-# %% ../../nbs/synthetic/02_cracks.ipynb #0a2733dd
-def check_range(parameter: str, found, low: float, high: float) -> tuple[float, float]:
-    "Return `found` as an ordered pair of numbers within `low..high`; raise CrackSegError otherwise."
-    if not isinstance(found, (list, tuple)) or len(found) != 2:
-        raise CrackSegError(f"{parameter}: found {found!r}, expected two numbers, smallest and largest")
-    first, last = (check_number(parameter, number, float, low, high) for number in found)
-    if first > last:
-        raise CrackSegError(f"{parameter}: found {found!r}, expected the smaller number first")
-    return first, last
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #9c10d1a0
-def check_names(parameter: str, found, choices, allow_none: bool = False) -> tuple[str, ...]:
-    "Return `found` as a tuple of names out of `choices`; raise CrackSegError otherwise."
-    if isinstance(found, str) or not isinstance(found, (list, tuple)) or not (found or allow_none):
-        raise CrackSegError(f"{parameter}: found {found!r}, expected a list of {', '.join(choices)}")
-    return tuple(choose(parameter, name, choices) for name in found)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #c8ca5e0c
-DISTRACTOR_NAMES = ("joint", "sealant", "scratch", "marking", "tyre", "wire", "grass", "leaf")
-
-
+# %% ../../nbs/synthetic/02_cracks.ipynb #f02dac65
 @dataclass(frozen=True)
 class SyntheticConfig:
     "Describe the images; raise CrackSegError for values that make no sense."
@@ -304,12 +150,6 @@ def place_cracks(generator: np.random.Generator, size: tuple[int, int], config: 
     return strokes
 
 
-# %% ../../nbs/synthetic/02_cracks.ipynb #22de1ecd
-def paint(image: np.ndarray, alpha: np.ndarray, colour) -> np.ndarray:
-    "Return `image` (H, W, 3) with `colour` laid over it where `alpha` (H, W) is positive."
-    return image + alpha[..., None] * (np.asarray(colour, np.float32) - image)
-
-
 # %% ../../nbs/synthetic/02_cracks.ipynb #da6eb8d0
 def paint_cracks(
     image: np.ndarray, strokes: list[Stroke], generator: np.random.Generator
@@ -328,236 +168,12 @@ def paint_cracks(
     return paint(image, dark * (1 - debris), image * 0.12 + generator.uniform(0.01, 0.06)), mask
 
 
-# %% ../../nbs/synthetic/02_cracks.ipynb #5ae735b4
-def crossing(
-    generator: np.random.Generator,
-    size: tuple[int, int],
-    bend: float = 0.0,  # sideways bulge, as a share of the length
-) -> np.ndarray:
-    "Return the points (32, 2) of a quadratic Bezier curve across the image."
-    height, width = size
-    heading, length = generator.uniform(0, math.pi), 1.6 * math.hypot(height, width)
-    along = np.array([math.cos(heading), math.sin(heading)])
-    middle = generator.uniform((0.1 * width, 0.1 * height), (0.9 * width, 0.9 * height))
-    control = middle + generator.normal() * bend * length * np.array([-along[1], along[0]])
-    place = np.linspace(0, 1, 32)[:, None]
-    start, end = middle - along * length / 2, middle + along * length / 2
-    return (1 - place) ** 2 * start + 2 * place * (1 - place) * control + place**2 * end
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #2e76c963
-def even_stroke(points: np.ndarray, width: float, strength: float = 1.0) -> Stroke:
-    "Return a stroke of constant width and strength."
-    return Stroke(points, np.full(len(points), width), np.full(len(points), strength))
-
-
-def worn(generator: np.random.Generator, size: tuple[int, int], amount: float) -> np.ndarray:
-    "Return a patchy factor (H, W) in 0..1 for paint and marks that have worn off; `amount` 0 leaves all."
-    noise = 0.6 * smooth_noise(generator, size, 20) + 0.6 * smooth_noise(generator, size, 3)
-    return np.clip(1.3 - amount * (1.2 + noise), 0, 1)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #fdd3c683
-def joint(image: np.ndarray, generator: np.random.Generator):
-    "Cut a straight joint of constant width, with lit edges."
-    size, points, width = image.shape[:2], crossing(generator, image.shape[:2]), generator.uniform(1.5, 7)
-    edge, inside = (draw_strokes(size, [even_stroke(points, wide)])[0] for wide in (width + 2.5, width))
-    image = image * (1 + np.float32(generator.uniform(0, 0.25)) * (edge - inside))[..., None]
-    return paint(
-        image, inside * np.float32(generator.uniform(0.6, 0.95)), image * 0.2 + generator.uniform(0.02, 0.15)
-    ), None
-
-
-def sealant(image: np.ndarray, generator: np.random.Generator):
-    "Pour a band of bitumen: as crooked as the crack below it, but smooth, even and wide."
-    size, (height, width) = image.shape[:2], image.shape[:2]
-    heading, length = generator.uniform(0, 2 * math.pi), 1.8 * max(size)
-    start = generator.uniform((0.2 * width, 0.2 * height), (0.8 * width, 0.8 * height))
-    start = start - length / 2 * np.array([math.cos(heading), math.sin(heading)])
-    points = wander(generator, start, heading, length, roughness=0.1)
-    band = cv2.GaussianBlur(draw_strokes(size, [even_stroke(points, generator.uniform(7, 15))])[0], (0, 0), 0.7)
-    return paint(image, band * np.float32(generator.uniform(0.7, 0.9)), np.full(3, generator.uniform(0.1, 0.2))), None
-
-
-def scratch(image: np.ndarray, generator: np.random.Generator):
-    "Scratch the surface: thin, straight and bright."
-    size, strokes = image.shape[:2], []
-    for _ in range(generator.integers(1, 5)):
-        points = crossing(generator, size, 0.03)
-        first = int(generator.integers(8, 16))
-        points = points[first : first + int(generator.integers(4, 14))]
-        strokes.append(even_stroke(points, generator.uniform(0.6, 1.6), generator.uniform(0.4, 0.8)))
-    return paint(image, draw_strokes(size, strokes)[1] * worn(generator, size, 0.4), np.full(3, 0.9)), None
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #041de807
-def marking(image: np.ndarray, generator: np.random.Generator):
-    "Paint a road marking, white or yellow, that has partly worn off."
-    size = image.shape[:2]
-    band = draw_strokes(size, [even_stroke(crossing(generator, size), generator.uniform(9, 24))])[0]
-    colour = np.array([0.85, 0.85, 0.82] if generator.random() < 0.7 else [0.8, 0.65, 0.2])
-    return paint(image, band * worn(generator, size, generator.uniform(0.3, 0.9)) * np.float32(0.85), colour), None
-
-
-def tyre(image: np.ndarray, generator: np.random.Generator):
-    "Leave a tyre mark: a broad, soft, dark band with ribs along it."
-    size, points = image.shape[:2], crossing(generator, image.shape[:2], 0.08)
-    width = generator.uniform(14, 30)
-    across = (points[-1] - points[0])[::-1] * (-1, 1) / np.linalg.norm(points[-1] - points[0])
-    ribs = [even_stroke(points + across * offset, width / 7) for offset in width * np.linspace(-0.5, 0.5, 5)]
-    dark = cv2.GaussianBlur(draw_strokes(size, ribs)[0], (0, 0), float(generator.uniform(0.8, 2)))
-    return image * (1 - np.float32(generator.uniform(0.25, 0.5)) * dark * worn(generator, size, 0.5))[..., None], None
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #657aabb1
-def lay(
-    image: np.ndarray,
-    strokes: list[Stroke],
-    colour,  # RGB 0..1
-    generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    "Lay opaque strokes with a soft shadow on the ground; return the image and their coverage (H, W)."
-    coverage, alpha = draw_strokes(image.shape[:2], strokes)
-    offset = generator.uniform(-3, 3, 2)
-    shift = np.float32([[1, 0, offset[0]], [0, 1, offset[1]]])
-    shadow = cv2.warpAffine(
-        cv2.GaussianBlur(coverage, (0, 0), 1.5), shift, coverage.shape[::-1], borderMode=cv2.BORDER_REPLICATE
-    )
-    return paint(image * (1 - 0.4 * shadow)[..., None], alpha, colour), coverage
-
-
-def wire(image: np.ndarray, generator: np.random.Generator):
-    "Lay a wire or a string: smooth, of constant width."
-    colour = [[0.06, 0.06, 0.07], [0.1, 0.07, 0.05], [0.5, 0.12, 0.08], [0.1, 0.15, 0.4]][
-        generator.choice(4, p=[0.5, 0.3, 0.1, 0.1])
-    ]
-    stroke = even_stroke(crossing(generator, image.shape[:2], 0.25), generator.uniform(1, 3), 0.95)
-    return lay(image, [stroke], colour, generator)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #cf8f9c47
-def blade(
-    generator: np.random.Generator,
-    size: tuple[int, int],
-    length: float,  # pixels
-    width: float,  # pixels, at the widest place
-    leaf_like: bool,  # widest in the middle; otherwise widest at the start
-) -> Stroke:
-    "Return a short curved stroke that ends in a point, somewhere in the image."
-    place = np.linspace(0, 1, 16)
-    angle = generator.uniform(0, 2 * math.pi) + generator.normal() * 0.8 * place
-    steps = length / 16 * np.stack([np.cos(angle), np.sin(angle)], -1)
-    points = generator.uniform((0, 0), size[::-1]) + np.cumsum(steps, axis=0)
-    profile = np.sin(np.pi * place) ** 0.8 if leaf_like else 1 - place**2
-    return Stroke(points, np.maximum(width * profile, 0.5), np.full(16, 0.95))
-
-
-def grass(image: np.ndarray, generator: np.random.Generator):
-    "Scatter blades of grass and needles, dry or green."
-    strokes = [
-        blade(generator, image.shape[:2], generator.uniform(10, 40), generator.uniform(1, 3), False)
-        for _ in range(generator.integers(3, 9))
-    ]
-    return lay(
-        image, strokes, [[0.16, 0.2, 0.08], [0.3, 0.25, 0.13], [0.12, 0.09, 0.06]][generator.integers(3)], generator
-    )
-
-
-def leaf(image: np.ndarray, generator: np.random.Generator):
-    "Drop one to three leaves, dark or autumnal, each with its midrib."
-    blades = [
-        blade(generator, image.shape[:2], generator.uniform(14, 32), generator.uniform(5, 13), True)
-        for _ in range(generator.integers(1, 4))
-    ]
-    colour = np.array(
-        [[0.12, 0.1, 0.07], [0.3, 0.18, 0.08], [0.35, 0.28, 0.1], [0.14, 0.17, 0.08]][generator.integers(4)]
-    )
-    image, coverage = lay(image, blades, colour, generator)
-    ribs = [even_stroke(one.points, 0.9) for one in blades]
-    return paint(image, 0.6 * draw_strokes(image.shape[:2], ribs)[0], colour * 1.6), coverage
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #3a95593a
-GROUND_MARKS: dict[str, Callable] = {
-    "joint": joint,
-    "sealant": sealant,
-    "scratch": scratch,
-    "marking": marking,
-    "tyre": tyre,
-}
-LITTER: dict[str, Callable] = {"wire": wire, "grass": grass, "leaf": leaf}
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #31edaf73
-def stain(
-    image: np.ndarray,
-    generator: np.random.Generator,
-    rust_probability: float = 0.25,  # chance that the stain is of rust
-) -> np.ndarray:
-    "Return `image` with an oil, water or rust stain."
-    size = image.shape[:2]
-    field = smooth_noise(generator, size, generator.uniform(20, 70)) + 0.3 * smooth_noise(generator, size, 8)
-    field += 0.15 * smooth_noise(generator, size, 2)
-    alpha = 1 / (1 + np.exp(-(field - generator.uniform(0.3, 1.2)) / generator.uniform(0.08, 0.3))).astype(np.float32)
-    dark = generator.uniform(0.1, 0.35) * alpha + generator.uniform(0, 0.6) * alpha * (1 - alpha)
-    rust = np.array([0.7, 1, 1.25] if generator.random() < rust_probability else [1, 1, 1], np.float32)
-    return image * (1 - dark[..., None] * rust)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #bbad91de
-def shadow(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    "Return a factor (H, W, 3) that darkens the part of the image that lies in shade."
-    height, width = size
-    rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    heading, softness = generator.uniform(0, 2 * math.pi), generator.uniform(0.8, 4)
-    row, column = generator.uniform(0.2, 0.8, 2) * size
-    distance = (columns - column) * math.cos(heading) + (rows - row) * math.sin(heading)
-    kind = generator.choice(["house", "pole", "leaves"], p=[0.45, 0.3, 0.25])
-    if kind == "house":
-        field = distance + generator.uniform(0, 4) * smooth_noise(generator, size, 30)
-    elif kind == "pole":
-        field = generator.uniform(2, 14) - np.abs(distance)
-    else:
-        field = 10 * smooth_noise(generator, size, generator.uniform(30, 60)) + 6 * smooth_noise(generator, size, 9) - 5
-    shade = 1 / (1 + np.exp(-np.clip(field / softness, -30, 30)))
-    return 1 - np.float32(generator.uniform(0.25, 0.55)) * shade[..., None] * np.array([1, 0.98, 0.92], np.float32)
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #caed3be4
-def photograph(
-    scene: np.ndarray,  # reflectance (H, W, 3), float32
-    generator: np.random.Generator,
-    shadow_probability: float,
-) -> np.ndarray:
-    "Light the scene from one side, and return what a camera makes of it: slightly blurred, with noise, uint8 (H, W, 3)."
-    height, width = scene.shape[:2]
-    heading, slope = generator.uniform(0, 2 * math.pi), generator.uniform(0, 0.28)
-    across, down = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
-    gradient = (
-        1 + np.float32(slope * math.cos(heading)) * across + np.float32(slope * math.sin(heading)) * down[:, None]
-    )
-    scene = scene * (gradient * np.float32(generator.uniform(0.8, 1.2)))[..., None]
-    if generator.random() < shadow_probability:
-        scene = scene * shadow(generator, (height, width))
-    scene = cv2.GaussianBlur(scene.astype(np.float32), (0, 0), float(generator.uniform(0.35, 0.8)))
-    noise = generator.standard_normal(scene.shape, dtype=np.float32) * np.float32(generator.uniform(0.006, 0.025))
-    return np.clip(np.rint(255 * (scene + noise)), 0, 255).astype(np.uint8)
-
-
 # %% ../../nbs/synthetic/02_cracks.ipynb #51c59a8b
 def pick_distractors(generator: np.random.Generator, size: tuple[int, int], config: SyntheticConfig) -> list[str]:
     "Return the names of the distractors of one image; a larger image has room for more."
     places = max(2, round(2 * math.sqrt(size[0] * size[1]) / 128))
     count = int(generator.binomial(places, config.distractor_probability))
     return list(generator.choice(config.distractors, count)) if config.distractors else []
-
-
-# %% ../../nbs/synthetic/02_cracks.ipynb #b34b244e
-def check_size(size) -> tuple[int, int]:
-    "Return `size` as (height, width); raise CrackSegError unless both are whole numbers from 32 to 4096."
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise CrackSegError(f"size: found {size!r}, expected two numbers, height and width")
-    return tuple(check_number("size", number, int, 32, 4096) for number in size)
 
 
 # %% ../../nbs/synthetic/02_cracks.ipynb #1273a9d7

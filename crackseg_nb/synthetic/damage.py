@@ -36,7 +36,8 @@ import numpy as np
 
 from ..core.checks import check_number
 from ..core.seeds import seed_for
-from crackseg_nb.synthetic.cracks import (
+from .cracks import folder_settings, paint_cracks, pick_distractors, place_cracks, write_images
+from crackseg_nb.synthetic.drawing import (
     DISTRACTOR_NAMES,
     GROUND_MARKS,
     LITTER,
@@ -46,15 +47,10 @@ from crackseg_nb.synthetic.cracks import (
     check_size,
     concrete,
     draw_strokes,
-    folder_settings,
     paint,
-    paint_cracks,
     photograph,
-    pick_distractors,
-    place_cracks,
     smooth_noise,
     stain,
-    write_images,
 )
 
 # %% ../../nbs/synthetic/03_damage.ipynb #5c5fe694

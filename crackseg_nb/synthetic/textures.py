@@ -36,17 +36,9 @@ from tqdm import tqdm
 from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import read_yaml, write_yaml
 from ..core.seeds import seed_for
-from crackseg_nb.synthetic.cracks import (
-    MANIFEST,
-    asphalt,
-    check_size,
-    concrete,
-    paint,
-    photograph,
-    smooth_noise,
-    write_png,
-)
+from .cracks import MANIFEST, write_png
 from .damage import largest_share, paint_corrosion, soften
+from .drawing import asphalt, check_size, concrete, paint, photograph, smooth_noise
 
 
 # %% ../../nbs/synthetic/04_textures.ipynb #2b757601
