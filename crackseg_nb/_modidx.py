@@ -23,6 +23,7 @@ d = {
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
+            "crackseg_nb.core.checks.some": ("core/checks.html#some", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
@@ -30,8 +31,10 @@ d = {
             "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.find_path": ("core/files.html#find_path", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.fingerprint_of": ("core/files.html#fingerprint_of", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.in_threads": ("core/files.html#in_threads", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.outputs_folder": ("core/files.html#outputs_folder", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.project_root": ("core/files.html#project_root", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.raise_first": ("core/files.html#raise_first", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
@@ -2389,328 +2392,318 @@ d = {
             "crackseg_nb.runs.verify.verify": ("runs/verify.html#verify", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.weights_digest": ("runs/verify.html#weights_digest", "crackseg_nb/runs/verify.py"),
         },
+        "crackseg_nb.sources.artefact": {
+            "crackseg_nb.sources.artefact.artefact_folder": (
+                "sources/artefact.html#artefact_folder",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.fetch_artefact": (
+                "sources/artefact.html#fetch_artefact",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.metadata_notes": (
+                "sources/artefact.html#metadata_notes",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.parquet_rows": (
+                "sources/artefact.html#parquet_rows",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.read_artefact": (
+                "sources/artefact.html#read_artefact",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.store_picture": (
+                "sources/artefact.html#store_picture",
+                "crackseg_nb/sources/artefact.py",
+            ),
+            "crackseg_nb.sources.artefact.unpack": ("sources/artefact.html#unpack", "crackseg_nb/sources/artefact.py"),
+        },
+        "crackseg_nb.sources.duplicates": {
+            "crackseg_nb.sources.duplicates.Tile": (
+                "sources/duplicates.html#tile",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.describe_tile": (
+                "sources/duplicates.html#describe_tile",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.detail": (
+                "sources/duplicates.html#detail",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.orientations": (
+                "sources/duplicates.html#orientations",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.photo_numbers": (
+                "sources/duplicates.html#photo_numbers",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.same_detail": (
+                "sources/duplicates.html#same_detail",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.same_photos": (
+                "sources/duplicates.html#same_photos",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.similar": (
+                "sources/duplicates.html#similar",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.thumbnail": (
+                "sources/duplicates.html#thumbnail",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.touch": (
+                "sources/duplicates.html#touch",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.unit": (
+                "sources/duplicates.html#unit",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.unit_thumbnail": (
+                "sources/duplicates.html#unit_thumbnail",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+        },
+        "crackseg_nb.sources.folders": {
+            "crackseg_nb.sources.folders.files_below": (
+                "sources/folders.html#files_below",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.folder_pairs": (
+                "sources/folders.html#folder_pairs",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.group_notes": (
+                "sources/folders.html#group_notes",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.pair_files": (
+                "sources/folders.html#pair_files",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.pair_folders": (
+                "sources/folders.html#pair_folders",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.place_of": ("sources/folders.html#place_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.read_folder": (
+                "sources/folders.html#read_folder",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.source_name": (
+                "sources/folders.html#source_name",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.split_of": ("sources/folders.html#split_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.subfolder": (
+                "sources/folders.html#subfolder",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.subfolders": (
+                "sources/folders.html#subfolders",
+                "crackseg_nb/sources/folders.py",
+            ),
+        },
+        "crackseg_nb.sources.images": {
+            "crackseg_nb.sources.images.MaskFacts": ("sources/images.html#maskfacts", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.check_ids": ("sources/images.html#check_ids", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.colour_values": (
+                "sources/images.html#colour_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.id_values": ("sources/images.html#id_values", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.image_size": (
+                "sources/images.html#image_size",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.look_at": ("sources/images.html#look_at", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.mask_values": (
+                "sources/images.html#mask_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.matlab_values": (
+                "sources/images.html#matlab_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.open_picture": (
+                "sources/images.html#open_picture",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.palette_values": (
+                "sources/images.html#palette_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.plane_values": (
+                "sources/images.html#plane_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.raw_values": (
+                "sources/images.html#raw_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.read_image": (
+                "sources/images.html#read_image",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.read_mask": ("sources/images.html#read_mask", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.scan_masks": (
+                "sources/images.html#scan_masks",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.tell_encoding": (
+                "sources/images.html#tell_encoding",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.to_rgb": ("sources/images.html#to_rgb", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.value_counts": (
+                "sources/images.html#value_counts",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.value_table": (
+                "sources/images.html#value_table",
+                "crackseg_nb/sources/images.py",
+            ),
+        },
+        "crackseg_nb.sources.labelled": {
+            "crackseg_nb.sources.labelled.image_folder_classes": (
+                "sources/labelled.html#image_folder_classes",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.label_places": (
+                "sources/labelled.html#label_places",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.read_image_folder": (
+                "sources/labelled.html#read_image_folder",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.read_rows": (
+                "sources/labelled.html#read_rows",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.read_tiny_imagenet": (
+                "sources/labelled.html#read_tiny_imagenet",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.tiny_classes": (
+                "sources/labelled.html#tiny_classes",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.tiny_folder": (
+                "sources/labelled.html#tiny_folder",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.tiny_train": (
+                "sources/labelled.html#tiny_train",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.tiny_validation": (
+                "sources/labelled.html#tiny_validation",
+                "crackseg_nb/sources/labelled.py",
+            ),
+            "crackseg_nb.sources.labelled.tiny_words": (
+                "sources/labelled.html#tiny_words",
+                "crackseg_nb/sources/labelled.py",
+            ),
+        },
+        "crackseg_nb.sources.published": {
+            "crackseg_nb.sources.published.read_crackforest": (
+                "sources/published.html#read_crackforest",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.read_deepcrack": (
+                "sources/published.html#read_deepcrack",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.read_neu_seg": (
+                "sources/published.html#read_neu_seg",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.read_unified360": (
+                "sources/published.html#read_unified360",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.read_voc": (
+                "sources/published.html#read_voc",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.voc_folder": (
+                "sources/published.html#voc_folder",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.voc_lists": (
+                "sources/published.html#voc_lists",
+                "crackseg_nb/sources/published.py",
+            ),
+        },
         "crackseg_nb.sources.registry": {
-            "crackseg_nb.sources.registry.Classes": (
-                "sources/registry.html#classes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Classes.__len__": (
-                "sources/registry.html#classes.__len__",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Classes.__post_init__": (
-                "sources/registry.html#classes.__post_init__",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Classes.binary": (
-                "sources/registry.html#classes.binary",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Classes.num_channels": (
-                "sources/registry.html#classes.num_channels",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.MaskFacts": (
-                "sources/registry.html#maskfacts",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Reader": ("sources/registry.html#reader", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.Sample": ("sources/registry.html#sample", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.Source": ("sources/registry.html#source", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.Source.__len__": (
-                "sources/registry.html#source.__len__",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Source.__repr__": (
-                "sources/registry.html#source.__repr__",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.Tile": ("sources/registry.html#tile", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.artefact_folder": (
-                "sources/registry.html#artefact_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.check_colours": (
-                "sources/registry.html#check_colours",
-                "crackseg_nb/sources/registry.py",
-            ),
             "crackseg_nb.sources.registry.check_folder": (
                 "sources/registry.html#check_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.check_ids": (
-                "sources/registry.html#check_ids",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.check_names": (
-                "sources/registry.html#check_names",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.choose_classes": (
                 "sources/registry.html#choose_classes",
                 "crackseg_nb/sources/registry.py",
             ),
-            "crackseg_nb.sources.registry.colour_values": (
-                "sources/registry.html#colour_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.describe_tile": (
-                "sources/registry.html#describe_tile",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.detail": ("sources/registry.html#detail", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.fetch_artefact": (
-                "sources/registry.html#fetch_artefact",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.files_below": (
-                "sources/registry.html#files_below",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.folder_pairs": (
-                "sources/registry.html#folder_pairs",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.group_notes": (
-                "sources/registry.html#group_notes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.group_of": (
-                "sources/registry.html#group_of",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.id_values": (
-                "sources/registry.html#id_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.image_folder_classes": (
-                "sources/registry.html#image_folder_classes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.image_size": (
-                "sources/registry.html#image_size",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.in_threads": (
-                "sources/registry.html#in_threads",
-                "crackseg_nb/sources/registry.py",
-            ),
             "crackseg_nb.sources.registry.label_classes": (
                 "sources/registry.html#label_classes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.label_places": (
-                "sources/registry.html#label_places",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.look_at": (
-                "sources/registry.html#look_at",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.mask_values": (
-                "sources/registry.html#mask_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.matlab_values": (
-                "sources/registry.html#matlab_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.metadata_notes": (
-                "sources/registry.html#metadata_notes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.open_picture": (
-                "sources/registry.html#open_picture",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.orientations": (
-                "sources/registry.html#orientations",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.pair_files": (
-                "sources/registry.html#pair_files",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.pair_folders": (
-                "sources/registry.html#pair_folders",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.palette_values": (
-                "sources/registry.html#palette_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.parquet_rows": (
-                "sources/registry.html#parquet_rows",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.photo_numbers": (
-                "sources/registry.html#photo_numbers",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.place_of": (
-                "sources/registry.html#place_of",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.plane_values": (
-                "sources/registry.html#plane_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.raise_first": (
-                "sources/registry.html#raise_first",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.raw_values": (
-                "sources/registry.html#raw_values",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_artefact": (
-                "sources/registry.html#read_artefact",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_crackforest": (
-                "sources/registry.html#read_crackforest",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_deepcrack": (
-                "sources/registry.html#read_deepcrack",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_folder": (
-                "sources/registry.html#read_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_image": (
-                "sources/registry.html#read_image",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_image_folder": (
-                "sources/registry.html#read_image_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_mask": (
-                "sources/registry.html#read_mask",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_neu_seg": (
-                "sources/registry.html#read_neu_seg",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_rows": (
-                "sources/registry.html#read_rows",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.read_source": (
                 "sources/registry.html#read_source",
                 "crackseg_nb/sources/registry.py",
             ),
-            "crackseg_nb.sources.registry.read_tiny_imagenet": (
-                "sources/registry.html#read_tiny_imagenet",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_unified360": (
-                "sources/registry.html#read_unified360",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.read_voc": (
-                "sources/registry.html#read_voc",
-                "crackseg_nb/sources/registry.py",
-            ),
             "crackseg_nb.sources.registry.readable": (
                 "sources/registry.html#readable",
                 "crackseg_nb/sources/registry.py",
             ),
-            "crackseg_nb.sources.registry.same_detail": (
-                "sources/registry.html#same_detail",
-                "crackseg_nb/sources/registry.py",
+        },
+        "crackseg_nb.sources.samples": {
+            "crackseg_nb.sources.samples.Classes": ("sources/samples.html#classes", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Classes.__len__": (
+                "sources/samples.html#classes.__len__",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.same_photos": (
-                "sources/registry.html#same_photos",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.Classes.__post_init__": (
+                "sources/samples.html#classes.__post_init__",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.scan_masks": (
-                "sources/registry.html#scan_masks",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.Classes.binary": (
+                "sources/samples.html#classes.binary",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.similar": (
-                "sources/registry.html#similar",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.Classes.num_channels": (
+                "sources/samples.html#classes.num_channels",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.some": ("sources/registry.html#some", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.source_name": (
-                "sources/registry.html#source_name",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.Reader": ("sources/samples.html#reader", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Sample": ("sources/samples.html#sample", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Source": ("sources/samples.html#source", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Source.__len__": (
+                "sources/samples.html#source.__len__",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.split_of": (
-                "sources/registry.html#split_of",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.Source.__repr__": (
+                "sources/samples.html#source.__repr__",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.store_picture": (
-                "sources/registry.html#store_picture",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.check_colours": (
+                "sources/samples.html#check_colours",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.subfolder": (
-                "sources/registry.html#subfolder",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.check_names": (
+                "sources/samples.html#check_names",
+                "crackseg_nb/sources/samples.py",
             ),
-            "crackseg_nb.sources.registry.subfolders": (
-                "sources/registry.html#subfolders",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tell_encoding": (
-                "sources/registry.html#tell_encoding",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.thumbnail": (
-                "sources/registry.html#thumbnail",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tiny_classes": (
-                "sources/registry.html#tiny_classes",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tiny_folder": (
-                "sources/registry.html#tiny_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tiny_train": (
-                "sources/registry.html#tiny_train",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tiny_validation": (
-                "sources/registry.html#tiny_validation",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.tiny_words": (
-                "sources/registry.html#tiny_words",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.to_rgb": ("sources/registry.html#to_rgb", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.touch": ("sources/registry.html#touch", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.unit": ("sources/registry.html#unit", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.unit_thumbnail": (
-                "sources/registry.html#unit_thumbnail",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.unpack": ("sources/registry.html#unpack", "crackseg_nb/sources/registry.py"),
-            "crackseg_nb.sources.registry.value_counts": (
-                "sources/registry.html#value_counts",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.value_table": (
-                "sources/registry.html#value_table",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.voc_colours": (
-                "sources/registry.html#voc_colours",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.voc_folder": (
-                "sources/registry.html#voc_folder",
-                "crackseg_nb/sources/registry.py",
-            ),
-            "crackseg_nb.sources.registry.voc_lists": (
-                "sources/registry.html#voc_lists",
-                "crackseg_nb/sources/registry.py",
+            "crackseg_nb.sources.samples.voc_colours": (
+                "sources/samples.html#voc_colours",
+                "crackseg_nb/sources/samples.py",
             ),
         },
         "crackseg_nb.studies.ablation": {

@@ -15,20 +15,13 @@ from test_sources import CRACK, one_line, palette, write_folder
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.splits import audit, make_splits
 from crackseg_nb.sources import registry as sources
-from crackseg_nb.sources.registry import (
-    ARTEFACT,
-    ENCODINGS,
-    NEU_SEG,
-    VOC_NAMES,
-    Classes,
-    Sample,
-    read_mask,
-    read_source,
-    same_photos,
-    source_name,
-    unpack,
-    voc_colours,
-)
+from crackseg_nb.sources.artefact import ARTEFACT, unpack
+from crackseg_nb.sources.duplicates import same_photos
+from crackseg_nb.sources.folders import source_name
+from crackseg_nb.sources.images import ENCODINGS, read_mask
+from crackseg_nb.sources.published import NEU_SEG, VOC_NAMES
+from crackseg_nb.sources.registry import read_source
+from crackseg_nb.sources.samples import Classes, Sample, voc_colours
 
 NAMES = ("background", "inclusion", "patches", "scratches")
 RANDOM = np.random.default_rng(0)

@@ -25,7 +25,8 @@ from crackseg_nb.data import dataset as dataset_module
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
 from crackseg_nb.data.dataset import CrackDataset, EpochSampler, ImageStore, Loader, SameSizeBatches, create_loader
 from crackseg_nb.sources import registry as sources_module
-from crackseg_nb.sources.registry import Sample, read_source
+from crackseg_nb.sources.registry import read_source
+from crackseg_nb.sources.samples import Sample
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 NUM_IMAGES = 13

@@ -16,7 +16,9 @@ from crackseg_nb.data.dataset import create_loader
 from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
 from crackseg_nb.data.splits import audit, fingerprint, make_splits
 from crackseg_nb.sources import registry as sources
-from crackseg_nb.sources.registry import LABELS, Classes, Sample, Source, label_classes, read_image, read_source
+from crackseg_nb.sources.images import read_image
+from crackseg_nb.sources.registry import label_classes, read_source
+from crackseg_nb.sources.samples import LABELS, Classes, Sample, Source
 from crackseg_nb.synthetic.textures import TEXTURES, synthesize_texture, write_textures
 
 

@@ -35,7 +35,7 @@ from crackseg_nb.figures.photos import (
     shrink_labels,
 )
 from crackseg_nb.metrics.counts import ClassMetrics
-from crackseg_nb.sources.registry import Classes, Sample
+from crackseg_nb.sources.samples import Classes, Sample
 from crackseg_nb.synthetic.cracks import synthesize
 
 COLOURS = tuple((10 * k, 255 - 10 * k, 7 * k) for k in range(1, 21))

@@ -13,7 +13,7 @@ from crackseg_nb.data.class_weights import weights_from_counts
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.runs.results import read_prediction
-from crackseg_nb.sources.registry import read_mask
+from crackseg_nb.sources.images import read_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("background", "crack", "spalling", "corrosion", "efflorescence")

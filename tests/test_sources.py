@@ -13,7 +13,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from crackseg_nb.data.splits import audit, crossing_groups, fingerprint, make_splits, pick_groups
-from crackseg_nb.sources.registry import ENCODINGS, SOURCES, Sample, Source, read_image, read_mask, read_source
+from crackseg_nb.sources.images import ENCODINGS, read_image, read_mask
+from crackseg_nb.sources.registry import SOURCES, read_source
+from crackseg_nb.sources.samples import Sample, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT / "../shared/data")

@@ -16,6 +16,7 @@ __all__ = [
     "check_number",
     "check_folder_name",
     "plain_variables",
+    "some",
 ]
 
 # %% ../../nbs/core/01_checks.ipynb #03ca340c
@@ -112,3 +113,9 @@ def plain_variables(
     for name in found:
         choose("parameter", name, names)
     return found
+
+
+# %% ../../nbs/core/01_checks.ipynb #b641c2a7
+def some(items, limit: int = 3) -> str:
+    "Return the first few items as text."
+    return ", ".join(str(item) for item in items[:limit]) + (", ..." if len(items) > limit else "")

@@ -16,6 +16,8 @@ __all__ = [
     "display_path",
     "find_path",
     "check_writable",
+    "in_threads",
+    "raise_first",
 ]
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
@@ -165,3 +167,42 @@ def check_writable(
             f"{folder}: found {free / 2**20:.0f} MiB free, expected at least {need_bytes / 2**20:.0f} MiB "
             "for checkpoints and pictures"
         )
+
+
+# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm.auto import tqdm
+
+# %% ../../nbs/core/02_files.ipynb #a11695f4
+from .checks import CrackSegError
+
+
+# %% ../../nbs/core/02_files.ipynb #4cac9a41
+def in_threads(
+    function: Callable,  # called with one item
+    items: list,
+    title: str,  # of the progress bar, shown from 100 items on
+) -> list:
+    "Map `function` over `items` in threads; return results in order, a CrackSegError in the place of each that raised one."
+
+    def guarded(item):
+        try:
+            return function(item)
+        except CrackSegError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        few = len(items) < 100
+        return list(tqdm(pool.map(guarded, items), total=len(items), desc=title, disable=few, delay=1, leave=False))
+
+
+# %% ../../nbs/core/02_files.ipynb #c381c17d
+def raise_first(results: list) -> None:
+    "Raise the first CrackSegError among `results`, saying how many more there are."
+    errors = [result for result in results if isinstance(result, CrackSegError)]
+    more = f" (and {len(errors) - 1} more files with errors)" if len(errors) > 1 else ""
+    if errors:
+        raise CrackSegError(f"{errors[0]}{more}") from errors[0]

@@ -83,7 +83,8 @@ from ..core.files import atomic_write, display_path, fingerprint_of
 from ..core.machine import logger
 from ..core.seeds import seed_for
 from .augment import Augmentation, check_image_size, resize_pair
-from ..sources.registry import Sample, image_size, read_image, read_mask
+from ..sources.images import image_size, read_image, read_mask
+from ..sources.samples import Sample
 
 # %% ../../nbs/data/07_dataset.ipynb #882fad02
 MEAN, DEVIATION = (np.float32(values).reshape(3, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

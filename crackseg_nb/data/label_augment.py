@@ -28,7 +28,8 @@ from ..core.checks import CrackSegError, choose
 from ..core.seeds import seed_for
 from .augment import FILL, check_image_size
 from .dataset import normalize
-from ..sources.registry import Sample, read_image
+from ..sources.images import read_image
+from ..sources.samples import Sample
 
 
 # %% ../../nbs/data/05_label_augment.ipynb #1a50595e

@@ -45,28 +45,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..core.checks import VOID, CrackSegError, check_number
-from ..core.files import fingerprint_of, sha256_file
+from ..core.checks import VOID, CrackSegError, check_number, some
+from ..core.files import fingerprint_of, in_threads, raise_first, sha256_file
 from ..core.seeds import seed_for
-from crackseg_nb.sources.registry import (
-    AUGMENTATION,
-    AUGMENTATION_WORDS,
-    LABELS,
-    Classes,
-    Sample,
-    Source,
-    image_size,
-    in_threads,
-    place_of,
-    raise_first,
-    read_mask,
-    same_detail,
-    similar,
-    some,
-    source_name,
-    unit_thumbnail,
-    value_counts,
-)
+from ..sources.duplicates import same_detail, similar, unit_thumbnail
+from ..sources.folders import AUGMENTATION, AUGMENTATION_WORDS, place_of, source_name
+from ..sources.images import image_size, read_mask, value_counts
+from ..sources.samples import LABELS, Classes, Sample, Source
 
 # %% ../../nbs/data/01_splits.ipynb #27628e41
 SPLITS = ("train", "val", "test")

@@ -37,7 +37,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
-from ..core.checks import CrackSegError, choose
+from ..core.checks import CrackSegError, choose, some
 from ..core.files import display_path, fingerprint_of, read_yaml
 from ..core.run_folder import RunFolder
 from .scores import Evidence, evidence_of
@@ -45,7 +45,6 @@ from ..figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
 from ..runs.config import SAME_NUMBERS, find_run_folder
 from ..runs.results import read_training
-from ..sources.registry import some
 
 # %% ../../nbs/evidence/02_comparison.ipynb #4c3da0d7
 GUIDE = "usage guide of the crackseg project's SwinV2 experiment at 360x360"

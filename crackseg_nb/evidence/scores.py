@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
-from ..core.checks import CrackSegError, check_number
+from ..core.checks import CrackSegError, check_number, some
 from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
 from ..core.run_folder import RunFolder
 from ..data.dataset import CrackDataset
@@ -44,7 +44,6 @@ from ..metrics.widths import trace_pair
 from ..runs.config import ExperimentConfig, configure, find_finished_run
 from ..runs.experiment import find_source
 from ..runs.results import prediction_path, read_prediction
-from ..sources.registry import some
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #914ee6f6

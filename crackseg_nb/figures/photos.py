@@ -83,7 +83,8 @@ from ..data.augment import Augmentation
 from ..data.dataset import denormalize
 from ..data.label_augment import LabelAugmentation
 from ..data.splits import Audit
-from ..sources.registry import LABELS, Classes, Sample, read_image, read_mask
+from ..sources.images import read_image, read_mask
+from ..sources.samples import LABELS, Classes, Sample
 
 # %% ../../nbs/figures/01_photos.ipynb #c61e0ad5
 CRACK_COLOUR = (0, 190, 255)  # mask over a photo

@@ -79,7 +79,9 @@ from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
 from ..models.encoders import SWINV2_ENCODERS
 from ..models.registry import CLASSIFIER, MODELS
-from ..sources.registry import ENCODINGS, SOURCES, Classes, choose_classes, label_classes
+from ..sources.images import ENCODINGS
+from ..sources.registry import SOURCES, choose_classes, label_classes
+from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
 from ..synthetic.textures import TEXTURES

@@ -41,7 +41,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/runs/04_experiment.ipynb #7d1c4d0d
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped, some
 from crackseg_nb.core.files import (
     atomic_write,
     check_writable,
@@ -79,7 +79,7 @@ from crackseg_nb.runs.results import (
     write_manifest,
     write_report,
 )
-from ..sources.registry import read_source, some
+from ..sources.registry import read_source
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures

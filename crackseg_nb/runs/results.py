@@ -57,7 +57,8 @@ from crackseg_nb.figures.photos import (
     show_threshold_curve,
 )
 from ..metrics.counts import ImageCounts
-from ..sources.registry import Classes, Sample, read_image
+from ..sources.images import read_image
+from ..sources.samples import Classes, Sample
 from ..training.checkpoint import manifest_sum
 
 
