@@ -116,6 +116,56 @@ d = {
             "crackseg_nb.core.seeds.seed_everything": ("core/seeds.html#seed_everything", "crackseg_nb/core/seeds.py"),
             "crackseg_nb.core.seeds.seed_for": ("core/seeds.html#seed_for", "crackseg_nb/core/seeds.py"),
         },
+        "crackseg_nb.data.audit": {
+            "crackseg_nb.data.audit.Audit": ("data/audit.html#audit", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.Audit.raise_if_fatal": (
+                "data/audit.html#audit.raise_if_fatal",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.Audit.report": ("data/audit.html#audit.report", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.FileFacts": ("data/audit.html#filefacts", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.NearDuplicate": ("data/audit.html#nearduplicate", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.Splits.overlapping_test_names": (
+                "data/audit.html#splits.overlapping_test_names",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.audit": ("data/audit.html#audit", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.balance_warnings": (
+                "data/audit.html#balance_warnings",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.border_findings": ("data/audit.html#border_findings", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.class_warnings": ("data/audit.html#class_warnings", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.crossing_families": (
+                "data/audit.html#crossing_families",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.crossing_groups": ("data/audit.html#crossing_groups", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.digests_of": ("data/audit.html#digests_of", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.duplicate_warnings": (
+                "data/audit.html#duplicate_warnings",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.find_near_duplicates": (
+                "data/audit.html#find_near_duplicates",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.fingerprint": ("data/audit.html#fingerprint", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.fingerprint_from": (
+                "data/audit.html#fingerprint_from",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.label_counts": ("data/audit.html#label_counts", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.proposed_pattern": (
+                "data/audit.html#proposed_pattern",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.read_all": ("data/audit.html#read_all", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.read_facts": ("data/audit.html#read_facts", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.read_thumbnails": ("data/audit.html#read_thumbnails", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.repeat_problems": ("data/audit.html#repeat_problems", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.summarise": ("data/audit.html#summarise", "crackseg_nb/data/audit.py"),
+        },
         "crackseg_nb.data.augment": {
             "crackseg_nb.data.augment.Augmentation": ("data/augment.html#augmentation", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.Augmentation.__call__": (
@@ -416,14 +466,6 @@ d = {
             ),
         },
         "crackseg_nb.data.splits": {
-            "crackseg_nb.data.splits.Audit": ("data/splits.html#audit", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.Audit.raise_if_fatal": (
-                "data/splits.html#audit.raise_if_fatal",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.Audit.report": ("data/splits.html#audit.report", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.FileFacts": ("data/splits.html#filefacts", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.NearDuplicate": ("data/splits.html#nearduplicate", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits": ("data/splits.html#splits", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits.__getitem__": (
                 "data/splits.html#splits.__getitem__",
@@ -439,69 +481,17 @@ d = {
             ),
             "crackseg_nb.data.splits.Splits.items": ("data/splits.html#splits.items", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits.lengths": ("data/splits.html#splits.lengths", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.Splits.overlapping_test_names": (
-                "data/splits.html#splits.overlapping_test_names",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.audit": ("data/splits.html#audit", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.balance_warnings": (
-                "data/splits.html#balance_warnings",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.border_findings": (
-                "data/splits.html#border_findings",
-                "crackseg_nb/data/splits.py",
-            ),
             "crackseg_nb.data.splits.carve": ("data/splits.html#carve", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.check_fractions": (
                 "data/splits.html#check_fractions",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.class_warnings": ("data/splits.html#class_warnings", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.crossing_families": (
-                "data/splits.html#crossing_families",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.crossing_groups": (
-                "data/splits.html#crossing_groups",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.digests_of": ("data/splits.html#digests_of", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.duplicate_warnings": (
-                "data/splits.html#duplicate_warnings",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.find_near_duplicates": (
-                "data/splits.html#find_near_duplicates",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.fingerprint": ("data/splits.html#fingerprint", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.fingerprint_from": (
-                "data/splits.html#fingerprint_from",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.label_counts": ("data/splits.html#label_counts", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.make_splits": ("data/splits.html#make_splits", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.pick_groups": ("data/splits.html#pick_groups", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.proposed_pattern": (
-                "data/splits.html#proposed_pattern",
-                "crackseg_nb/data/splits.py",
-            ),
             "crackseg_nb.data.splits.published_parts": (
                 "data/splits.html#published_parts",
                 "crackseg_nb/data/splits.py",
             ),
-            "crackseg_nb.data.splits.read_all": ("data/splits.html#read_all", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.read_facts": ("data/splits.html#read_facts", "crackseg_nb/data/splits.py"),
-            "crackseg_nb.data.splits.read_thumbnails": (
-                "data/splits.html#read_thumbnails",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.repeat_problems": (
-                "data/splits.html#repeat_problems",
-                "crackseg_nb/data/splits.py",
-            ),
-            "crackseg_nb.data.splits.summarise": ("data/splits.html#summarise", "crackseg_nb/data/splits.py"),
         },
         "crackseg_nb.evidence.comparison": {
             "crackseg_nb.evidence.comparison.Comparison": (

@@ -13,7 +13,8 @@ from PIL import Image
 from test_sources import CRACK, one_line, palette, write_folder
 
 from crackseg_nb.core.checks import VOID, CrackSegError
-from crackseg_nb.data.splits import audit, make_splits
+from crackseg_nb.data.audit import audit
+from crackseg_nb.data.splits import make_splits
 from crackseg_nb.sources import registry as sources
 from crackseg_nb.sources.artefact import ARTEFACT, unpack
 from crackseg_nb.sources.duplicates import same_photos
@@ -680,7 +681,7 @@ def test_groups_that_were_torn_are_told_once(tmp_path):
 
 def test_samples_without_folders_are_families_too():
     own = [Sample(name, None, None, name) for index in range(9) for name in (f"site/{index}", f"site/{index}_aug1")]
-    from crackseg_nb.data.splits import crossing_families
+    from crackseg_nb.data.audit import crossing_families
 
     found, published = crossing_families(make_splits(sources.Source("own", own)))
     assert found and published == {} and all(len(names) == 2 for names in found.values())

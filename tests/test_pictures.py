@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.data.audit import Audit
 from crackseg_nb.data.augment import create_augmentation
-from crackseg_nb.data.splits import Audit
 from crackseg_nb.figures.photos import (
     CRACK_COLOUR,
     ERROR_COLOURS,

@@ -12,7 +12,8 @@ from messages import one_line
 from PIL import Image
 from scipy.io import savemat
 
-from crackseg_nb.data.splits import audit, crossing_groups, fingerprint, make_splits, pick_groups
+from crackseg_nb.data.audit import audit, crossing_groups, fingerprint
+from crackseg_nb.data.splits import make_splits, pick_groups
 from crackseg_nb.sources.images import ENCODINGS, read_image, read_mask
 from crackseg_nb.sources.registry import SOURCES, read_source
 from crackseg_nb.sources.samples import Sample, Source

@@ -34,8 +34,9 @@ from tqdm.auto import tqdm
 from ..core.checks import CrackSegError, check_number, some
 from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
 from ..core.run_folder import RunFolder
+from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
-from ..data.splits import fingerprint, make_splits
+from ..data.splits import make_splits
 from ..metrics.calibration import Calibration
 from ..metrics.counts import scores_from_counts
 from ..metrics.curves import Sums, ThresholdCurves

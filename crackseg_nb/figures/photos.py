@@ -79,10 +79,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..core.checks import VOID, CrackSegError
 from ..core.files import atomic_write
 from ..core.seeds import seed_for
+from ..data.audit import Audit
 from ..data.augment import Augmentation
 from ..data.dataset import denormalize
 from ..data.label_augment import LabelAugmentation
-from ..data.splits import Audit
 from ..sources.images import read_image, read_mask
 from ..sources.samples import LABELS, Classes, Sample
 

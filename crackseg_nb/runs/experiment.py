@@ -55,11 +55,12 @@ from crackseg_nb.core.files import (
 from ..core.machine import describe_environment, get_device, log_to, logger, now, this_process
 from ..core.run_folder import RunFolder, create_run_folder
 from ..core.seeds import seed_everything, seed_for
+from ..data.audit import audit
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
 from ..data.dataset import CrackDataset, create_loader
 from ..data.label_augment import LabelDataset, create_label_augmentation
-from ..data.splits import Splits, audit, make_splits
+from ..data.splits import Splits, make_splits
 from ..metrics.counts import ImageCounts, create_metrics
 from ..models.registry import count_parameters, create_model
 from crackseg_nb.runs.config import (

@@ -66,7 +66,8 @@ from ..core.checks import CrackSegError
 from ..core.files import find_path, in_threads, read_yaml
 from ..core.machine import describe_environment, get_device, quiet_loggers
 from ..core.run_folder import RunFolder
-from ..data.splits import Splits, digests_of, fingerprint_from, make_splits
+from ..data.audit import digests_of, fingerprint_from
+from ..data.splits import Splits, make_splits
 from ..metrics.counts import create_metrics
 from .command import one_line
 from .config import SYNTHETIC, ExperimentConfig, configure, find_finished_run, read_config
