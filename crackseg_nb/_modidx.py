@@ -31,6 +31,7 @@ d = {
             "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.find_path": ("core/files.html#find_path", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.fingerprint_of": ("core/files.html#fingerprint_of", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.in_order": ("core/files.html#in_order", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.in_threads": ("core/files.html#in_threads", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.outputs_folder": ("core/files.html#outputs_folder", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.project_root": ("core/files.html#project_root", "crackseg_nb/core/files.py"),
@@ -47,8 +48,10 @@ d = {
                 "core/machine.html#describe_environment",
                 "crackseg_nb/core/machine.py",
             ),
+            "crackseg_nb.core.machine.free_memory": ("core/machine.html#free_memory", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.get_device": ("core/machine.html#get_device", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.git_state": ("core/machine.html#git_state", "crackseg_nb/core/machine.py"),
+            "crackseg_nb.core.machine.group_rooms": ("core/machine.html#group_rooms", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.is_alive": ("core/machine.html#is_alive", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.log_to": ("core/machine.html#log_to", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.now": ("core/machine.html#now", "crackseg_nb/core/machine.py"),
@@ -283,133 +286,6 @@ d = {
                 "data/dataset.html#crackdataset.source_sizes",
                 "crackseg_nb/data/dataset.py",
             ),
-            "crackseg_nb.data.dataset.EpochSampler": ("data/dataset.html#epochsampler", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.EpochSampler.__init__": (
-                "data/dataset.html#epochsampler.__init__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.__iter__": (
-                "data/dataset.html#epochsampler.__iter__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.__len__": (
-                "data/dataset.html#epochsampler.__len__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.bounds": (
-                "data/dataset.html#epochsampler.bounds",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.order": (
-                "data/dataset.html#epochsampler.order",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.set_epoch": (
-                "data/dataset.html#epochsampler.set_epoch",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.set_position": (
-                "data/dataset.html#epochsampler.set_position",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.EpochSampler.window": (
-                "data/dataset.html#epochsampler.window",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.ImageStore": ("data/dataset.html#imagestore", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.ImageStore.__getitem__": (
-                "data/dataset.html#imagestore.__getitem__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.ImageStore.__init__": (
-                "data/dataset.html#imagestore.__init__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.ImageStore.__reduce__": (
-                "data/dataset.html#imagestore.__reduce__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.Loader": ("data/dataset.html#loader", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.Loader.__iter__": (
-                "data/dataset.html#loader.__iter__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.Loader.named_faults": (
-                "data/dataset.html#loader.named_faults",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.Loader.stop_workers": (
-                "data/dataset.html#loader.stop_workers",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.Room": ("data/dataset.html#room", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.Room.__str__": ("data/dataset.html#room.__str__", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.Room.place": ("data/dataset.html#room.place", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.SameSizeBatches": (
-                "data/dataset.html#samesizebatches",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.SameSizeBatches.__init__": (
-                "data/dataset.html#samesizebatches.__init__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.SameSizeBatches.__iter__": (
-                "data/dataset.html#samesizebatches.__iter__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.SameSizeBatches.__len__": (
-                "data/dataset.html#samesizebatches.__len__",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.amount": ("data/dataset.html#amount", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.bytes_needed": ("data/dataset.html#bytes_needed", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.cache_file": ("data/dataset.html#cache_file", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.create_loader": (
-                "data/dataset.html#create_loader",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.create_store": ("data/dataset.html#create_store", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.decode_into": ("data/dataset.html#decode_into", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.denormalize": ("data/dataset.html#denormalize", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.describe_fault": (
-                "data/dataset.html#describe_fault",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.ended_workers": (
-                "data/dataset.html#ended_workers",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.free_disk": ("data/dataset.html#free_disk", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.free_memory": ("data/dataset.html#free_memory", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.group_rooms": ("data/dataset.html#group_rooms", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.heed_parent_only": (
-                "data/dataset.html#heed_parent_only",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.hold_in_memory": (
-                "data/dataset.html#hold_in_memory",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.hold_on_disk": ("data/dataset.html#hold_on_disk", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.in_order": ("data/dataset.html#in_order", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.is_whole": ("data/dataset.html#is_whole", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.measure_loading": (
-                "data/dataset.html#measure_loading",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.normalize": ("data/dataset.html#normalize", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.open_memory_file": (
-                "data/dataset.html#open_memory_file",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.places_of": ("data/dataset.html#places_of", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.read_pair": ("data/dataset.html#read_pair", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.read_sizes": ("data/dataset.html#read_sizes", "crackseg_nb/data/dataset.py"),
-            "crackseg_nb.data.dataset.remove_leftovers": (
-                "data/dataset.html#remove_leftovers",
-                "crackseg_nb/data/dataset.py",
-            ),
-            "crackseg_nb.data.dataset.start_worker": ("data/dataset.html#start_worker", "crackseg_nb/data/dataset.py"),
         },
         "crackseg_nb.data.label_augment": {
             "crackseg_nb.data.label_augment.LabelAugmentation": (
@@ -465,6 +341,87 @@ d = {
                 "crackseg_nb/data/label_augment.py",
             ),
         },
+        "crackseg_nb.data.loaders": {
+            "crackseg_nb.data.loaders.EpochSampler": ("data/loaders.html#epochsampler", "crackseg_nb/data/loaders.py"),
+            "crackseg_nb.data.loaders.EpochSampler.__init__": (
+                "data/loaders.html#epochsampler.__init__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.__iter__": (
+                "data/loaders.html#epochsampler.__iter__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.__len__": (
+                "data/loaders.html#epochsampler.__len__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.bounds": (
+                "data/loaders.html#epochsampler.bounds",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.order": (
+                "data/loaders.html#epochsampler.order",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.set_epoch": (
+                "data/loaders.html#epochsampler.set_epoch",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.set_position": (
+                "data/loaders.html#epochsampler.set_position",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.EpochSampler.window": (
+                "data/loaders.html#epochsampler.window",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.Loader": ("data/loaders.html#loader", "crackseg_nb/data/loaders.py"),
+            "crackseg_nb.data.loaders.Loader.__iter__": (
+                "data/loaders.html#loader.__iter__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.Loader.named_faults": (
+                "data/loaders.html#loader.named_faults",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.Loader.stop_workers": (
+                "data/loaders.html#loader.stop_workers",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.SameSizeBatches": (
+                "data/loaders.html#samesizebatches",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.SameSizeBatches.__init__": (
+                "data/loaders.html#samesizebatches.__init__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.SameSizeBatches.__iter__": (
+                "data/loaders.html#samesizebatches.__iter__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.SameSizeBatches.__len__": (
+                "data/loaders.html#samesizebatches.__len__",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.create_loader": (
+                "data/loaders.html#create_loader",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.describe_fault": (
+                "data/loaders.html#describe_fault",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.ended_workers": (
+                "data/loaders.html#ended_workers",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.heed_parent_only": (
+                "data/loaders.html#heed_parent_only",
+                "crackseg_nb/data/loaders.py",
+            ),
+            "crackseg_nb.data.loaders.start_worker": ("data/loaders.html#start_worker", "crackseg_nb/data/loaders.py"),
+        },
         "crackseg_nb.data.splits": {
             "crackseg_nb.data.splits.Splits": ("data/splits.html#splits", "crackseg_nb/data/splits.py"),
             "crackseg_nb.data.splits.Splits.__getitem__": (
@@ -491,6 +448,44 @@ d = {
             "crackseg_nb.data.splits.published_parts": (
                 "data/splits.html#published_parts",
                 "crackseg_nb/data/splits.py",
+            ),
+        },
+        "crackseg_nb.data.store": {
+            "crackseg_nb.data.store.ImageStore": ("data/store.html#imagestore", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.ImageStore.__getitem__": (
+                "data/store.html#imagestore.__getitem__",
+                "crackseg_nb/data/store.py",
+            ),
+            "crackseg_nb.data.store.ImageStore.__init__": (
+                "data/store.html#imagestore.__init__",
+                "crackseg_nb/data/store.py",
+            ),
+            "crackseg_nb.data.store.ImageStore.__reduce__": (
+                "data/store.html#imagestore.__reduce__",
+                "crackseg_nb/data/store.py",
+            ),
+            "crackseg_nb.data.store.Room": ("data/store.html#room", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.Room.__str__": ("data/store.html#room.__str__", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.Room.place": ("data/store.html#room.place", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.amount": ("data/store.html#amount", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.bytes_needed": ("data/store.html#bytes_needed", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.cache_file": ("data/store.html#cache_file", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.create_store": ("data/store.html#create_store", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.decode_into": ("data/store.html#decode_into", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.free_disk": ("data/store.html#free_disk", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.hold_in_memory": ("data/store.html#hold_in_memory", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.hold_on_disk": ("data/store.html#hold_on_disk", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.is_whole": ("data/store.html#is_whole", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.open_memory_file": (
+                "data/store.html#open_memory_file",
+                "crackseg_nb/data/store.py",
+            ),
+            "crackseg_nb.data.store.places_of": ("data/store.html#places_of", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.read_pair": ("data/store.html#read_pair", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.read_sizes": ("data/store.html#read_sizes", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.remove_leftovers": (
+                "data/store.html#remove_leftovers",
+                "crackseg_nb/data/store.py",
             ),
         },
         "crackseg_nb.evidence.comparison": {
@@ -2507,6 +2502,10 @@ d = {
                 "sources/images.html#colour_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.denormalize": (
+                "sources/images.html#denormalize",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.id_values": ("sources/images.html#id_values", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.image_size": (
                 "sources/images.html#image_size",
@@ -2521,6 +2520,7 @@ d = {
                 "sources/images.html#matlab_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.normalize": ("sources/images.html#normalize", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.open_picture": (
                 "sources/images.html#open_picture",
                 "crackseg_nb/sources/images.py",
@@ -3145,6 +3145,12 @@ d = {
                 "studies/pretraining.html#tell",
                 "crackseg_nb/studies/pretraining.py",
             ),
+        },
+        "crackseg_nb.studies.race": {
+            "crackseg_nb.studies.race.measure_loading": (
+                "studies/race.html#measure_loading",
+                "crackseg_nb/studies/race.py",
+            )
         },
         "crackseg_nb.studies.training_speed": {
             "crackseg_nb.studies.training_speed.Benchmark": (

@@ -11,7 +11,8 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.run_folder import create_run_folder
 from crackseg_nb.core.seeds import seed_everything
 from crackseg_nb.data.augment import create_augmentation
-from crackseg_nb.data.dataset import CrackDataset, create_loader
+from crackseg_nb.data.dataset import CrackDataset
+from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.data.splits import make_splits
 from crackseg_nb.models import deeplab_lite
 from crackseg_nb.models.encoders import pad_to_multiple

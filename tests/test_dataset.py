@@ -23,7 +23,9 @@ from PIL import Image
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.data import dataset as dataset_module
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
-from crackseg_nb.data.dataset import CrackDataset, EpochSampler, ImageStore, Loader, SameSizeBatches, create_loader
+from crackseg_nb.data.dataset import CrackDataset
+from crackseg_nb.data.loaders import EpochSampler, Loader, SameSizeBatches, create_loader
+from crackseg_nb.data.store import ImageStore
 from crackseg_nb.sources import registry as sources_module
 from crackseg_nb.sources.registry import read_source
 from crackseg_nb.sources.samples import Sample

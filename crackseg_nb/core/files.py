@@ -18,6 +18,7 @@ __all__ = [
     "check_writable",
     "in_threads",
     "raise_first",
+    "in_order",
 ]
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
@@ -206,3 +207,23 @@ def raise_first(results: list) -> None:
     more = f" (and {len(errors) - 1} more files with errors)" if len(errors) > 1 else ""
     if errors:
         raise CrackSegError(f"{errors[0]}{more}") from errors[0]
+
+
+# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm.auto import tqdm
+
+
+# %% ../../nbs/core/02_files.ipynb #40a5a5fe
+def in_order(function, items, title: str, progress: bool) -> Iterator:
+    "Yield `function(item)` for each item, in order, computed in threads (decoding releases Python's lock)."
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        try:
+            yield from tqdm(
+                pool.map(function, items), total=len(items), desc=title, disable=not progress, delay=1, leave=False
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the remaining files are not read

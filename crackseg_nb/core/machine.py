@@ -6,6 +6,9 @@
 __all__ = [
     "PACKAGES",
     "logger",
+    "CONTROL_GROUPS",
+    "OWN_GROUPS",
+    "GROUP_FILES",
     "get_device",
     "package_versions",
     "git_state",
@@ -18,6 +21,8 @@ __all__ = [
     "log_to",
     "quiet_loggers",
     "signal_handlers",
+    "group_rooms",
+    "free_memory",
 ]
 
 # %% ../../nbs/core/03_machine.ipynb #d77138ef
@@ -204,3 +209,40 @@ def signal_handlers(
     finally:  # None: set by code that is not Python, and out of reach
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+# %% ../../nbs/core/03_machine.ipynb #d77138ef
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+# %% ../../nbs/core/03_machine.ipynb #050c35fb
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GROUP_FILES = {
+    "": ("memory.max", "anon", "shmem"),  # version 2: the limit, and what of memory.stat counts
+    "memory": ("memory.limit_in_bytes", "total_rss", "total_shmem"),
+}  # version 1
+
+
+def group_rooms() -> Iterator[int]:
+    "Yield the bytes that each limited control group around this process has left."
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
+        _, controller, path = line.split(":", 2)
+        if controller not in GROUP_FILES:
+            continue
+        limit, *used = GROUP_FILES[controller]
+        own = CONTROL_GROUPS / controller / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(CONTROL_GROUPS / controller):
+                break
+            try:
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield max(int((group / limit).read_text()) - sum(int(counts.get(name, 0)) for name in used), 0)
+            except (OSError, ValueError):
+                pass  # no limit: the file is absent or says "max"
+
+
+def free_memory() -> int:
+    "Return the bytes of memory that this process can still take."
+    return min([psutil.virtual_memory().available, *group_rooms()])

@@ -27,8 +27,7 @@ from torchvision.transforms import v2
 from ..core.checks import CrackSegError, choose
 from ..core.seeds import seed_for
 from .augment import FILL, check_image_size
-from .dataset import normalize
-from ..sources.images import read_image
+from ..sources.images import normalize, read_image
 from ..sources.samples import Sample
 
 

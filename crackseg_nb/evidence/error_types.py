@@ -56,7 +56,6 @@ from torch import nn
 
 # %% ../../nbs/evidence/05_error_types.ipynb #e9379d42
 from ..core.checks import VOID, CrackSegError, check_number, choose
-from ..data.dataset import normalize
 from crackseg_nb.figures.photos import (
     CURVE_COLOURS,
     DPI,
@@ -77,6 +76,7 @@ from ..metrics.widths import Outline, local_widths, near, show_panels, trace_pai
 from ..models.encoders import Encoder
 from ..models.layers import ASPP, CBAM
 from ..models.swinv2_hybrid import DecoderBlock
+from ..sources.images import normalize
 
 
 # %% ../../nbs/evidence/05_error_types.ipynb #2abab9dd

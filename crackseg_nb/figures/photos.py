@@ -81,9 +81,8 @@ from ..core.files import atomic_write
 from ..core.seeds import seed_for
 from ..data.audit import Audit
 from ..data.augment import Augmentation
-from ..data.dataset import denormalize
 from ..data.label_augment import LabelAugmentation
-from ..sources.images import read_image, read_mask
+from ..sources.images import denormalize, read_image, read_mask
 from ..sources.samples import LABELS, Classes, Sample
 
 # %% ../../nbs/figures/01_photos.ipynb #c61e0ad5

@@ -10,6 +10,9 @@ __all__ = [
     "UNKNOWN",
     "ENCODINGS",
     "EXPECTED",
+    "MEAN",
+    "DEVIATION",
+    "NORMALIZED",
     "open_picture",
     "to_rgb",
     "read_image",
@@ -29,6 +32,8 @@ __all__ = [
     "tell_encoding",
     "check_ids",
     "scan_masks",
+    "normalize",
+    "denormalize",
 ]
 
 # %% ../../nbs/sources/02_images.ipynb #89579a18
@@ -361,3 +366,31 @@ def scan_masks(
     if turned := sum(fact.turned for fact in facts):
         notes.append(f"{turned} images are turned by their EXIF orientation")
     return encoding, notes
+
+
+# %% ../../nbs/sources/02_images.ipynb #89579a18
+import numpy as np
+import torch
+
+# %% ../../nbs/sources/02_images.ipynb #f162de6a
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD
+
+# %% ../../nbs/sources/02_images.ipynb #882fad02
+MEAN, DEVIATION = (np.float32(values).reshape(3, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - MEAN) / DEVIATION  # (3, 256): channel, byte
+
+
+def normalize(
+    image: np.ndarray,  # uint8 RGB (H, W, 3)
+) -> torch.Tensor:
+    "Return the image as float32 (3, H, W), normalised with ImageNet's mean and standard deviation."
+    return torch.from_numpy(np.stack([NORMALIZED[channel][image[..., channel]] for channel in range(3)]))
+
+
+# %% ../../nbs/sources/02_images.ipynb #4b42e5bf
+def denormalize(
+    image: torch.Tensor,  # float (3, H, W) or (B, 3, H, W)
+) -> np.ndarray:
+    "Return normalised images as uint8 RGB, channels last, for pictures."
+    planes = image.detach().float().cpu().numpy() * DEVIATION[..., None] + MEAN[..., None]
+    return np.moveaxis((255 * planes).round().clip(0, 255).astype(np.uint8), -3, -1)

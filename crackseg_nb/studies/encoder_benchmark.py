@@ -62,7 +62,6 @@ from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import display_path, read_yaml, write_text
 from ..core.machine import get_device
 from ..data.augment import create_augmentation
-from ..data.dataset import measure_loading
 from ..data.splits import make_splits
 from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
 from ..models.encoders import ENCODERS, count_flops
@@ -80,6 +79,7 @@ from crackseg_nb.runs.sweep import (
     read_settings,
     score,
 )
+from .race import measure_loading
 from .training_speed import Contestant, hidden_bars, race, seconds_of
 
 

@@ -97,7 +97,8 @@ from ..core.machine import describe_environment, get_device, package_versions, q
 from ..core.run_folder import create_run_folder
 from ..core.seeds import seed_everything, seed_for
 from ..data.augment import create_augmentation
-from ..data.dataset import CrackDataset, create_loader
+from ..data.dataset import CrackDataset
+from ..data.loaders import create_loader
 from ..figures.photos import CURVE_COLOURS, DPI
 from ..models.registry import CLASSIFIER, MODELS, count_parameters, create_model
 from ..runs.config import configure, model_settings

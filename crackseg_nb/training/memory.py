@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 from ..core.checks import CrackSegError, check_number
-from ..data.dataset import free_memory
+from ..core.machine import free_memory
 
 # %% ../../nbs/training/03_memory.ipynb #ab89df36
 MIB = 2**20
