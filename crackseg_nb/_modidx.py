@@ -116,6 +116,7 @@ d = {
             ),
         },
         "crackseg_nb.core.seeds": {
+            "crackseg_nb.core.seeds.lent_generator": ("core/seeds.html#lent_generator", "crackseg_nb/core/seeds.py"),
             "crackseg_nb.core.seeds.seed_everything": ("core/seeds.html#seed_everything", "crackseg_nb/core/seeds.py"),
             "crackseg_nb.core.seeds.seed_for": ("core/seeds.html#seed_for", "crackseg_nb/core/seeds.py"),
         },
@@ -286,6 +287,23 @@ d = {
                 "data/dataset.html#crackdataset.source_sizes",
                 "crackseg_nb/data/dataset.py",
             ),
+            "crackseg_nb.data.dataset.LabelDataset": ("data/dataset.html#labeldataset", "crackseg_nb/data/dataset.py"),
+            "crackseg_nb.data.dataset.LabelDataset.__getitem__": (
+                "data/dataset.html#labeldataset.__getitem__",
+                "crackseg_nb/data/dataset.py",
+            ),
+            "crackseg_nb.data.dataset.LabelDataset.__init__": (
+                "data/dataset.html#labeldataset.__init__",
+                "crackseg_nb/data/dataset.py",
+            ),
+            "crackseg_nb.data.dataset.LabelDataset.__len__": (
+                "data/dataset.html#labeldataset.__len__",
+                "crackseg_nb/data/dataset.py",
+            ),
+            "crackseg_nb.data.dataset.LabelDataset.sizes": (
+                "data/dataset.html#labeldataset.sizes",
+                "crackseg_nb/data/dataset.py",
+            ),
         },
         "crackseg_nb.data.label_augment": {
             "crackseg_nb.data.label_augment.LabelAugmentation": (
@@ -304,36 +322,12 @@ d = {
                 "data/label_augment.html#labelaugmentation.__repr__",
                 "crackseg_nb/data/label_augment.py",
             ),
-            "crackseg_nb.data.label_augment.LabelDataset": (
-                "data/label_augment.html#labeldataset",
-                "crackseg_nb/data/label_augment.py",
-            ),
-            "crackseg_nb.data.label_augment.LabelDataset.__getitem__": (
-                "data/label_augment.html#labeldataset.__getitem__",
-                "crackseg_nb/data/label_augment.py",
-            ),
-            "crackseg_nb.data.label_augment.LabelDataset.__init__": (
-                "data/label_augment.html#labeldataset.__init__",
-                "crackseg_nb/data/label_augment.py",
-            ),
-            "crackseg_nb.data.label_augment.LabelDataset.__len__": (
-                "data/label_augment.html#labeldataset.__len__",
-                "crackseg_nb/data/label_augment.py",
-            ),
-            "crackseg_nb.data.label_augment.LabelDataset.sizes": (
-                "data/label_augment.html#labeldataset.sizes",
-                "crackseg_nb/data/label_augment.py",
-            ),
             "crackseg_nb.data.label_augment.LabelRecipe": (
                 "data/label_augment.html#labelrecipe",
                 "crackseg_nb/data/label_augment.py",
             ),
             "crackseg_nb.data.label_augment.create_label_augmentation": (
                 "data/label_augment.html#create_label_augmentation",
-                "crackseg_nb/data/label_augment.py",
-            ),
-            "crackseg_nb.data.label_augment.lent_generator": (
-                "data/label_augment.html#lent_generator",
                 "crackseg_nb/data/label_augment.py",
             ),
             "crackseg_nb.data.label_augment.list_label_transforms": (

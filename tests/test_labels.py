@@ -13,7 +13,8 @@ from PIL import Image
 
 from crackseg_nb.core.files import fingerprint_of, read_yaml, write_yaml
 from crackseg_nb.data.audit import audit, fingerprint
-from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, LabelDataset, create_label_augmentation
+from crackseg_nb.data.dataset import LabelDataset
+from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, create_label_augmentation
 from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.data.splits import make_splits
 from crackseg_nb.sources import registry as sources

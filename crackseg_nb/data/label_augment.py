@@ -5,42 +5,25 @@
 # %% auto #0
 __all__ = [
     "LABEL_AUGMENTATIONS",
-    "lent_generator",
     "LabelRecipe",
     "list_label_transforms",
     "LabelAugmentation",
     "create_label_augmentation",
-    "LabelDataset",
 ]
 
 # %% ../../nbs/data/05_label_augment.ipynb #fb505b23
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from ..core.checks import CrackSegError, choose
-from ..core.seeds import seed_for
+# %% ../../nbs/data/05_label_augment.ipynb #cf85f2b1
+from ..core.checks import choose
+from ..core.seeds import lent_generator
 from .augment import FILL, check_image_size
-from ..sources.images import normalize, read_image
-from ..sources.samples import Sample
-
-
-# %% ../../nbs/data/05_label_augment.ipynb #1a50595e
-@contextmanager
-def lent_generator(seed: int) -> Iterator[None]:
-    "Seed torch's generator for the CPU, and in the end put its state back."
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+from ..sources.images import normalize
 
 
 # %% ../../nbs/data/05_label_augment.ipynb #b20fa187
@@ -106,39 +89,3 @@ def create_label_augmentation(
     return LabelAugmentation(
         LABEL_AUGMENTATIONS[choose("augmentation", name, LABEL_AUGMENTATIONS)], check_image_size(image_size)
     )
-
-
-# %% ../../nbs/data/05_label_augment.ipynb #e195163e
-class LabelDataset(Dataset):
-    "Give labelled samples as dictionaries of image (3, H, W), mask (the label) and index; a function of the seed, the epoch and the index."
-
-    def __init__(
-        self,
-        samples: list[Sample],
-        augmentation: LabelAugmentation,  # which also fits images to their size
-        seed: int = 0,
-    ):  # of the augmentation
-        if not samples:
-            raise CrackSegError("samples: found an empty list, expected at least one image")
-        if bare := [sample for sample in samples if sample.label is None]:
-            raise CrackSegError(
-                f"{bare[0].image}: found no label, expected one for each image; masks are read by CrackDataset"
-            )
-        self.samples, self.augmentation, self.seed = list(samples), augmentation, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        "(height, width) of every item."
-        return [self.augmentation.image_size] * len(self)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        "Return the item of `(epoch, index)`, or of epoch 0 where only an index is given."
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: found {index}, expected 0 to {len(self) - 1}")
-        sample = self.samples[index]
-        image = self.augmentation(read_image(sample.image), seed_for(self.seed, epoch, index))
-        return {"image": image, "mask": torch.tensor(sample.label), "index": int(index)}

@@ -58,8 +58,8 @@ from ..core.seeds import seed_everything, seed_for
 from ..data.audit import audit
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
-from ..data.dataset import CrackDataset
-from ..data.label_augment import LabelDataset, create_label_augmentation
+from ..data.dataset import CrackDataset, LabelDataset
+from ..data.label_augment import create_label_augmentation
 from ..data.loaders import create_loader
 from ..data.splits import Splits, make_splits
 from ..metrics.counts import ImageCounts, create_metrics
