@@ -18,6 +18,7 @@ d = {
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.plain_variables": (
                 "core/checks.html#plain_variables",
@@ -1611,16 +1612,8 @@ d = {
                 "models/encoders.html#accept_any_size",
                 "crackseg_nb/models/encoders.py",
             ),
-            "crackseg_nb.models.encoders.check_pretrained": (
-                "models/encoders.html#check_pretrained",
-                "crackseg_nb/models/encoders.py",
-            ),
             "crackseg_nb.models.encoders.check_pyramid": (
                 "models/encoders.html#check_pyramid",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.count_flops": (
-                "models/encoders.html#count_flops",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.create_body": (
@@ -1639,48 +1632,12 @@ d = {
                 "models/encoders.html#find_encoder",
                 "crackseg_nb/models/encoders.py",
             ),
-            "crackseg_nb.models.encoders.first_line": (
-                "models/encoders.html#first_line",
-                "crackseg_nb/models/encoders.py",
-            ),
             "crackseg_nb.models.encoders.follow_size": (
                 "models/encoders.html#follow_size",
                 "crackseg_nb/models/encoders.py",
             ),
-            "crackseg_nb.models.encoders.hub_reason": (
-                "models/encoders.html#hub_reason",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.known_names": (
-                "models/encoders.html#known_names",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.load_hub_weights": (
-                "models/encoders.html#load_hub_weights",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.load_pretrained": (
-                "models/encoders.html#load_pretrained",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.load_weights_file": (
-                "models/encoders.html#load_weights_file",
-                "crackseg_nb/models/encoders.py",
-            ),
             "crackseg_nb.models.encoders.pad_to_multiple": (
                 "models/encoders.html#pad_to_multiple",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.plain_name": (
-                "models/encoders.html#plain_name",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.published_at": (
-                "models/encoders.html#published_at",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.read_weights": (
-                "models/encoders.html#read_weights",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.size_options": (
@@ -1769,7 +1726,49 @@ d = {
                 "crackseg_nb/models/layers.py",
             ),
         },
+        "crackseg_nb.models.pretrained": {
+            "crackseg_nb.models.pretrained.check_pretrained": (
+                "models/pretrained.html#check_pretrained",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.hub_reason": (
+                "models/pretrained.html#hub_reason",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.known_names": (
+                "models/pretrained.html#known_names",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.load_hub_weights": (
+                "models/pretrained.html#load_hub_weights",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.load_pretrained": (
+                "models/pretrained.html#load_pretrained",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.load_weights_file": (
+                "models/pretrained.html#load_weights_file",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.plain_name": (
+                "models/pretrained.html#plain_name",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.published_at": (
+                "models/pretrained.html#published_at",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.read_weights": (
+                "models/pretrained.html#read_weights",
+                "crackseg_nb/models/pretrained.py",
+            ),
+        },
         "crackseg_nb.models.registry": {
+            "crackseg_nb.models.registry.count_flops": (
+                "models/registry.html#count_flops",
+                "crackseg_nb/models/registry.py",
+            ),
             "crackseg_nb.models.registry.count_parameters": (
                 "models/registry.html#count_parameters",
                 "crackseg_nb/models/registry.py",

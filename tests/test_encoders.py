@@ -11,16 +11,10 @@ from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.models import encoders
-from crackseg_nb.models.encoders import (
-    ENCODERS,
-    count_flops,
-    create_encoder,
-    find_encoder,
-    load_pretrained,
-    load_weights_file,
-)
+from crackseg_nb.models.encoders import ENCODERS, create_encoder, find_encoder
 from crackseg_nb.models.layers import BatchNorm2d
-from crackseg_nb.models.registry import MODELS, create_model
+from crackseg_nb.models.pretrained import load_pretrained, load_weights_file
+from crackseg_nb.models.registry import MODELS, count_flops, create_model
 from crackseg_nb.models.unet import Unet, UnetConfig
 from crackseg_nb.training.memory import enable_gradient_checkpointing
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.models.encoders import SWINV2_ENCODERS, create_encoder, plain_name
+from crackseg_nb.models.encoders import SWINV2_ENCODERS, create_encoder
+from crackseg_nb.models.pretrained import plain_name
 from crackseg_nb.models.swin_classifier import SWIN_ENCODERS, SwinClassifier, SwinClassifierConfig, swin_layout
 from crackseg_nb.models.swinv2_hybrid import SwinV2HybridConfig
 from crackseg_nb.training.memory import enable_gradient_checkpointing

@@ -13,7 +13,8 @@ from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
-from crackseg_nb.models.encoders import create_encoder, plain_name
+from crackseg_nb.models.encoders import create_encoder
+from crackseg_nb.models.pretrained import plain_name
 from crackseg_nb.models.swin_classifier import SwinClassifier, SwinClassifierConfig
 from crackseg_nb.models.swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig
 from crackseg_nb.models.unet import Unet, UnetConfig

@@ -17,6 +17,7 @@ __all__ = [
     "check_folder_name",
     "plain_variables",
     "some",
+    "first_line",
 ]
 
 # %% ../../nbs/core/01_checks.ipynb #03ca340c
@@ -119,3 +120,9 @@ def plain_variables(
 def some(items, limit: int = 3) -> str:
     "Return the first few items as text."
     return ", ".join(str(item) for item in items[:limit]) + (", ..." if len(items) > limit else "")
+
+
+# %% ../../nbs/core/01_checks.ipynb #4b235402
+def first_line(error: Exception) -> str:
+    "Return what an error says first, or its name."
+    return (str(error).splitlines() or [type(error).__name__])[0]

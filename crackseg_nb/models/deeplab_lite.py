@@ -22,8 +22,9 @@ from torch import nn
 
 # %% ../../nbs/models/06_deeplab_lite.ipynb #f77a5dc6
 from ..core.checks import CrackSegError, check_number
-from .encoders import Architecture, Encoder, check_pretrained, load_pretrained
+from .encoders import Architecture, Encoder
 from .layers import ASPP, DepthwiseSeparableConv, conv_norm_relu
+from .pretrained import check_pretrained, load_pretrained
 
 
 # %% ../../nbs/models/06_deeplab_lite.ipynb #be172a3b

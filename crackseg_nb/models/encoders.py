@@ -16,7 +16,6 @@ __all__ = [
     "follow_size",
     "BatchNormAct2d",
     "accept_any_size",
-    "first_line",
     "create_timm",
     "usable_features",
     "create_body",
@@ -25,33 +24,16 @@ __all__ = [
     "find_encoder",
     "create_encoder",
     "SwinV2Encoder",
-    "hub_reason",
-    "published_at",
-    "load_hub_weights",
-    "plain_name",
-    "known_names",
-    "read_weights",
-    "load_weights_file",
-    "check_pretrained",
-    "load_pretrained",
-    "count_flops",
 ]
 
 # %% ../../nbs/models/02_encoders.ipynb #dd056502
 import functools
 import math
-import os
-import socket
 from dataclasses import dataclass, field
-from pathlib import Path
-from urllib.parse import urlparse
 
-import safetensors
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, try_to_load_from_cache
-from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders import get_encoder
 from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer_encoders
 from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
@@ -59,11 +41,9 @@ from timm.layers import RelPosBias
 from timm.models import is_model, is_model_in_modules, list_models, list_pretrained
 from timm.models.maxxvit import Attention2d
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/models/02_encoders.ipynb #e57a77c8
-from ..core.checks import CrackSegError, check_number, choose, nearest
+from ..core.checks import CrackSegError, check_number, choose, first_line, nearest
 from ..core.machine import logger
 from .layers import BatchNorm2d
 
@@ -177,12 +157,7 @@ def accept_any_size(body: nn.Module) -> None:
             part.register_forward_pre_hook(follow_size)
 
 
-# %% ../../nbs/models/02_encoders.ipynb #4b235402
-def first_line(error: Exception) -> str:
-    "Return what an error says first, or its name."
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
+# %% ../../nbs/models/02_encoders.ipynb #c5ab6d4c
 def create_timm(architecture: str, drop_path_rate: float = 0.0, **options) -> nn.Module:
     "Build a timm network that returns its features."
     try:
@@ -348,165 +323,3 @@ class SwinV2Encoder(Encoder):
 
     def __init__(self, name: str = "swinv2", image_size: int = 360, drop_path_rate: float = 0.1):
         super().__init__(ENCODERS[choose("encoder", name, SWINV2_ENCODERS)], image_size, drop_path_rate)
-
-
-# %% ../../nbs/models/02_encoders.ipynb #bfae1959
-def hub_reason(
-    repository: str,  # such as "timm/swinv2_tiny_window8_256.ms_in1k"
-    revision: str | None = None,  # a commit; None: the newest
-    seconds: float = 5.0,
-) -> str | None:
-    "Return why `repository`'s weights cannot be had, or None when they are cached or the hub can be reached."
-    if isinstance(try_to_load_from_cache(repository, "model.safetensors", revision=revision), str):
-        return None
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set and the weights are not in the cache"
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return None  # the proxy decides
-    address = urlparse(constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
-    except OSError as error:
-        return f"{address.hostname} cannot be reached ({error.strerror or error})"
-    return None
-
-
-# %% ../../nbs/models/02_encoders.ipynb #af90529a
-def published_at(encoder: Encoder) -> tuple[str, str | None]:
-    "Return the hub's repository and revision of the encoder's weights; raise CrackSegError if none are published."
-    if encoder.architecture in mix_transformer_encoders:
-        place = mix_transformer_encoders[encoder.architecture]["pretrained_settings"]["imagenet"]
-        return place["repo_id"], place["revision"]
-    repository = getattr(timm.get_pretrained_cfg(encoder.architecture), "hf_hub_id", None)
-    if repository and not encoder.options.keys() - {"output_stride"}:
-        return repository, None  # dilation changes no weight
-    told = "".join(f" with {name}={value}" for name, value in encoder.options.items())
-    raise CrackSegError(
-        f"pretrained: no weights of {encoder.architecture}{told} are published, expected false, or a path to a safetensors file"
-    )
-
-
-def load_hub_weights(encoder: Encoder) -> str:
-    "Load the published weights into `encoder` and return the repository's name; raise CrackSegError if they can't be had."
-    repository, revision = published_at(encoder)
-    reason = hub_reason(repository, revision)
-    if reason is None:
-        try:
-            encoder.body.load_state_dict(encoder.create(pretrained=True).state_dict())
-        except (OSError, RuntimeError) as error:
-            reason = first_line(error)
-    if reason:
-        raise CrackSegError(
-            f"pretrained: the weights {repository} can't be had: {reason}; expected a network, or "
-            "false to train from scratch, or a path to a safetensors file"
-        )
-    return repository
-
-
-# %% ../../nbs/models/02_encoders.ipynb #5ea4f7d9
-def plain_name(name: str) -> str:
-    "Return a tensor's name as it is alike in timm's whole networks and in their features."
-    return name.removeprefix("encoder.body.").removeprefix("model.").replace(".", "_")
-
-
-def known_names(encoder: Encoder) -> set[str]:
-    "Return the plain names of all tensors of the whole network, classifier included."
-    if encoder.architecture in mix_transformer_encoders:
-        whole = [*encoder.body.state_dict(), "head.weight", "head.bias"]
-    else:
-        options = {
-            name: value for name, value in encoder.options.items() if name != "output_stride"
-        }  # timm has it for features alone
-        with torch.device("meta"):
-            whole = timm.create_model(encoder.architecture, **options).state_dict()
-    return {plain_name(name) for name in (*whole, *encoder.body.state_dict())}
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors file by plain name; of a whole model of this study, those of its encoder."
-    if not path.is_file():
-        raise CrackSegError(f"pretrained: found no file {path}, expected auto, true, false or a safetensors file")
-    try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CrackSegError(
-            f"pretrained: {path} is no whole safetensors file ({first_line(error)}); expected timm weights"
-        ) from error
-    own = {name: value for name, value in tensors.items() if name.startswith("encoder.body.")}
-    return {plain_name(name): value for name, value in (own or tensors).items()}
-
-
-# %% ../../nbs/models/02_encoders.ipynb #41727e48
-def load_weights_file(encoder: Encoder, path) -> None:
-    "Load a safetensors file into `encoder`, whole or not at all; raise CrackSegError naming what does not fit."
-    path = Path(path).expanduser()
-    tensors = read_weights(path)
-    expected = f"expected weights of that architecture, built for {encoder.image_size} pixels"
-    wanted = {plain_name(name): (name, value.shape) for name, value in encoder.body.state_dict().items()}
-    misfits = {
-        name: shape for plain, (name, shape) in wanted.items() if plain not in tensors or tensors[plain].shape != shape
-    }
-    if misfits:
-        first = next(iter(misfits))
-        found = tuple(tensors[plain_name(first)].shape) if plain_name(first) in tensors else "none"
-        raise CrackSegError(
-            f"pretrained: {path} lacks {len(misfits)} of the {len(wanted)} tensors of {encoder.architecture}, first "
-            f"{first!r} {tuple(misfits[first])}, found {found}; {expected}"
-        )
-    buffers = ("relative_position_index", "relative_coords_table", "attn_mask")  # timm computes them
-    strange = sorted(name for name in tensors.keys() - known_names(encoder) if not name.endswith(buffers))
-    if strange:
-        raise CrackSegError(
-            f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, first {strange[0]!r}; {expected}"
-        )
-    encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})
-
-
-# %% ../../nbs/models/02_encoders.ipynb #eff5ac2b
-def check_pretrained(pretrained: str | bool) -> str:
-    "Return the choice as text; raise CrackSegError unless it is auto, true, false or an existing file."
-    choice = str(pretrained).strip()
-    if choice.lower() in ("auto", "true", "false"):
-        return choice.lower()
-    if not Path(choice).expanduser().is_file():
-        raise CrackSegError(f"pretrained: found no file {choice}, expected auto, true, false or a safetensors file")
-    return choice
-
-
-# %% ../../nbs/models/02_encoders.ipynb #b6005d4e
-def load_pretrained(
-    encoder: Encoder,
-    pretrained: str | bool = "auto",  # auto, true, false, or a path to a safetensors file
-) -> dict:
-    "Load what `pretrained` asks for and return `{requested, loaded}`; `loaded` names the source or says `from scratch`."
-    choice = check_pretrained(pretrained)
-    loaded = "from scratch"
-    if choice == "true":
-        loaded = load_hub_weights(encoder)
-    elif choice == "auto":
-        try:
-            loaded = load_hub_weights(encoder)
-        except CrackSegError as error:
-            logger.warning("TRAINING FROM SCRATCH, although pretrained weights were wished for. %s", error)
-    elif choice != "false":
-        load_weights_file(encoder, choice)
-        loaded = str(Path(choice).expanduser())
-    return {"requested": choice, "loaded": loaded}
-
-
-# %% ../../nbs/models/02_encoders.ipynb #35d0618b
-def count_flops(
-    model: nn.Module,  # on the meta device nothing is computed
-    size: tuple[int, int],  # height and width
-) -> int:
-    "Return the floating point operations of a forward pass over one RGB image of `size`; a multiply-add counts as two."
-    modes = [(part, part.training) for part in model.modules()]
-    counter = FlopCounterMode(display=False)
-    try:
-        model.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
-    finally:
-        for part, training in modes:
-            part.training = training
-    return counter.get_total_flops()

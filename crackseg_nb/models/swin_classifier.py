@@ -21,7 +21,8 @@ from torch import nn
 
 # %% ../../nbs/models/07_swin_classifier.ipynb #d8e3d63b
 from ..core.checks import CrackSegError, check_number, choose
-from .encoders import SWINV2_ENCODERS, Architecture, Encoder, check_pretrained, load_pretrained
+from .encoders import SWINV2_ENCODERS, Architecture, Encoder
+from .pretrained import check_pretrained, load_pretrained
 
 # %% ../../nbs/models/07_swin_classifier.ipynb #a587cd4b
 SWIN_ENCODERS = {

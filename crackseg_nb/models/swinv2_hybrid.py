@@ -15,14 +15,9 @@ from torch import nn
 
 # %% ../../nbs/models/04_swinv2_hybrid.ipynb #4c356cb5
 from ..core.checks import CrackSegError, check_number, choose
-from crackseg_nb.models.encoders import (
-    SWINV2_ENCODERS,
-    SwinV2Encoder,
-    check_pretrained,
-    load_pretrained,
-    pad_to_multiple,
-)
+from .encoders import SWINV2_ENCODERS, SwinV2Encoder, pad_to_multiple
 from .layers import ASPP, CBAM, conv_norm_relu
+from .pretrained import check_pretrained, load_pretrained
 
 
 # %% ../../nbs/models/04_swinv2_hybrid.ipynb #78b43b6e

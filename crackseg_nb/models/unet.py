@@ -17,14 +17,8 @@ from torch import nn
 
 # %% ../../nbs/models/05_unet.ipynb #8d636548
 from ..core.checks import CrackSegError, check_number
-from crackseg_nb.models.encoders import (
-    STRIDES,
-    check_pretrained,
-    create_encoder,
-    find_encoder,
-    load_pretrained,
-    pad_to_multiple,
-)
+from .encoders import STRIDES, create_encoder, find_encoder, pad_to_multiple
+from .pretrained import check_pretrained, load_pretrained
 
 
 # %% ../../nbs/models/05_unet.ipynb #33753471

@@ -46,9 +46,9 @@ from torch.export import Dim
 from torch.nn.utils import prune
 
 # %% ../../nbs/studies/06_compression.ipynb #9e5791cf
-from ..core.checks import CrackSegError, check_number
+from ..core.checks import CrackSegError, check_number, first_line
 from ..core.machine import quiet_loggers
-from ..models.encoders import STRIDES, first_line, pad_to_multiple
+from ..models.encoders import STRIDES, pad_to_multiple
 from ..training.losses import Loss, prepare
 
 

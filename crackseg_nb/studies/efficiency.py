@@ -38,9 +38,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import nn
 
 # %% ../../nbs/studies/07_efficiency.ipynb #fc3f43bb
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, check_number, choose, first_line
 from ..figures.photos import CURVE_COLOURS, DPI
-from ..models.encoders import count_flops, first_line
+from ..models.registry import count_flops
 from .compression import Int8Model
 from .encoder_benchmark import enter_inference, label_means
 from .training_speed import race

@@ -64,8 +64,8 @@ from ..core.machine import get_device
 from ..data.augment import create_augmentation
 from ..data.splits import make_splits
 from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
-from ..models.encoders import ENCODERS, count_flops
-from ..models.registry import count_parameters
+from ..models.encoders import ENCODERS
+from ..models.registry import count_flops, count_parameters
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
 from ..runs.experiment import find_source, make_model
 from ..runs.results import class_table

@@ -34,7 +34,8 @@ from torch import nn
 
 # %% ../../nbs/training/08_weights.ipynb #77b09062
 from ..core.checks import CrackSegError
-from ..models.encoders import Encoder, known_names, plain_name
+from ..models.encoders import Encoder
+from ..models.pretrained import known_names, plain_name
 from .checkpoint import LoadReport, find_weights, load_weights
 
 
