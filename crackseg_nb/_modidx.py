@@ -772,31 +772,88 @@ d = {
                 "crackseg_nb/evidence/scores.py",
             ),
         },
+        "crackseg_nb.figures.cases": {
+            "crackseg_nb.figures.cases.Case": ("figures/cases.html#case", "crackseg_nb/figures/cases.py"),
+            "crackseg_nb.figures.cases.Case.prediction": (
+                "figures/cases.html#case.prediction",
+                "crackseg_nb/figures/cases.py",
+            ),
+            "crackseg_nb.figures.cases.ClassCase": ("figures/cases.html#classcase", "crackseg_nb/figures/cases.py"),
+            "crackseg_nb.figures.cases.answer_plane": (
+                "figures/cases.html#answer_plane",
+                "crackseg_nb/figures/cases.py",
+            ),
+            "crackseg_nb.figures.cases.draw_case": ("figures/cases.html#draw_case", "crackseg_nb/figures/cases.py"),
+            "crackseg_nb.figures.cases.draw_ids": ("figures/cases.html#draw_ids", "crackseg_nb/figures/cases.py"),
+            "crackseg_nb.figures.cases.error_legend": (
+                "figures/cases.html#error_legend",
+                "crackseg_nb/figures/cases.py",
+            ),
+            "crackseg_nb.figures.cases.mask_picture": (
+                "figures/cases.html#mask_picture",
+                "crackseg_nb/figures/cases.py",
+            ),
+            "crackseg_nb.figures.cases.show_cases": ("figures/cases.html#show_cases", "crackseg_nb/figures/cases.py"),
+        },
+        "crackseg_nb.figures.charts": {
+            "crackseg_nb.figures.charts.LiveCurves": (
+                "figures/charts.html#livecurves",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.LiveCurves.__call__": (
+                "figures/charts.html#livecurves.__call__",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.LiveCurves.__init__": (
+                "figures/charts.html#livecurves.__init__",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.draw_curves": (
+                "figures/charts.html#draw_curves",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.draw_shares": (
+                "figures/charts.html#draw_shares",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.draw_spread": (
+                "figures/charts.html#draw_spread",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.mark_best": ("figures/charts.html#mark_best", "crackseg_nb/figures/charts.py"),
+            "crackseg_nb.figures.charts.mark_row": ("figures/charts.html#mark_row", "crackseg_nb/figures/charts.py"),
+            "crackseg_nb.figures.charts.row_shares": (
+                "figures/charts.html#row_shares",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.show_class_balance": (
+                "figures/charts.html#show_class_balance",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.show_class_scores": (
+                "figures/charts.html#show_class_scores",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.show_confusion": (
+                "figures/charts.html#show_confusion",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.show_history": (
+                "figures/charts.html#show_history",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.show_threshold_curve": (
+                "figures/charts.html#show_threshold_curve",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.write_share": (
+                "figures/charts.html#write_share",
+                "crackseg_nb/figures/charts.py",
+            ),
+        },
         "crackseg_nb.figures.photos": {
-            "crackseg_nb.figures.photos.Case": ("figures/photos.html#case", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.Case.prediction": (
-                "figures/photos.html#case.prediction",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.ClassCase": ("figures/photos.html#classcase", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.LiveCurves": (
-                "figures/photos.html#livecurves",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.LiveCurves.__call__": (
-                "figures/photos.html#livecurves.__call__",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.LiveCurves.__init__": (
-                "figures/photos.html#livecurves.__init__",
-                "crackseg_nb/figures/photos.py",
-            ),
             "crackseg_nb.figures.photos.add_legend": (
                 "figures/photos.html#add_legend",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.answer_plane": (
-                "figures/photos.html#answer_plane",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.as_tile": ("figures/photos.html#as_tile", "crackseg_nb/figures/photos.py"),
@@ -816,34 +873,10 @@ d = {
                 "figures/photos.html#colour_table",
                 "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.figures.photos.draw_case": ("figures/photos.html#draw_case", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.draw_curves": (
-                "figures/photos.html#draw_curves",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.draw_ids": ("figures/photos.html#draw_ids", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.draw_shares": (
-                "figures/photos.html#draw_shares",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.draw_spread": (
-                "figures/photos.html#draw_spread",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.error_legend": (
-                "figures/photos.html#error_legend",
-                "crackseg_nb/figures/photos.py",
-            ),
             "crackseg_nb.figures.photos.error_map": ("figures/photos.html#error_map", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.grey_out": ("figures/photos.html#grey_out", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.in_notebook": (
                 "figures/photos.html#in_notebook",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.mark_best": ("figures/photos.html#mark_best", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.mark_row": ("figures/photos.html#mark_row", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.mask_picture": (
-                "figures/photos.html#mask_picture",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.number_regions": (
@@ -860,10 +893,6 @@ d = {
                 "figures/photos.html#plain_axis",
                 "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.figures.photos.row_shares": (
-                "figures/photos.html#row_shares",
-                "crackseg_nb/figures/photos.py",
-            ),
             "crackseg_nb.figures.photos.save_figure": (
                 "figures/photos.html#save_figure",
                 "crackseg_nb/figures/photos.py",
@@ -873,37 +902,13 @@ d = {
                 "figures/photos.html#show_augmentations",
                 "crackseg_nb/figures/photos.py",
             ),
-            "crackseg_nb.figures.photos.show_cases": (
-                "figures/photos.html#show_cases",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.show_class_balance": (
-                "figures/photos.html#show_class_balance",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.show_class_scores": (
-                "figures/photos.html#show_class_scores",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.show_confusion": (
-                "figures/photos.html#show_confusion",
-                "crackseg_nb/figures/photos.py",
-            ),
             "crackseg_nb.figures.photos.show_grid": ("figures/photos.html#show_grid", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.show_history": (
-                "figures/photos.html#show_history",
-                "crackseg_nb/figures/photos.py",
-            ),
             "crackseg_nb.figures.photos.show_pairs": (
                 "figures/photos.html#show_pairs",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.show_samples": (
                 "figures/photos.html#show_samples",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.show_threshold_curve": (
-                "figures/photos.html#show_threshold_curve",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.shrink_image": (
@@ -928,10 +933,6 @@ d = {
             ),
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
-            "crackseg_nb.figures.photos.write_share": (
-                "figures/photos.html#write_share",
-                "crackseg_nb/figures/photos.py",
-            ),
         },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (

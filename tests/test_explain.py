@@ -29,7 +29,8 @@ from crackseg_nb.evidence.error_types import (
     watched,
     window_attention,
 )
-from crackseg_nb.figures.photos import ERROR_COLOURS, VOID_COLOUR, Case
+from crackseg_nb.figures.cases import Case
+from crackseg_nb.figures.photos import ERROR_COLOURS, VOID_COLOUR
 from crackseg_nb.metrics.widths import local_widths, trace
 from crackseg_nb.models.registry import create_model
 

@@ -12,24 +12,19 @@ from PIL import Image
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.audit import Audit
 from crackseg_nb.data.augment import create_augmentation
+from crackseg_nb.figures.cases import Case, ClassCase, mask_picture, show_cases
+from crackseg_nb.figures.charts import show_class_balance, show_class_scores, show_confusion
 from crackseg_nb.figures.photos import (
     CRACK_COLOUR,
     ERROR_COLOURS,
     OUTCOMES,
     TILE,
-    Case,
-    ClassCase,
     class_legend,
     colour_table,
-    mask_picture,
     outcomes,
     overlay,
     paint_outcomes,
     show_augmentations,
-    show_cases,
-    show_class_balance,
-    show_class_scores,
-    show_confusion,
     show_pairs,
     show_samples,
     shrink_labels,

@@ -56,15 +56,14 @@ from torch import nn
 
 # %% ../../nbs/evidence/05_error_types.ipynb #e9379d42
 from ..core.checks import VOID, CrackSegError, check_number, choose
+from ..figures.cases import Case, mask_picture
 from crackseg_nb.figures.photos import (
     CURVE_COLOURS,
     DPI,
     ERROR_COLOURS,
     OUTCOMES,
-    Case,
     add_legend,
     check_pair,
-    mask_picture,
     paint_outcomes,
     shorten,
     shrink_image,

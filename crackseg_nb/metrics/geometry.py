@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/metrics/05_geometry.ipynb #97f1d78f
 from ..core.checks import check_number
-from ..figures.photos import OUTCOMES, check_pair, error_legend, paint_outcomes
+from ..figures.cases import error_legend
+from ..figures.photos import OUTCOMES, check_pair, paint_outcomes
 from .curves import Sums, check_planes
 from crackseg_nb.metrics.widths import (
     WIDTH_PROTOCOL,

@@ -47,15 +47,9 @@ from PIL import Image
 # %% ../../nbs/runs/03_results.ipynb #6b9d3ac1
 from ..core.files import atomic_write, read_yaml, sha256_file, to_plain, write_yaml
 from ..core.run_folder import RunFolder
-from crackseg_nb.figures.photos import (
-    Case,
-    ClassCase,
-    as_tile,
-    show_cases,
-    show_confusion,
-    show_grid,
-    show_threshold_curve,
-)
+from ..figures.cases import Case, ClassCase, show_cases
+from ..figures.charts import show_confusion, show_threshold_curve
+from ..figures.photos import as_tile, show_grid
 from ..metrics.counts import ImageCounts
 from ..sources.images import read_image
 from ..sources.samples import Classes, Sample
