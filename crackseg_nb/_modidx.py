@@ -772,6 +772,32 @@ d = {
                 "crackseg_nb/evidence/scores.py",
             ),
         },
+        "crackseg_nb.evidence.uncertainty": {
+            "crackseg_nb.evidence.uncertainty.entropy": (
+                "evidence/uncertainty.html#entropy",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+            "crackseg_nb.evidence.uncertainty.show_uncertainty": (
+                "evidence/uncertainty.html#show_uncertainty",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+            "crackseg_nb.evidence.uncertainty.tta_probabilities": (
+                "evidence/uncertainty.html#tta_probabilities",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+            "crackseg_nb.evidence.uncertainty.turn": (
+                "evidence/uncertainty.html#turn",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+            "crackseg_nb.evidence.uncertainty.turn_back": (
+                "evidence/uncertainty.html#turn_back",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+            "crackseg_nb.evidence.uncertainty.uncertainty_maps": (
+                "evidence/uncertainty.html#uncertainty_maps",
+                "crackseg_nb/evidence/uncertainty.py",
+            ),
+        },
         "crackseg_nb.figures.cases": {
             "crackseg_nb.figures.cases.Case": ("figures/cases.html#case", "crackseg_nb/figures/cases.py"),
             "crackseg_nb.figures.cases.Case.prediction": (
@@ -975,36 +1001,12 @@ d = {
                 "metrics/calibration.html#draw_reliability",
                 "crackseg_nb/metrics/calibration.py",
             ),
-            "crackseg_nb.metrics.calibration.entropy": (
-                "metrics/calibration.html#entropy",
-                "crackseg_nb/metrics/calibration.py",
-            ),
             "crackseg_nb.metrics.calibration.near_cracks": (
                 "metrics/calibration.html#near_cracks",
                 "crackseg_nb/metrics/calibration.py",
             ),
             "crackseg_nb.metrics.calibration.show_reliability": (
                 "metrics/calibration.html#show_reliability",
-                "crackseg_nb/metrics/calibration.py",
-            ),
-            "crackseg_nb.metrics.calibration.show_uncertainty": (
-                "metrics/calibration.html#show_uncertainty",
-                "crackseg_nb/metrics/calibration.py",
-            ),
-            "crackseg_nb.metrics.calibration.tta_probabilities": (
-                "metrics/calibration.html#tta_probabilities",
-                "crackseg_nb/metrics/calibration.py",
-            ),
-            "crackseg_nb.metrics.calibration.turn": (
-                "metrics/calibration.html#turn",
-                "crackseg_nb/metrics/calibration.py",
-            ),
-            "crackseg_nb.metrics.calibration.turn_back": (
-                "metrics/calibration.html#turn_back",
-                "crackseg_nb/metrics/calibration.py",
-            ),
-            "crackseg_nb.metrics.calibration.uncertainty_maps": (
-                "metrics/calibration.html#uncertainty_maps",
                 "crackseg_nb/metrics/calibration.py",
             ),
         },

@@ -12,12 +12,6 @@ __all__ = [
     "Calibration",
     "draw_reliability",
     "show_reliability",
-    "turn",
-    "turn_back",
-    "tta_probabilities",
-    "entropy",
-    "uncertainty_maps",
-    "show_uncertainty",
 ]
 
 # %% ../../nbs/metrics/03_calibration.ipynb #ec3b1882
@@ -26,26 +20,12 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 # %% ../../nbs/metrics/03_calibration.ipynb #4cc7ce54
-from ..core.checks import VOID, CrackSegError, check_number, choose
-from crackseg_nb.figures.photos import (
-    CURVE_COLOURS,
-    DPI,
-    TILE,
-    check_pair,
-    overlay,
-    plain_axis,
-    shrink_image,
-    shrink_labels,
-    shrink_probability,
-    tiles,
-)
-from .counts import check_logits
+from ..core.checks import VOID, check_number, choose
+from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
 from .curves import Sums, check_planes, highest_within, levels
 
 # %% ../../nbs/metrics/03_calibration.ipynb #8eb31be2
@@ -219,91 +199,4 @@ def show_reliability(
         plain_axis(axis)
     figure.suptitle(title, fontsize=9)
     plt.close(figure)
-    return figure
-
-
-# %% ../../nbs/metrics/03_calibration.ipynb #5f890be5
-def turn(
-    planes: Tensor,  # (…, H, W)
-    pose: int,  # 0..7: quarter turns, with a flip from 4 on
-) -> Tensor:
-    "Turn by quarters, then flip left and right."
-    turned = torch.rot90(planes, pose % 4, (-2, -1))
-    return turned.flip(-1) if pose >= 4 else turned
-
-
-def turn_back(
-    planes: Tensor,  # (…, H, W)
-    pose: int,
-) -> Tensor:
-    "Undo `turn`."
-    return torch.rot90(planes.flip(-1) if pose >= 4 else planes, -(pose % 4), (-2, -1))
-
-
-# %% ../../nbs/metrics/03_calibration.ipynb #f89acfdf
-@torch.no_grad()
-def tta_probabilities(
-    model: nn.Module,  # gives logits (B, 1, H, W) for any size
-    images: Tensor,  # (B, 3, H, W)
-) -> Tensor:  # (8, B, 1, H, W)
-    "Return the crack probabilities of the images in all eight poses, turned back; the model is in evaluation mode meanwhile."
-    was_training, answers = model.training, []
-    model.eval()
-    try:
-        for pose in range(8):
-            logits = model(turn(images, pose))
-            check_logits(logits, 1)
-            answers.append(turn_back(logits.float().sigmoid(), pose))
-    finally:
-        model.train(was_training)
-    return torch.stack(answers)
-
-
-# %% ../../nbs/metrics/03_calibration.ipynb #8930f4c8
-def entropy(probability: Tensor) -> Tensor:
-    "Return the entropy of crack or not, in nats: 0 where sure, ln 2 at one half."
-    return torch.special.entr(probability) + torch.special.entr(1 - probability)
-
-
-def uncertainty_maps(
-    probabilities: Tensor,  # (K, B, 1, H, W), of K answers: poses or members of an ensemble
-) -> dict[str, Tensor]:  # (B, 1, H, W) each
-    "Return mean, standard_deviation (over the K, not K - 1), entropy (of the mean) and mutual_information, in double precision; raise CrackSegError for other values."
-    if probabilities.ndim != 5 or not len(probabilities) or probabilities.shape[2] != 1:
-        raise CrackSegError(f"probabilities: found shape {tuple(probabilities.shape)}, expected (K, B, 1, H, W)")
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise CrackSegError("probabilities: found values beyond 0..1 or NaN, expected probabilities (not logits)")
-    probabilities = probabilities.double()  # the mutual information is a small difference
-    mean = probabilities.mean(0)
-    whole = entropy(mean)
-    return dict(
-        mean=mean,
-        standard_deviation=probabilities.std(0, correction=0),
-        entropy=whole,
-        mutual_information=(whole - entropy(probabilities).mean(0)).clamp(min=0),
-    )
-
-
-# %% ../../nbs/metrics/03_calibration.ipynb #f06c9829
-def show_uncertainty(
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
-    maps: Mapping[str, Tensor],  # of `uncertainty_maps`
-    index: int = 0,  # of the image in the batch
-    title: str = "",
-) -> Figure:
-    "Return a figure with the photo, the mask on it, the mean probability and the maps of doubt."
-    planes = {name.replace("_", " "): values[index, 0].cpu().numpy() for name, values in maps.items()}
-    check_pair(image, mask=mask, **planes)
-    small = shrink_image(image, TILE)
-    figure, axes = tiles(2, 3, small.shape[:2])
-    for axis, picture, name in zip(axes.flat, (small, overlay(small, shrink_labels(mask, TILE))), ("photo", "mask")):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_title(name, fontsize=7, pad=2)
-    for axis, (name, plane) in zip(axes.flat[2:], planes.items()):
-        highest = 1.0 if name == "mean" else plane.max()
-        shown = np.round(15 * shrink_probability(plane, TILE) / max(highest, 1e-9)) / 15  # few levels, small files
-        axis.imshow(shown, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
-        axis.set_title(name if name == "mean" else f"{name}, up to {highest:.2f}", fontsize=7, pad=2)
-    figure.suptitle(title, fontsize=8)
     return figure
