@@ -574,30 +574,6 @@ d = {
             ),
         },
         "crackseg_nb.evidence.error_types": {
-            "crackseg_nb.evidence.error_types.Gates": (
-                "evidence/error_types.html#gates",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.Record": (
-                "evidence/error_types.html#record",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.activation_maps": (
-                "evidence/error_types.html#activation_maps",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.aspp_maps": (
-                "evidence/error_types.html#aspp_maps",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.attention_maps": (
-                "evidence/error_types.html#attention_maps",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.cbam_maps": (
-                "evidence/error_types.html#cbam_maps",
-                "crackseg_nb/evidence/error_types.py",
-            ),
             "crackseg_nb.evidence.error_types.draw_errors": (
                 "evidence/error_types.html#draw_errors",
                 "crackseg_nb/evidence/error_types.py",
@@ -618,20 +594,8 @@ d = {
                 "evidence/error_types.html#paint_types",
                 "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.error_types.refusal": (
-                "evidence/error_types.html#refusal",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.show_cbam": (
-                "evidence/error_types.html#show_cbam",
-                "crackseg_nb/evidence/error_types.py",
-            ),
             "crackseg_nb.evidence.error_types.show_errors": (
                 "evidence/error_types.html#show_errors",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.show_maps": (
-                "evidence/error_types.html#show_maps",
                 "crackseg_nb/evidence/error_types.py",
             ),
             "crackseg_nb.evidence.error_types.show_worst": (
@@ -642,33 +606,71 @@ d = {
                 "evidence/error_types.html#shown_types",
                 "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.error_types.spread": (
-                "evidence/error_types.html#spread",
-                "crackseg_nb/evidence/error_types.py",
-            ),
             "crackseg_nb.evidence.error_types.surplus_kinds": (
                 "evidence/error_types.html#surplus_kinds",
-                "crackseg_nb/evidence/error_types.py",
-            ),
-            "crackseg_nb.evidence.error_types.swin_blocks": (
-                "evidence/error_types.html#swin_blocks",
                 "crackseg_nb/evidence/error_types.py",
             ),
             "crackseg_nb.evidence.error_types.type_legend": (
                 "evidence/error_types.html#type_legend",
                 "crackseg_nb/evidence/error_types.py",
             ),
-            "crackseg_nb.evidence.error_types.watched": (
-                "evidence/error_types.html#watched",
-                "crackseg_nb/evidence/error_types.py",
+        },
+        "crackseg_nb.evidence.model_maps": {
+            "crackseg_nb.evidence.model_maps.Gates": (
+                "evidence/model_maps.html#gates",
+                "crackseg_nb/evidence/model_maps.py",
             ),
-            "crackseg_nb.evidence.error_types.window_attention": (
-                "evidence/error_types.html#window_attention",
-                "crackseg_nb/evidence/error_types.py",
+            "crackseg_nb.evidence.model_maps.Record": (
+                "evidence/model_maps.html#record",
+                "crackseg_nb/evidence/model_maps.py",
             ),
-            "crackseg_nb.evidence.error_types.window_places": (
-                "evidence/error_types.html#window_places",
-                "crackseg_nb/evidence/error_types.py",
+            "crackseg_nb.evidence.model_maps.activation_maps": (
+                "evidence/model_maps.html#activation_maps",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.aspp_maps": (
+                "evidence/model_maps.html#aspp_maps",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.attention_maps": (
+                "evidence/model_maps.html#attention_maps",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.cbam_maps": (
+                "evidence/model_maps.html#cbam_maps",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.refusal": (
+                "evidence/model_maps.html#refusal",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.show_cbam": (
+                "evidence/model_maps.html#show_cbam",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.show_maps": (
+                "evidence/model_maps.html#show_maps",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.spread": (
+                "evidence/model_maps.html#spread",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.swin_blocks": (
+                "evidence/model_maps.html#swin_blocks",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.watched": (
+                "evidence/model_maps.html#watched",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.window_attention": (
+                "evidence/model_maps.html#window_attention",
+                "crackseg_nb/evidence/model_maps.py",
+            ),
+            "crackseg_nb.evidence.model_maps.window_places": (
+                "evidence/model_maps.html#window_places",
+                "crackseg_nb/evidence/model_maps.py",
             ),
         },
         "crackseg_nb.evidence.report": {

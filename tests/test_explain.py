@@ -13,19 +13,15 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
 from crackseg_nb.core.checks import VOID
-from crackseg_nb.evidence.error_types import (
-    ERROR_TYPES,
+from crackseg_nb.evidence.error_types import ERROR_TYPES, error_types, show_errors, show_worst, type_legend
+from crackseg_nb.evidence.model_maps import (
     activation_maps,
     aspp_maps,
     attention_maps,
     cbam_maps,
-    error_types,
     show_cbam,
-    show_errors,
     show_maps,
-    show_worst,
     swin_blocks,
-    type_legend,
     watched,
     window_attention,
 )

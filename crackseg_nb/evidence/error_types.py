@@ -10,20 +10,6 @@ __all__ = [
     "THIN",
     "KINDS",
     "GALLERY_TILE",
-    "Record",
-    "watched",
-    "refusal",
-    "spread",
-    "show_maps",
-    "activation_maps",
-    "swin_blocks",
-    "window_places",
-    "window_attention",
-    "attention_maps",
-    "Gates",
-    "cbam_maps",
-    "show_cbam",
-    "aspp_maps",
     "find_bridges",
     "surplus_kinds",
     "lost_widths",
@@ -37,29 +23,20 @@ __all__ = [
 ]
 
 # %% ../../nbs/evidence/05_error_types.ipynb #7198da9c
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.ndimage import distance_transform_edt
 from skimage.measure import label
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block, SwinTransformerV2Stage, window_partition
-from torch import nn
 
 # %% ../../nbs/evidence/05_error_types.ipynb #e9379d42
-from ..core.checks import VOID, CrackSegError, check_number, choose
+from ..core.checks import VOID, CrackSegError, check_number
 from ..figures.cases import Case, mask_picture
 from crackseg_nb.figures.photos import (
-    CURVE_COLOURS,
-    DPI,
     ERROR_COLOURS,
     OUTCOMES,
     add_legend,
@@ -72,253 +49,6 @@ from crackseg_nb.figures.photos import (
     tiles,
 )
 from ..metrics.widths import Outline, local_widths, near, show_panels, trace_pair
-from ..models.encoders import Encoder
-from ..models.layers import ASPP, CBAM
-from ..models.swinv2_hybrid import DecoderBlock
-from ..sources.images import normalize
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #2abab9dd
-class Record(NamedTuple):
-    "Hold what went into a part of a model and what came out."
-
-    inputs: tuple
-    output: object
-
-
-@contextmanager
-def watched(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    parts: dict,  # modules of the model by any key
-) -> Iterator[dict]:
-    "Run `model` over an image and yield a `Record` of each part, still in evaluation mode without gradients; then leave the model as it was."
-    check_pair(image)
-    seen, handles, modes = {}, [], [(part, part.training) for part in model.modules()]
-
-    def note(key):
-        return lambda part, inputs, output: seen.update({key: Record(inputs, output)})
-
-    try:
-        for key, part in parts.items():
-            handles.append(part.register_forward_hook(note(key)))
-        model.eval()
-        with torch.no_grad():
-            model(normalize(image)[None].to(next(model.parameters())))
-            yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for part, training in modes:
-            part.training = training
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #07578ab0
-def refusal(model: nn.Module, part: str, example: str) -> CrackSegError:
-    "Return the error for a model that lacks a part, naming the model and one that has it."
-    encoder = getattr(getattr(model, "encoder", None), "architecture", None)
-    found = type(model).__name__ + (f" with encoder {encoder}" if encoder else "")
-    return CrackSegError(f"model: found {found}, without {part}; expected a model that has it, such as {example}")
-
-
-def spread(
-    plane: torch.Tensor,  # (h, w)
-    size: tuple[int, int],  # height and width of the image
-    stride: int,  # pixels on a side of one position
-) -> np.ndarray:
-    "Return a map at the size of the image, float32 (H, W), each value repeated over the pixels of its position."
-    values = plane.float().cpu().numpy()
-    return values.repeat(stride, axis=0).repeat(stride, axis=1)[: size[0], : size[1]]
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #ba56cb1d
-def show_maps(
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    maps: dict[str, np.ndarray],  # float (H, W) by title
-    pixel: tuple[int, int] | None = None,  # row and column to be marked
-    high: float | None = None,  # colours go from 0 to this value; None: from the lowest to the highest one of each map
-    columns: int = 4,
-) -> Figure:
-    "Return a figure with the photo and each map in colours over it."
-    check_pair(image, **maps)
-    (height, width), count = image.shape[:2], 1 + len(maps)
-    columns, factor = min(columns, count), 150 / max(height, width)
-    figure, axes = tiles(-(-count // columns), columns, (round(factor * height), round(factor * width)))
-    photo = shrink_image(image, (150, 150))
-    grey = cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[..., None] // 32 / 8
-    pictures = {"photo": photo}
-    for title, plane in maps.items():
-        low, top = (0.0, high) if high else (float(plane.min()), float(plane.max()))
-        small = cv2.resize(plane.astype(np.float32), grey.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        pictures[f"{title} ({low:.2g} to {top:.2g})"] = (
-            0.75 * plt.get_cmap("magma")((small - low) / (top - low or 1))[..., :3] + 0.25 * grey
-        )
-    for axis, (title, picture) in zip(axes.flat, pictures.items()):
-        axis.imshow(picture, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        axis.set_title(title, fontsize=7, pad=2)
-    if pixel is not None:
-        for axis in axes.flat[:count]:
-            axis.plot(pixel[1], pixel[0], "o", markersize=7, markerfacecolor="none", markeredgecolor="#00e5ff")
-    return figure
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #31d019d9
-def activation_maps(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    reduction: str = "norm",  # norm: root mean square over the channels; mean: their mean
-) -> dict[str, np.ndarray]:
-    "Return a map, float32 (H, W), of each level of the encoder, finest first."
-    choose("reduction", reduction, ("norm", "mean"))
-    encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, Encoder):
-        raise refusal(model, "an encoder of crackseg_nb.models.encoders", "unet")
-    with watched(model, image, {"encoder": encoder}) as seen:
-        planes = [
-            features[0].float().square().mean(0).sqrt() if reduction == "norm" else features[0].float().mean(0)
-            for features in seen["encoder"].output
-        ]
-        return {
-            f"level {level}, stride {stride}": spread(plane, image.shape[:2], stride)
-            for level, (plane, stride) in enumerate(zip(planes, encoder.strides), 1)
-        }
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #ebdbe25c
-def swin_blocks(model: nn.Module) -> dict[str, tuple[int, SwinTransformerV2Block]]:
-    "Return the stride and the block of each SwinV2 block by name, first to last; raise CrackSegError if the model has none."
-    stages = [part for part in model.modules() if isinstance(part, SwinTransformerV2Stage)]
-    if not stages:
-        raise refusal(model, "SwinV2 blocks", "swinv2_hybrid, or a unet with encoder swinv2")
-    return {
-        f"stage {number} block {place}": (stride, block)
-        for number, (stage, stride) in enumerate(zip(stages, model.encoder.strides), 1)
-        for place, block in enumerate(stage.blocks, 1)
-    }
-
-
-def window_places(block: SwinTransformerV2Block, height: int, width: int) -> torch.Tensor:
-    "Return for each window and token of a block its position in the map, row * width + column, or -1 in the padding, int64 (windows, tokens)."
-    places = torch.arange(height * width).reshape(1, height, width, 1)
-    shifted = torch.roll(places, [-shift for shift in block.shift_size], (1, 2))
-    rows, columns = block.window_size
-    padded = F.pad(shifted, (0, 0, 0, -width % columns, 0, -height % rows), value=-1)
-    return window_partition(padded, block.window_size).reshape(-1, rows * columns)
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #05257c61
-def window_attention(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    pixel: tuple[int, int],  # row and column
-) -> dict[str, torch.Tensor]:
-    "Return how the position that covers `pixel` attends to each position, float32 (heads, h, w) per SwinV2 block; what lacks to 1 goes to padding."
-    for name, place, side in zip(("row", "column"), pixel, image.shape):
-        check_number(f"pixel, {name}", place, int, 0, side - 1)
-    blocks, weights = swin_blocks(model), {}
-    parts = {name: block for name, (_, block) in blocks.items()} | {
-        (name, "softmax"): block.attn.softmax for name, (_, block) in blocks.items()
-    }
-    with watched(model, image, parts) as seen:
-        for name, (stride, block) in blocks.items():
-            height, width = seen[name].output.shape[1:3]
-            places = window_places(block, height, width)
-            window, token = (places == pixel[0] // stride * width + pixel[1] // stride).nonzero()[0]
-            paid = seen[name, "softmax"].output[window, :, token].float().cpu()
-            plane, inside = torch.zeros(len(paid), height * width), places[window] >= 0
-            plane[:, places[window][inside]] = paid[:, inside]
-            weights[name] = plane.unflatten(1, (height, width))
-    return weights
-
-
-def attention_maps(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    pixel: tuple[int, int],  # row and column
-) -> dict[str, np.ndarray]:
-    "Return a map, float32 (H, W), of how the position that covers `pixel` attends to that of each pixel, mean over the heads, per SwinV2 block."
-    weights = window_attention(model, image, pixel)
-    return {
-        name: spread(weights[name].mean(0), image.shape[:2], stride) for name, (stride, _) in swin_blocks(model).items()
-    }
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #6f95fc41
-class Gates(NamedTuple):
-    "Hold CBAM's gates in one decoder block."
-
-    deep: np.ndarray  # float32, weight of each channel from the deep features
-    skip: np.ndarray  # float32, of each channel from the skip connection
-    spatial: np.ndarray  # float32 (H, W), weight of each place
-
-
-def cbam_maps(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-) -> dict[str, Gates]:
-    "Return CBAM's gates in each decoder block, coarsest first; raise CrackSegError if the model has none."
-    blocks = [part for part in model.modules() if isinstance(part, DecoderBlock) and isinstance(part.attention, CBAM)]
-    if not blocks:
-        raise refusal(model, "CBAM", "swinv2_hybrid with cbam=true")
-    strides, gates = model.encoder.strides[-2::-1], {}
-    with watched(model, image, dict(enumerate(part for block in blocks for part in block.attention))) as seen:
-        for number, (block, stride) in enumerate(zip(blocks, strides)):
-            by_channel, by_place = (
-                part.gate(seen[2 * number + order].inputs[0])[0] for order, part in enumerate(block.attention)
-            )
-            weights = by_channel.flatten().float().cpu().numpy()
-            deep, skip = np.split(weights, [block.narrow.out_channels])
-            gates[f"decoder {number}, stride {stride}"] = Gates(
-                deep, skip, spread(by_place[0], image.shape[:2], stride)
-            )
-    return gates
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #f50cbff7
-def show_cbam(
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-    gates: dict[str, Gates],  # of `cbam_maps`
-) -> Figure:
-    "Return a figure with the weights of the channels as bars and of the places as a map, a row for each decoder block."
-    check_pair(image, **{name: gate.spatial for name, gate in gates.items()})
-    figure, axes = plt.subplots(
-        len(gates), 2, figsize=(8, 1.6 * len(gates)), dpi=DPI, width_ratios=(3, 1), squeeze=False, layout="constrained"
-    )
-    for (bars, place), (name, gate) in zip(axes, gates.items()):
-        ends = np.arange(len(gate.deep) + len(gate.skip) + 1)
-        bars.stairs(gate.deep, ends[: len(gate.deep) + 1], fill=True, color=CURVE_COLOURS[0], label="deep features")
-        bars.stairs(gate.skip, ends[len(gate.deep) :], fill=True, color=CURVE_COLOURS[1], label="skip connection")
-        bars.set(ylim=(0, 1), xlim=(0, ends[-1]))
-        bars.set_title(f"{name}: weight of each channel", fontsize=8, loc="left")
-        drawn = place.imshow(gate.spatial, cmap="magma", vmin=0, vmax=1)
-        place.axis("off")
-        figure.colorbar(drawn, ax=place, shrink=0.8)
-    axes[0, 1].set_title("weight of each place", fontsize=8)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7
-    )
-    plt.close(figure)
-    return figure
-
-
-# %% ../../nbs/evidence/05_error_types.ipynb #38171aea
-def aspp_maps(
-    model: nn.Module,
-    image: np.ndarray,  # uint8 RGB (H, W, 3)
-) -> dict[str, np.ndarray]:
-    "Return a map, float32 (H, W), of the response of each ASPP branch; raise CrackSegError if the model has no ASPP."
-    aspp = next((part for part in model.modules() if isinstance(part, ASPP)), None)
-    if aspp is None:
-        raise refusal(model, "ASPP", "swinv2_hybrid with aspp=true")
-    names = [*(f"rate {branch[0].dilation[0]}" for branch in aspp.branches[:-1]), "whole image"]
-    with watched(model, image, dict(zip(names, aspp.branches))) as seen:
-        return {
-            name: spread(
-                seen[name].output[0].float().square().mean(0).sqrt(), image.shape[:2], model.encoder.strides[-1]
-            )
-            for name in names
-        }
-
 
 # %% ../../nbs/evidence/05_error_types.ipynb #87d09f15
 ERROR_PROTOCOL = """\
