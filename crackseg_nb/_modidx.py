@@ -3912,10 +3912,6 @@ d = {
                 "training/exchange.html#check_counted",
                 "crackseg_nb/training/exchange.py",
             ),
-            "crackseg_nb.training.exchange.check_launch": (
-                "training/exchange.html#check_launch",
-                "crackseg_nb/training/exchange.py",
-            ),
             "crackseg_nb.training.exchange.close": ("training/exchange.html#close", "crackseg_nb/training/exchange.py"),
             "crackseg_nb.training.exchange.combine": (
                 "training/exchange.html#combine",
@@ -3929,32 +3925,8 @@ d = {
                 "training/exchange.html#gather_objects",
                 "crackseg_nb/training/exchange.py",
             ),
-            "crackseg_nb.training.exchange.launch": (
-                "training/exchange.html#launch",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.launch_error": (
-                "training/exchange.html#launch_error",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.note_error": (
-                "training/exchange.html#note_error",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.passing_signals": (
-                "training/exchange.html#passing_signals",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.receive_signals": (
-                "training/exchange.html#receive_signals",
-                "crackseg_nb/training/exchange.py",
-            ),
             "crackseg_nb.training.exchange.statistics_weights": (
                 "training/exchange.html#statistics_weights",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.stop_early": (
-                "training/exchange.html#stop_early",
                 "crackseg_nb/training/exchange.py",
             ),
             "crackseg_nb.training.exchange.sum_gradients": (
@@ -3965,15 +3937,6 @@ d = {
                 "training/exchange.html#sum_over_processes",
                 "crackseg_nb/training/exchange.py",
             ),
-            "crackseg_nb.training.exchange.was_stopped": (
-                "training/exchange.html#was_stopped",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.watch_parent": (
-                "training/exchange.html#watch_parent",
-                "crackseg_nb/training/exchange.py",
-            ),
-            "crackseg_nb.training.exchange.work": ("training/exchange.html#work", "crackseg_nb/training/exchange.py"),
         },
         "crackseg_nb.training.interrupt": {
             "crackseg_nb.training.interrupt.StopRequest": (
@@ -4407,6 +4370,48 @@ d = {
             "crackseg_nb.training.precision.time_precisions": (
                 "training/precision.html#time_precisions",
                 "crackseg_nb/training/precision.py",
+            ),
+        },
+        "crackseg_nb.training.processes": {
+            "crackseg_nb.training.processes.check_launch": (
+                "training/processes.html#check_launch",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.launch": (
+                "training/processes.html#launch",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.launch_error": (
+                "training/processes.html#launch_error",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.note_error": (
+                "training/processes.html#note_error",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.passing_signals": (
+                "training/processes.html#passing_signals",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.receive_signals": (
+                "training/processes.html#receive_signals",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.stop_early": (
+                "training/processes.html#stop_early",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.was_stopped": (
+                "training/processes.html#was_stopped",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.watch_parent": (
+                "training/processes.html#watch_parent",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.work": (
+                "training/processes.html#work",
+                "crackseg_nb/training/processes.py",
             ),
         },
         "crackseg_nb.training.trainer": {

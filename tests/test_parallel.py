@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.training.exchange import launch
+from crackseg_nb.training.processes import launch
 
 PROGRAM = """
 import signal, sys, torch
-from crackseg_nb.training.exchange import launch
+from crackseg_nb.training.processes import launch
 from parallel_jobs import wait_for_signals
 torch.set_num_threads(2)
 torch.randn(500, 500) @ torch.randn(500, 500)  # a forked copy of this process would hang from here on

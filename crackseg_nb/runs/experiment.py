@@ -93,11 +93,11 @@ from crackseg_nb.training.checkpoint import (
     weights_to_bytes,
 )
 from ..training.evaluation import evaluate
-from ..training.exchange import launch
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
 from ..training.precision import choose_precision, time_precisions
+from ..training.processes import launch
 from ..training.trainer import Trainer, fit
 from ..training.weights import load_encoder_weights, load_model_weights
 

@@ -4,9 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "PASSED",
-    "ONLY_SIGINT",
-    "TALKATIVE",
     "sum_over_processes",
     "any_process",
     "gather_objects",
@@ -17,47 +14,21 @@ __all__ = [
     "check_counted",
     "combine",
     "close",
-    "watch_parent",
-    "stop_early",
-    "receive_signals",
-    "work",
-    "note_error",
-    "was_stopped",
-    "launch_error",
-    "passing_signals",
-    "check_launch",
-    "launch",
 ]
 
 # %% ../../nbs/training/05_exchange.ipynb #70a49518
 import gc
-import json
-import logging
-import multiprocessing
-import os
-import signal
-import sys
-import tempfile
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, patch_environment
+from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 # %% ../../nbs/training/05_exchange.ipynb #9f0a7362
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped, check_number
-from ..core.machine import quiet_loggers, signal_handlers
+from ..core.checks import CrackSegError
 from ..metrics.counts import ImageCounts
 
 
@@ -226,209 +197,3 @@ def close() -> None:
     gc.collect()  # what still holds a tensor of the group
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-# %% ../../nbs/training/05_exchange.ipynb #d146c8c8
-def watch_parent() -> None:
-    "End this process as soon as the one that started it is gone, were it killed."
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
-
-
-def stop_early(number: int, frame) -> None:
-    "Leave with the exit code that asks for a resumption; training sets handlers of its own."
-    raise SystemExit(RESUME_CODE)
-
-
-def receive_signals(folder: Path) -> None:
-    "Take the signals that `passing_signals` sends, beginning with those that were sent before this process was ready."
-    for number in PASSED:
-        signal.signal(number, stop_early)
-    (folder / f"ready.{os.getpid()}").touch()
-    for sent in sorted(folder.glob("signal.*")):
-        signal.raise_signal(int(sent.suffix[1:]))
-
-
-PASSED = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows lacks the second
-
-
-# %% ../../nbs/training/05_exchange.ipynb #836ef682
-def work(
-    function: Callable,
-    args: tuple,
-    folder: Path,  # where processes leave notes for each other
-) -> int:
-    "Call `function(*args)` in a started process; return 0, or RESUME_CODE if it was stopped."
-    watch_parent()
-    code = 0
-    try:
-        try:
-            receive_signals(folder)
-            function(*args)
-        except Stopped:
-            code = RESUME_CODE
-        except SystemExit as end:
-            code = end.code or 0
-        if any(folder.glob("error.*")):
-            sys.exit(1)  # another process failed, for which this one was told to go
-        if code not in (0, RESUME_CODE):
-            raise RuntimeError(f"ended with exit code {code}")
-        close()
-        return code
-    except Exception as error:
-        note_error(error, folder)
-        sys.exit(1)
-
-
-def note_error(error: Exception, folder: Path) -> None:
-    "Write an error where the starting process finds it."
-    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    first_line = next(iter(str(error).splitlines()), "")
-    line = (
-        str(error)
-        if isinstance(error, CrackSegError)
-        else f"process {rank} of {world}: {type(error).__name__}: {first_line}"
-    )
-    note = dict(line=" ".join(line.splitlines()), trace="".join(traceback.format_exception(error)))
-    (folder / f"error.{time.time_ns()}.{rank}").write_text(json.dumps(note), encoding="utf-8")
-
-
-# %% ../../nbs/training/05_exchange.ipynb #b60b7b60
-def was_stopped(error: ChildFailedError, folder: Path) -> bool:
-    "Tell whether the processes ended on a signal that was passed on to them, before or after their work."
-    codes = {failure.exitcode for failure in error.failures.values()}
-    return (
-        any(folder.glob("signal.*"))
-        and not any(folder.glob("error.*"))
-        and codes <= {RESUME_CODE, *(-number for number in PASSED)}
-    )
-
-
-# %% ../../nbs/training/05_exchange.ipynb #007fdc02
-def launch_error(
-    folder: Path,
-    error: ChildFailedError,  # torch's, which knows the exit code of the process that ended first
-) -> CrackSegError:
-    "Return the first error of the started processes as one line, with its traceback as the cause."
-    rank, failure = error.get_first_failure()
-    notes = sorted(folder.glob("error.*"), key=lambda path: int(path.name.split(".")[1]))
-    killed = failure.exitcode < 0 and not any(
-        path.suffix == f".{rank}" for path in notes
-    )  # the others' errors follow from that
-    if notes and not killed:
-        note = json.loads(notes[0].read_text(encoding="utf-8"))
-        found, trace = CrackSegError(note["line"]), note["trace"]
-    else:
-        end = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        hint = (
-            "; often the machine's memory is used up: expected a smaller batch_size or fewer num_workers"
-            if end == "SIGKILL"
-            else ""
-        )
-        found, trace = (
-            CrackSegError(f"devices: process {rank} was ended by {end} without an error of its own{hint}"),
-            str(error),
-        )
-    found.__cause__ = RuntimeError(trace)
-    return found
-
-
-# %% ../../nbs/training/05_exchange.ipynb #d169da57
-@contextmanager
-def passing_signals(folder: Path):
-    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; leave the present handlers as they were."
-
-    def pass_on(number, frame):
-        (
-            folder / f"signal.{int(number)}"
-        ).touch()  # before the look round: a process that gets ready in between finds the note
-        for ready in folder.glob("ready.*"):
-            with suppress(ProcessLookupError):
-                os.kill(int(ready.suffix[1:]), number)
-
-    with signal_handlers({**dict.fromkeys(PASSED, pass_on), signal.SIGINT: None}):
-        yield  # torch replaces the handler of SIGINT
-
-
-# %% ../../nbs/training/05_exchange.ipynb #fcd85cf1
-# Older versions of torch handle SIGTERM themselves: they pass it on, and end after 30 seconds what has not ended.
-ONLY_SIGINT = {"signals_to_handle": "SIGINT"} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
-# The loggers of torch's launcher, which repeat at length the errors that are raised anyway.
-TALKATIVE = (
-    "torch.distributed.elastic.multiprocessing.api",
-    "torch.distributed.elastic.agent.server.api",
-    "torch.multiprocessing.spawn",
-)
-
-
-def check_launch(function: Callable, devices: int, device: torch.device) -> None:
-    "Raise CrackSegError unless `devices` processes can call `function`."
-    check_number("devices", devices, int, low=1)
-    if device.type == "cuda" and devices > torch.cuda.device_count():
-        raise CrackSegError(
-            f"devices: found {devices}, expected at most {torch.cuda.device_count()}, the number of GPUs that can be seen"
-        )
-    if function.__module__ == "__main__" or "." in function.__qualname__:
-        raise CrackSegError(
-            f"launch: found {function.__qualname__} of {function.__module__}, expected a function at the top of a module "
-            "that other processes can import"
-        )
-
-
-# %% ../../nbs/training/05_exchange.ipynb #817a9294
-def launch(
-    function: Callable,  # at the top of a module, since other processes import it
-    args: tuple,  # can be pickled
-    devices: int,  # number of processes
-    device: torch.device | str = "cpu",  # cpu, or cuda for one GPU each
-) -> int:
-    """Call `function(*args)` in several processes on this machine and wait; return 0, or RESUME_CODE if they were stopped.
-
-    A process is stopped when it raises `Stopped` or `SystemExit(RESUME_CODE)`. Raises CrackSegError with the line of the first error."""
-    device = torch.device(device)
-    check_launch(function, devices, device)
-    threads = max(1, torch.get_num_threads() // devices)
-    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGINT")
-    if device.type == "cpu":
-        environment["accelerate_use_cpu"] = "true"
-    quiet = quiet_loggers(logging.CRITICAL, *TALKATIVE)
-    with (
-        tempfile.TemporaryDirectory(prefix="crackseg-") as name,
-        passing_signals(Path(name)),
-        quiet,
-        patch_environment(**environment),
-    ):
-        folder = Path(name)
-        output = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects={rank: Std.ALL for rank in range(1, devices)})
-        # Port 0: the system chooses one that is free. Only SIGINT, a person's impatience, is left to torch, which ends all.
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=devices,
-            run_id=folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            start_method="spawn",
-            logs_specs=output,
-            **ONLY_SIGINT,
-        )
-        try:
-            codes = elastic_launch(config, work)(function, args, folder)
-        except ChildFailedError as error:
-            if was_stopped(error, folder):
-                return RESUME_CODE
-            raise launch_error(folder, error) from error
-        except SignalException as error:
-            if error.sigval in PASSED:
-                return RESUME_CODE
-            raise KeyboardInterrupt from error
-    return max(codes.values())

@@ -11,7 +11,7 @@ import time
 
 from ..core.checks import check_number
 from ..core.machine import logger, signal_handlers
-from .exchange import PASSED
+from .processes import PASSED
 
 
 # %% ../../nbs/training/10_interrupt.ipynb #e3324eea
