@@ -34,6 +34,7 @@ d = {
             "crackseg_nb.core.files.fingerprint_of": ("core/files.html#fingerprint_of", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.in_order": ("core/files.html#in_order", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.in_threads": ("core/files.html#in_threads", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.manifest_sum": ("core/files.html#manifest_sum", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.outputs_folder": ("core/files.html#outputs_folder", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.project_root": ("core/files.html#project_root", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.raise_first": ("core/files.html#raise_first", "crackseg_nb/core/files.py"),
@@ -117,7 +118,15 @@ d = {
             ),
         },
         "crackseg_nb.core.seeds": {
+            "crackseg_nb.core.seeds.capture_rng_state": (
+                "core/seeds.html#capture_rng_state",
+                "crackseg_nb/core/seeds.py",
+            ),
             "crackseg_nb.core.seeds.lent_generator": ("core/seeds.html#lent_generator", "crackseg_nb/core/seeds.py"),
+            "crackseg_nb.core.seeds.restore_rng_state": (
+                "core/seeds.html#restore_rng_state",
+                "crackseg_nb/core/seeds.py",
+            ),
             "crackseg_nb.core.seeds.seed_everything": ("core/seeds.html#seed_everything", "crackseg_nb/core/seeds.py"),
             "crackseg_nb.core.seeds.seed_for": ("core/seeds.html#seed_for", "crackseg_nb/core/seeds.py"),
         },
@@ -3666,28 +3675,12 @@ d = {
                 "training/checkpoint.html#checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
-            "crackseg_nb.training.checkpoint.LoadReport": (
-                "training/checkpoint.html#loadreport",
-                "crackseg_nb/training/checkpoint.py",
-            ),
-            "crackseg_nb.training.checkpoint.LoadReport.__str__": (
-                "training/checkpoint.html#loadreport.__str__",
-                "crackseg_nb/training/checkpoint.py",
-            ),
-            "crackseg_nb.training.checkpoint.capture_rng_state": (
-                "training/checkpoint.html#capture_rng_state",
-                "crackseg_nb/training/checkpoint.py",
-            ),
             "crackseg_nb.training.checkpoint.check_layout": (
                 "training/checkpoint.html#check_layout",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.checkpoint_names": (
                 "training/checkpoint.html#checkpoint_names",
-                "crackseg_nb/training/checkpoint.py",
-            ),
-            "crackseg_nb.training.checkpoint.find_weights": (
-                "training/checkpoint.html#find_weights",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.latest_checkpoint": (
@@ -3698,24 +3691,12 @@ d = {
                 "training/checkpoint.html#load_checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
-            "crackseg_nb.training.checkpoint.load_tensors": (
-                "training/checkpoint.html#load_tensors",
-                "crackseg_nb/training/checkpoint.py",
-            ),
             "crackseg_nb.training.checkpoint.load_torch": (
                 "training/checkpoint.html#load_torch",
                 "crackseg_nb/training/checkpoint.py",
             ),
-            "crackseg_nb.training.checkpoint.load_weights": (
-                "training/checkpoint.html#load_weights",
-                "crackseg_nb/training/checkpoint.py",
-            ),
             "crackseg_nb.training.checkpoint.make_folder": (
                 "training/checkpoint.html#make_folder",
-                "crackseg_nb/training/checkpoint.py",
-            ),
-            "crackseg_nb.training.checkpoint.manifest_sum": (
-                "training/checkpoint.html#manifest_sum",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.owned_on_cpu": (
@@ -3744,10 +3725,6 @@ d = {
             ),
             "crackseg_nb.training.checkpoint.remove_strays": (
                 "training/checkpoint.html#remove_strays",
-                "crackseg_nb/training/checkpoint.py",
-            ),
-            "crackseg_nb.training.checkpoint.restore_rng_state": (
-                "training/checkpoint.html#restore_rng_state",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.save_checkpoint": (
@@ -4555,6 +4532,14 @@ d = {
         },
         "crackseg_nb.training.weights": {
             "crackseg_nb.training.weights.Fate": ("training/weights.html#fate", "crackseg_nb/training/weights.py"),
+            "crackseg_nb.training.weights.LoadReport": (
+                "training/weights.html#loadreport",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.LoadReport.__str__": (
+                "training/weights.html#loadreport.__str__",
+                "crackseg_nb/training/weights.py",
+            ),
             "crackseg_nb.training.weights.TransferReport": (
                 "training/weights.html#transferreport",
                 "crackseg_nb/training/weights.py",
@@ -4595,6 +4580,10 @@ d = {
                 "training/weights.html#find_source",
                 "crackseg_nb/training/weights.py",
             ),
+            "crackseg_nb.training.weights.find_weights": (
+                "training/weights.html#find_weights",
+                "crackseg_nb/training/weights.py",
+            ),
             "crackseg_nb.training.weights.fit_tensor": (
                 "training/weights.html#fit_tensor",
                 "crackseg_nb/training/weights.py",
@@ -4609,6 +4598,14 @@ d = {
             ),
             "crackseg_nb.training.weights.load_model_weights": (
                 "training/weights.html#load_model_weights",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.load_tensors": (
+                "training/weights.html#load_tensors",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.load_weights": (
+                "training/weights.html#load_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.plan_transfer": (

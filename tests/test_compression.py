@@ -33,11 +33,12 @@ from crackseg_nb.studies.compression import (
     taught_by,
 )
 from crackseg_nb.synthetic.cracks import write_synthetic
-from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint, load_weights
+from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint
 from crackseg_nb.training.evaluation import evaluate
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import OptimConfig
 from crackseg_nb.training.trainer import TrainConfig, Trainer, fit
+from crackseg_nb.training.weights import load_weights
 from crackseg_nb.training.window import create_accelerator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,14 +22,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import sha256_file
+from crackseg_nb.core.seeds import capture_rng_state, restore_rng_state
 from crackseg_nb.training.checkpoint import (
-    capture_rng_state,
     checkpoint_names,
     latest_checkpoint,
     load_checkpoint,
-    load_weights,
     prune_checkpoints,
-    restore_rng_state,
     save_checkpoint,
 )
 from crackseg_nb.training.memory import (
@@ -48,6 +46,7 @@ from crackseg_nb.training.optim import (
     parameter_groups,
     undecayed_names,
 )
+from crackseg_nb.training.weights import load_weights
 
 
 class Net(nn.Module):
@@ -525,7 +524,7 @@ def test_equal_weights_give_equal_files(tmp_path):
 
 
 def test_manifest_cannot_point_elsewhere(saved):
-    from crackseg_nb.training.checkpoint import manifest_sum
+    from crackseg_nb.core.files import manifest_sum
 
     path = saved / "epoch_0002.json"
     manifest = json.loads(path.read_text())
@@ -537,7 +536,7 @@ def test_manifest_cannot_point_elsewhere(saved):
 
 
 def test_training_file_with_code_is_refused_even_with_a_right_sum(saved, tmp_path):
-    from crackseg_nb.training.checkpoint import manifest_sum
+    from crackseg_nb.core.files import manifest_sum
 
     class Attack:
         def __reduce__(self):

@@ -19,6 +19,7 @@ __all__ = [
     "in_threads",
     "raise_first",
     "in_order",
+    "manifest_sum",
 ]
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
@@ -227,3 +228,15 @@ def in_order(function, items, title: str, progress: bool) -> Iterator:
             )
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the remaining files are not read
+
+
+# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
+import hashlib
+import json
+
+
+# %% ../../nbs/core/02_files.ipynb #7f809d9f
+def manifest_sum(manifest: dict) -> str:
+    "Return the SHA-256 of a manifest's content, without its own `sum`."
+    content = {key: value for key, value in manifest.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

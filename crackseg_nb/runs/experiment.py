@@ -85,13 +85,7 @@ from ..sources.registry import read_source
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures
-from crackseg_nb.training.checkpoint import (
-    find_weights,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    weights_to_bytes,
-)
+from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, weights_to_bytes
 from ..training.evaluation import evaluate
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
@@ -99,7 +93,7 @@ from ..training.memory import clear_cache, enable_gradient_checkpointing, estima
 from ..training.precision import choose_precision, time_precisions
 from ..training.processes import launch
 from ..training.trainer import Trainer, fit
-from ..training.weights import load_encoder_weights, load_model_weights
+from ..training.weights import find_weights, load_encoder_weights, load_model_weights
 
 
 # %% ../../nbs/runs/04_experiment.ipynb #8aeaf922

@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/03_results.ipynb #6b9d3ac1
-from ..core.files import atomic_write, read_yaml, sha256_file, to_plain, write_yaml
+from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_yaml
 from ..core.run_folder import RunFolder
 from ..figures.cases import Case, ClassCase, show_cases
 from ..figures.charts import show_confusion, show_threshold_curve
@@ -53,7 +53,6 @@ from ..figures.photos import as_tile, show_grid
 from ..metrics.counts import ImageCounts
 from ..sources.images import read_image
 from ..sources.samples import Classes, Sample
-from ..training.checkpoint import manifest_sum
 
 
 # %% ../../nbs/runs/03_results.ipynb #5c24b0f6

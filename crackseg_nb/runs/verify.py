@@ -63,7 +63,7 @@ from torch import nn
 
 # %% ../../nbs/runs/10_verify.ipynb #de7a3798
 from ..core.checks import CrackSegError
-from ..core.files import find_path, in_threads, read_yaml
+from ..core.files import find_path, in_threads, manifest_sum, read_yaml
 from ..core.machine import describe_environment, get_device, quiet_loggers
 from ..core.run_folder import RunFolder
 from ..data.audit import digests_of, fingerprint_from
@@ -74,7 +74,7 @@ from .config import SYNTHETIC, ExperimentConfig, configure, find_finished_run, r
 from .experiment import Experiment, find_source, learned_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
 from .results import image_scores, image_table, kept_files, resumes, split_scores
-from ..training.checkpoint import manifest_sum, read_manifest
+from ..training.checkpoint import read_manifest
 from ..training.evaluation import evaluate
 from ..training.precision import choose_precision
 from ..training.weights import load_model_weights

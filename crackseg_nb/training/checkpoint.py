@@ -7,13 +7,10 @@ __all__ = [
     "FORMAT",
     "owned_on_cpu",
     "to_storable",
-    "capture_rng_state",
-    "restore_rng_state",
     "weights_to_bytes",
     "state_to_bytes",
     "sync_folder",
     "write_bytes",
-    "manifest_sum",
     "check_layout",
     "read_manifest",
     "read_manifests",
@@ -28,10 +25,6 @@ __all__ = [
     "load_checkpoint",
     "latest_checkpoint",
     "prune_checkpoints",
-    "load_tensors",
-    "find_weights",
-    "LoadReport",
-    "load_weights",
 ]
 
 # %% ../../nbs/training/07_checkpoint.ipynb #4b8c195e
@@ -40,21 +33,19 @@ import io
 import json
 import os
 import pickle
-import random
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
-from torch import nn
 
+# %% ../../nbs/training/07_checkpoint.ipynb #92d4bd3b
 from ..core.checks import CrackSegError, check_number, nearest
-from ..core.files import atomic_write
+from ..core.files import atomic_write, manifest_sum
 from ..core.machine import logger
 
 
@@ -87,37 +78,6 @@ def to_storable(
     raise CrackSegError(
         f"{place}: found {type(value).__name__}, expected tensors, numbers, strings, None, lists, tuples or dicts"
     )
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #51c6eaf6
-def capture_rng_state() -> dict:
-    "Return the states of Python's, NumPy's and torch's random numbers (CPU and every CUDA device) as plain containers and tensors."
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return dict(
-        python=[version, list(words), gauss],
-        numpy=[kind, keys.tolist(), position, has_gauss, cached],
-        torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    )
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #4d4d9ed3
-def restore_rng_state(state: dict) -> None:
-    "Continue all random numbers from `capture_rng_state()`; warn when the number of CUDA devices is another one."
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
-        logger.warning(
-            f"random numbers: found {len(state['cuda'])} saved CUDA states for {devices} devices; "
-            "the resumed run will differ from one that never stopped"
-        )
-    for index, cuda_state in enumerate(state["cuda"][:devices]):
-        torch.cuda.set_rng_state(cuda_state.cpu(), index)
 
 
 # %% ../../nbs/training/07_checkpoint.ipynb #7d0d7de3
@@ -172,12 +132,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 FORMAT = 1  # raised when the layout of a checkpoint changes
 
 
-def manifest_sum(manifest: dict) -> str:
-    "Return the SHA-256 of a manifest's content, without its own `sum`."
-    content = {key: value for key, value in manifest.items() if key != "sum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
+# %% ../../nbs/training/07_checkpoint.ipynb #263765c0
 def check_layout(manifest: dict) -> None:
     "Raise ValueError or KeyError unless `manifest` has the fields of this format."
     if manifest["format"] != FORMAT:
@@ -423,87 +378,3 @@ def prune_checkpoints(
         (folder / f"{name}.json").unlink()
         remove_strays(folder, name)
     return old
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #e75cf16d
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors or torch file on the CPU without running code from it."
-    if not path.is_file():
-        raise CrackSegError(f"{path}: no such file; expected .safetensors, .pt, .pth or a folder of checkpoints")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise CrackSegError(
-                f"{path}: found no readable weights ({error}), expected a whole safetensors file"
-            ) from error
-    found = load_torch(path.read_bytes(), path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise CrackSegError(
-            f"{path}: found {type(found).__name__} with other things than tensors, expected a state dict"
-        )
-    return dict(found)
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #b000fe48
-def find_weights(path) -> dict[str, torch.Tensor]:
-    "Return the tensors behind `path`: a file, a checkpoint (`checkpoints/best`), or a folder (its `best`, else its newest)."
-    path = Path(path)
-    if path.is_dir():
-        name = "best" if (path / "best.json").is_file() else latest_checkpoint(path, resumable=False)
-        if name is None:
-            raise CrackSegError(f"{path}: found no checkpoint, expected a folder with best.json or another manifest")
-        return load_checkpoint(path, name).model_state
-    name = path.stem if path.suffix == ".json" else path.name
-    if (path.parent / f"{name}.json").is_file():
-        return load_checkpoint(path.parent, name).model_state
-    return load_tensors(path)
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #1246f069
-@dataclass
-class LoadReport:
-    "Say which tensors were loaded and which were not."
-
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # the model has them, the file does not
-    unexpected: list[str] = field(default_factory=list)  # the file has them, the model does not
-    mismatched: list[str] = field(default_factory=list)  # both have them, with different shapes
-
-    def __str__(self):
-        kinds = ("missing", "unexpected", "mismatched")
-        parts = [
-            f"{len(getattr(self, kind))} {kind}"
-            + (f" (first: {getattr(self, kind)[0]})" if getattr(self, kind) else "")
-            for kind in kinds
-        ]
-        return f"{len(self.loaded)} loaded, {', '.join(parts)}"
-
-
-# %% ../../nbs/training/07_checkpoint.ipynb #eae3581c
-def load_weights(
-    model: nn.Module,
-    path,  # file, checkpoint or folder of checkpoints
-    strict: bool = True,  # every tensor must find its place
-) -> LoadReport:
-    "Load weights into `model` and report; raise CrackSegError, with the model unchanged, if they do not fit."
-    found = {name.removeprefix("module."): tensor for name, tensor in find_weights(path).items()}
-    own, report = model.state_dict(), LoadReport()
-    for name, tensor in own.items():
-        if name not in found:
-            report.missing.append(name)
-        elif found[name].shape != tensor.shape:
-            report.mismatched.append(f"{name}, found {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-        else:
-            report.loaded.append(name)
-    report.unexpected = [name for name in found if name not in own]
-    fits = not (report.missing or report.unexpected or report.mismatched)
-    if not report.loaded or (strict and not fits):
-        raise CrackSegError(
-            f"{path}: found weights of another model: {report}; expected {len(own)} tensors of {type(model).__name__}"
-        )
-    model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
-    return report

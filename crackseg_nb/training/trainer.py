@@ -57,15 +57,9 @@ from ..core.checks import CrackSegError, Stopped, check_number, choose
 from ..core.files import atomic_write, display_path
 from ..core.machine import logger
 from ..core.run_folder import RunFolder
+from ..core.seeds import capture_rng_state, restore_rng_state
 from ..metrics.counts import BinaryMetrics, ImageCounts
-from crackseg_nb.training.checkpoint import (
-    Checkpoint,
-    capture_rng_state,
-    load_checkpoint,
-    prune_checkpoints,
-    restore_rng_state,
-    save_checkpoint,
-)
+from .checkpoint import Checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
 from .evaluation import evaluate, sum_type
 from crackseg_nb.training.exchange import (

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..core.checks import CrackSegError
 from ..core.machine import logger
-from .checkpoint import capture_rng_state, restore_rng_state
+from ..core.seeds import capture_rng_state, restore_rng_state
 from .exchange import RunningStatistics, any_process, sum_over_processes
 from .losses import Loss
 from .memory import clear_cache, is_out_of_memory
