@@ -112,6 +112,14 @@ d = {
                 "core/run_folder.html#create_run_folder",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.find_finished_run": (
+                "core/run_folder.html#find_finished_run",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.find_run_folder": (
+                "core/run_folder.html#find_run_folder",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.process_is_gone": (
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
@@ -1975,7 +1983,6 @@ d = {
                 "runs/config.html#experimentconfig.model_config",
                 "crackseg_nb/runs/config.py",
             ),
-            "crackseg_nb.runs.config.Recipe": ("runs/config.html#recipe", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.RunConfig": ("runs/config.html#runconfig", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.RunConfig.__post_init__": (
                 "runs/config.html#runconfig.__post_init__",
@@ -1997,22 +2004,13 @@ d = {
                 "runs/config.html#describe_config",
                 "crackseg_nb/runs/config.py",
             ),
-            "crackseg_nb.runs.config.find_finished_run": (
-                "runs/config.html#find_finished_run",
-                "crackseg_nb/runs/config.py",
-            ),
             "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
-            "crackseg_nb.runs.config.find_run_folder": (
-                "runs/config.html#find_run_folder",
-                "crackseg_nb/runs/config.py",
-            ),
             "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.is_labelled": ("runs/config.html#is_labelled", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.known_parameters": (
                 "runs/config.html#known_parameters",
                 "crackseg_nb/runs/config.py",
             ),
-            "crackseg_nb.runs.config.locate_weights": ("runs/config.html#locate_weights", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.loss_parameters": (
                 "runs/config.html#loss_parameters",
                 "crackseg_nb/runs/config.py",
@@ -2162,6 +2160,9 @@ d = {
         "crackseg_nb.runs.launch": {
             "crackseg_nb.runs.launch.main": ("runs/launch.html#main", "crackseg_nb/runs/launch.py"),
             "crackseg_nb.runs.launch.run_launched": ("runs/launch.html#run_launched", "crackseg_nb/runs/launch.py"),
+        },
+        "crackseg_nb.runs.recipes": {
+            "crackseg_nb.runs.recipes.Recipe": ("runs/recipes.html#recipe", "crackseg_nb/runs/recipes.py")
         },
         "crackseg_nb.runs.results": {
             "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
@@ -4606,6 +4607,10 @@ d = {
             ),
             "crackseg_nb.training.weights.load_weights": (
                 "training/weights.html#load_weights",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.locate_weights": (
+                "training/weights.html#locate_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.plan_transfer": (

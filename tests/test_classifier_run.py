@@ -9,8 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.core.files import project_root, read_yaml
-from crackseg_nb.runs.config import RECIPES, configure
+from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import prepare, run
+from crackseg_nb.runs.recipes import RECIPES
 from crackseg_nb.training.checkpoint import checkpoint_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,9 @@ from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.core.files import project_root, read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models.registry import count_parameters, create_model
-from crackseg_nb.runs.config import RECIPES, configure
+from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import Experiment, prepare, run
+from crackseg_nb.runs.recipes import RECIPES
 from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")

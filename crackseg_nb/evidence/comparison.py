@@ -39,11 +39,11 @@ from matplotlib.figure import Figure
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
 from ..core.checks import CrackSegError, choose, some
 from ..core.files import display_path, fingerprint_of, read_yaml
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, find_run_folder
 from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
-from ..runs.config import SAME_NUMBERS, find_run_folder
+from ..runs.config import SAME_NUMBERS
 from ..runs.results import read_training
 
 # %% ../../nbs/evidence/02_comparison.ipynb #4c3da0d7

@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 # %% ../../nbs/evidence/03_report.ipynb #15b239bc
 from ..core.checks import CrackSegError, check_folder_name
 from ..core.files import atomic_write, outputs_folder, read_yaml, write_text
+from ..core.run_folder import find_finished_run
 from crackseg_nb.evidence.comparison import (
     Comparison,
     System,
@@ -46,7 +47,7 @@ from ..figures.photos import save_figure
 from ..metrics.calibration import show_reliability
 from ..metrics.curves import show_curves
 from ..metrics.statistics import show_intervals, show_paired
-from ..runs.config import find_finished_run, notebook_settings
+from ..runs.config import notebook_settings
 
 # %% ../../nbs/evidence/03_report.ipynb #82bb4fef
 STYLE = """

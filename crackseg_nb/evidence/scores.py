@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
 from ..core.checks import CrackSegError, check_number, some
 from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
 from ..data.splits import make_splits
@@ -42,7 +42,7 @@ from ..metrics.counts import scores_from_counts
 from ..metrics.curves import Sums, ThresholdCurves
 from ..metrics.geometry import GeometryScores
 from ..metrics.widths import trace_pair
-from ..runs.config import ExperimentConfig, configure, find_finished_run
+from ..runs.config import ExperimentConfig, configure
 from ..runs.experiment import find_source
 from ..runs.results import prediction_path, read_prediction
 

@@ -83,7 +83,7 @@ def find_notebook(
 # %% ../../nbs/runs/06_command.ipynb #22a0032f
 def parse_value(name: str, text: str):
     "Return the text of a command line as the value of parameter `name`: None, a number where it is one, else the text."
-    from crackseg_nb.runs.config import known_parameters  # imports every model; jobs that only carry a run do without
+    from crackseg_nb.runs.config import known_parameters
 
     if text == "None":
         return None

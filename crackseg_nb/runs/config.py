@@ -9,13 +9,6 @@ __all__ = [
     "SECTIONS",
     "DERIVED",
     "WEIGHTING",
-    "PUBLISHED_360",
-    "HERITAGE",
-    "DICE_FOCAL",
-    "DEEPLAB",
-    "ENHANCED",
-    "SWIN",
-    "RECIPES",
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
     "CARRIED",
@@ -24,9 +17,6 @@ __all__ = [
     "is_labelled",
     "check_model_of",
     "RunConfig",
-    "find_run_folder",
-    "find_finished_run",
-    "locate_weights",
     "ExperimentConfig",
     "default_of",
     "model_settings",
@@ -34,7 +24,6 @@ __all__ = [
     "known_parameters",
     "coerce",
     "to_number",
-    "Recipe",
     "configure",
     "find_run",
     "configure_resumed",
@@ -61,24 +50,17 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/02_config.ipynb #0880e6ba
-from crackseg_nb.core.checks import (
-    PLAIN,
-    CrackSegError,
-    check_folder_name,
-    check_number,
-    choose,
-    nearest,
-    plain_variables,
-)
-from ..core.files import find_path, outputs_folder, read_yaml
+from ..core.checks import PLAIN, CrackSegError, check_folder_name, check_number, choose, plain_variables
+from ..core.files import find_path, read_yaml
 from ..core.machine import get_device
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, find_run_folder
 from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
 from ..models.encoders import SWINV2_ENCODERS
 from ..models.registry import CLASSIFIER, MODELS
+from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, choose_classes, label_classes
 from ..sources.samples import Classes
@@ -89,6 +71,7 @@ from ..training.losses import LOSSES, LossConfig, loss_settings, losses_for
 from ..training.optim import OptimConfig
 from ..training.precision import choose_precision
 from ..training.trainer import TrainConfig
+from ..training.weights import locate_weights
 
 # %% ../../nbs/runs/02_config.ipynb #d2ef3a10
 SYNTHETIC = ("synthetic", "synthetic_damage", "synthetic_textures")  # images that the study makes itself
@@ -225,52 +208,6 @@ class RunConfig:
 
 # %% ../../nbs/runs/02_config.ipynb #ba55bcc7
 FIRST_WEIGHTS = ("fine_tune", "encoder_weights")
-
-
-def find_run_folder(
-    parameter: str,
-    run: str,  # folder of a run, or its name in the folder of all runs
-    outputs: str = "",
-) -> RunFolder:
-    "Return the folder of `run`; raise CrackSegError with the nearest name."
-    folder = next(
-        (
-            RunFolder(path)
-            for path in (find_path(run), outputs_folder(outputs) / run)
-            if (path / "status.yaml").is_file()
-        ),
-        None,
-    )
-    if folder:
-        return folder
-    close = nearest(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
-    raise CrackSegError(
-        f"{parameter}: found no run {run!r}"
-        + (f" (did you mean {close!r}?)" if close else "")
-        + ", expected the folder of a run, "
-        f"or its name in {outputs_folder(outputs)}"
-    )
-
-
-def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
-    "Return the folder of a run that is done; raise CrackSegError otherwise."
-    folder = find_run_folder(parameter, run, outputs)
-    if folder.state != "done":
-        raise CrackSegError(f"{parameter}: {folder.run_id} is {folder.state}, expected a run that is done")
-    return folder
-
-
-def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
-    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
-    path = find_path(where)
-    if path.is_file() or (path / "best.json").is_file():
-        return path
-    folder = find_run_folder(parameter, str(where), outputs)
-    if (folder / "checkpoints" / "best.json").is_file():
-        return folder / "checkpoints"
-    raise CrackSegError(
-        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
-    )
 
 
 # %% ../../nbs/runs/02_config.ipynb #12910deb
@@ -435,239 +372,6 @@ def to_number(text) -> Any:
         return float(text) if isinstance(text, str) else text
     except ValueError:
         return text
-
-
-# %% ../../nbs/runs/02_config.ipynb #16f4d2a0
-@dataclass(frozen=True)
-class Recipe:
-    "Name a starting point: what it is for, and its parameters."
-
-    purpose: str
-    settings: dict[str, Any]
-    needs: tuple[str, ...] = ()  # parameters that it cannot give
-
-
-PUBLISHED_360 = dict(
-    model="swinv2_hybrid",
-    encoder="swinv2_tiny",
-    pretrained="auto",
-    image_size=360,
-    aspp=True,
-    aspp_channels=256,
-    aspp_rates=(1, 6, 12, 18),
-    aspp_dropout=0.1,
-    cbam=True,
-    cbam_reduction=16,
-    decoder_channels=(128, 64, 32),
-    loss="focal_dice",
-    focal_weight=0.6,
-    dice_weight=0.4,
-    alpha=0.25,
-    gamma=2.0,
-    optimizer="adamw",
-    lr=1e-4,
-    scheduler="cosine",
-    epochs=100,
-    batch_size=2,
-    accumulation=8,
-    amp="auto",
-    gradient_checkpointing=True,
-    empty_cache_every=100,
-    patience=20,
-    checkpoint_every=5,
-    augmentation="crack",
-    seed=42,
-    fractions=(0.7, 0.15, 0.15),
-)
-
-# %% ../../nbs/runs/02_config.ipynb #0ca3e111
-HERITAGE = dict(
-    data="synthetic_damage",
-    synthetic_images=240,
-    model="unet",
-    encoder="convnext",
-    pretrained="auto",
-    image_size=384,
-    fit="resize",
-    eval_fit="resize",
-    augmentation="basic",
-    preload="auto",
-    fractions=(0.8, 0.1, 0.1),
-    seed=42,
-    loss="dice",
-    smooth=1.0,
-    optimizer="adamw",
-    lr=1e-3,
-    weight_decay=0.01,
-    scheduler="onecycle",
-    warmup_fraction=0.3,
-    drop_path_rate=0.0,
-    epochs=50,
-    batch_size=96,
-    accumulation=1,
-    eval_batch_size=16,
-    amp="auto",
-    patience=0,
-    gradient_checkpointing=False,
-)
-DICE_FOCAL = dict(
-    loss="focal_dice", dice_weight=0.5, focal_weight=0.5, gamma=2.0, alpha=0.25, class_weights="inverse_sqrt"
-)
-
-# %% ../../nbs/runs/02_config.ipynb #7e09e9dc
-DEEPLAB = dict(
-    data="synthetic_damage",
-    synthetic_images=240,
-    model="deeplab_optimized",
-    pretrained="auto",
-    image_size=512,
-    fit="resize",
-    eval_fit="resize",
-    augmentation="mirror",
-    loss="focal",
-    alpha=0.25,
-    gamma=2.0,
-    optimizer="adamw",
-    lr=1e-4,
-    weight_decay=1e-4,
-    scheduler="cosine",
-    epochs=50,
-    batch_size=8,
-    accumulation=1,
-    eval_batch_size=8,
-    amp="auto",
-    patience=0,
-    checkpoint_every=5,
-    gradient_checkpointing=False,
-    train_set="train",
-    seed=42,
-)
-ENHANCED = dict(augmentation="enhanced")
-SWIN = dict(
-    data="synthetic_textures",
-    synthetic_images=800,
-    model="swin_classifier",
-    encoder="swin_tiny",
-    pretrained="false",
-    image_size=224,
-    drop_path_rate=0.1,
-    augmentation="advanced",
-    loss="label_ce",
-    label_smoothing=0.1,
-    optimizer="adamw",
-    lr=3e-4,
-    lr_batch_size=64,
-    betas=(0.9, 0.999),
-    weight_decay=0.05,
-    scheduler="warmup_cosine",
-    warmup_fraction=0.05,
-    warmup_start=1e-6 / 3e-4,
-    min_lr_fraction=1e-5 / 3e-4,
-    clip_norm=1.0,
-    epochs=100,
-    batch_size=64,
-    accumulation=1,
-    eval_batch_size=64,
-    amp="auto",
-    patience=0,
-    checkpoint_every=10,
-    gradient_checkpointing=False,
-    time_limit=1440.0,
-    seed=42,
-)
-
-# %% ../../nbs/runs/02_config.ipynb #ae3ef360
-RECIPES = {
-    "quickstart": Recipe(
-        "a small SwinV2 hybrid on synthetic cracks, in minutes on a CPU",
-        dict(
-            data="synthetic",
-            synthetic_images=240,
-            synthetic_width=(3.0, 12.0),
-            image_size=128,
-            encoder="swinv2_tiny",
-            pretrained="false",
-            prior=0.05,
-            drop_path_rate=0.0,
-            loss="focal_dice",
-            lr=1e-3,
-            weight_decay=0.05,
-            scheduler="onecycle",
-            clip_norm=1.0,
-            epochs=14,
-            batch_size=8,
-            accumulation=1,
-            eval_batch_size=8,
-            patience=0,
-            checkpoint_every=0,
-            gradient_checkpointing=False,
-            augmentation="basic",
-        ),
-    ),
-    "swinv2_hybrid_360": Recipe("the SwinV2 hybrid at 360x360 as the crackseg project published it", PUBLISHED_360),
-    "damage_quickstart": Recipe(
-        "a small U-Net on synthetic damage of four kinds, in minutes on a CPU",
-        {
-            **HERITAGE,
-            **DICE_FOCAL,
-            "encoder": "mobilenet",
-            "pretrained": "false",
-            "image_size": 96,
-            "fit": "crop",
-            "eval_fit": "native",
-            "batch_size": 16,
-            "eval_batch_size": 16,
-            "epochs": 12,
-            "fractions": (0.7, 0.15, 0.15),
-            "clip_norm": 1.0,
-            "checkpoint_every": 0,
-        },
-    ),
-    "heritage_unet": Recipe("U-Net and Dice loss at 384x384, for a fair comparison of encoders", HERITAGE),
-    "heritage_dicefocal": Recipe(
-        "the same with Dice and focal loss and class weights, the production pipeline", HERITAGE | DICE_FOCAL
-    ),
-    "deeplab_original": Recipe(
-        "the original DeepLab, cross-entropy, 50 epochs: the baseline of the lightweight one",
-        {
-            **{name: value for name, value in DEEPLAB.items() if name not in ("alpha", "gamma")},
-            "model": "deeplab_original",
-            "loss": "ce",
-        },
-    ),
-    "deeplab_test": Recipe("the optimised DeepLab, focal loss, 50 epochs: does it come near the original?", DEEPLAB),
-    "deeplab_enhanced": Recipe(
-        "the same with zoom, crop, flip and colour, 100 epochs", DEEPLAB | ENHANCED | dict(epochs=100)
-    ),
-    "deeplab_maximum": Recipe(
-        "all training and validation images, focal and Dice loss, 150 epochs",
-        {
-            **DEEPLAB,
-            **ENHANCED,
-            "loss": "focal_dice",
-            "focal_weight": 0.5,
-            "dice_weight": 0.5,
-            "smooth": 1.0,
-            "train_set": "trainval",
-            "epochs": 150,
-        },
-    ),
-    "deeplab_finetune": Recipe(
-        "100 more epochs at half the rate for a trained DeepLab, with -p fine_tune RUN",
-        DEEPLAB | ENHANCED | dict(train_set="trainval", epochs=100, lr=5e-5),
-        needs=("fine_tune",),
-    ),
-    "deeplab_quick": Recipe("the optimised DeepLab at 384x384, 30 epochs", DEEPLAB | dict(image_size=384, epochs=30)),
-    "deeplab_efficient": Recipe(
-        "the optimised DeepLab, focal loss, zoom, crop, flip and colour, 80 epochs",
-        DEEPLAB | ENHANCED | dict(epochs=80),
-    ),
-    "deeplab_budget": Recipe(
-        "the same at 384x384 in batches of 4, 100 epochs: for a GPU of 4 GB",
-        DEEPLAB | ENHANCED | dict(image_size=384, batch_size=4, epochs=100, num_workers=2),
-    ),
-    "swin_classifier": Recipe("Swin-T on labelled images, to be the encoder of a segmentation later", SWIN),
-}
 
 
 # %% ../../nbs/runs/02_config.ipynb #d90e03b1

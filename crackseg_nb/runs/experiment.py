@@ -70,7 +70,6 @@ from crackseg_nb.runs.config import (
     ExperimentConfig,
     config_to_dict,
     configure,
-    locate_weights,
     model_settings,
 )
 from crackseg_nb.runs.results import (
@@ -93,7 +92,7 @@ from ..training.memory import clear_cache, enable_gradient_checkpointing, estima
 from ..training.precision import choose_precision, time_precisions
 from ..training.processes import launch
 from ..training.trainer import Trainer, fit
-from ..training.weights import find_weights, load_encoder_weights, load_model_weights
+from ..training.weights import find_weights, load_encoder_weights, load_model_weights, locate_weights
 
 
 # %% ../../nbs/runs/04_experiment.ipynb #8aeaf922

@@ -168,10 +168,10 @@ def expand(
     fixed: dict | None = None,  # parameters that all runs share
 ) -> list[dict]:
     "Return the parameters of each run, the last name varying fastest; raise CrackSegError if one of them is wrong."
-    from crackseg_nb.runs.config import (
+    from crackseg_nb.runs.config import (  # imports every model; a job that only carries runs does without
         FIRST_WEIGHTS,
         configure,
-    )  # imports every model; a job that only carries runs does without
+    )
 
     fixed = dict(fixed or {})
     check_grid(grid, fixed)

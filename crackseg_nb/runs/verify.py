@@ -65,12 +65,12 @@ from torch import nn
 from ..core.checks import CrackSegError
 from ..core.files import find_path, in_threads, manifest_sum, read_yaml
 from ..core.machine import describe_environment, get_device, quiet_loggers
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import digests_of, fingerprint_from
 from ..data.splits import Splits, make_splits
 from ..metrics.counts import create_metrics
 from .command import one_line
-from .config import SYNTHETIC, ExperimentConfig, configure, find_finished_run, read_config
+from .config import SYNTHETIC, ExperimentConfig, configure, read_config
 from .experiment import Experiment, find_source, learned_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
 from .results import image_scores, image_table, kept_files, resumes, split_scores

@@ -31,11 +31,11 @@ from torch import nn
 from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import atomic_write, outputs_folder, read_yaml
 from ..core.machine import get_device, logger
-from ..core.run_folder import RunFolder, create_run_folder
+from ..core.run_folder import RunFolder, create_run_folder, find_finished_run
 from ..core.seeds import seed_everything
 from ..data.splits import make_splits
 from ..metrics.counts import create_metrics
-from ..runs.config import ExperimentConfig, configure, find_finished_run
+from ..runs.config import ExperimentConfig, configure
 from crackseg_nb.runs.experiment import (
     find_source,
     learned_splits,

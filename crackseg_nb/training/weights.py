@@ -23,6 +23,7 @@ __all__ = [
     "find_weights",
     "LoadReport",
     "load_weights",
+    "locate_weights",
 ]
 
 # %% ../../nbs/training/08_weights.ipynb #a4340cc5
@@ -361,3 +362,26 @@ def load_weights(
         )
     model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
     return report
+
+
+# %% ../../nbs/training/08_weights.ipynb #1a403790
+from pathlib import Path
+
+# %% ../../nbs/training/08_weights.ipynb #9009bafd
+from ..core.checks import CrackSegError
+from ..core.files import find_path
+from ..core.run_folder import find_run_folder
+
+
+# %% ../../nbs/training/08_weights.ipynb #97419b3d
+def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
+    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
+    path = find_path(where)
+    if path.is_file() or (path / "best.json").is_file():
+        return path
+    folder = find_run_folder(parameter, str(where), outputs)
+    if (folder / "checkpoints" / "best.json").is_file():
+        return folder / "checkpoints"
+    raise CrackSegError(
+        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
+    )
