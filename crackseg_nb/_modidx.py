@@ -76,6 +76,7 @@ d = {
             "crackseg_nb.core.machine.this_process": ("core/machine.html#this_process", "crackseg_nb/core/machine.py"),
         },
         "crackseg_nb.core.run_folder": {
+            "crackseg_nb.core.run_folder.Claimed": ("core/run_folder.html#claimed", "crackseg_nb/core/run_folder.py"),
             "crackseg_nb.core.run_folder.RunFolder": (
                 "core/run_folder.html#runfolder",
                 "crackseg_nb/core/run_folder.py",
@@ -108,6 +109,11 @@ d = {
                 "core/run_folder.html#runfolder.status",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.claim": ("core/run_folder.html#claim", "crackseg_nb/core/run_folder.py"),
+            "crackseg_nb.core.run_folder.claim_new": (
+                "core/run_folder.html#claim_new",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.create_run_folder": (
                 "core/run_folder.html#create_run_folder",
                 "crackseg_nb/core/run_folder.py",
@@ -124,6 +130,7 @@ d = {
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },
         "crackseg_nb.core.seeds": {
             "crackseg_nb.core.seeds.capture_rng_state": (
@@ -1895,59 +1902,19 @@ d = {
             ),
         },
         "crackseg_nb.runs.command": {
-            "crackseg_nb.runs.command.Claimed": ("runs/command.html#claimed", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.Outcome": ("runs/command.html#outcome", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.SignalRelay": ("runs/command.html#signalrelay", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.SignalRelay.__enter__": (
-                "runs/command.html#signalrelay.__enter__",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.SignalRelay.__exit__": (
-                "runs/command.html#signalrelay.__exit__",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.SignalRelay.__init__": (
-                "runs/command.html#signalrelay.__init__",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.SignalRelay.attach": (
-                "runs/command.html#signalrelay.attach",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.SignalRelay.relay": (
-                "runs/command.html#signalrelay.relay",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.claim": ("runs/command.html#claim", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.claim_new": ("runs/command.html#claim_new", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.command_line": ("runs/command.html#command_line", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.execute": ("runs/command.html#execute", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.execute_notebook": (
-                "runs/command.html#execute_notebook",
-                "crackseg_nb/runs/command.py",
-            ),
-            "crackseg_nb.runs.command.find_notebook": (
-                "runs/command.html#find_notebook",
-                "crackseg_nb/runs/command.py",
-            ),
             "crackseg_nb.runs.command.given_parameters": (
                 "runs/command.html#given_parameters",
                 "crackseg_nb/runs/command.py",
             ),
-            "crackseg_nb.runs.command.judge": ("runs/command.html#judge", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.kernel_class": ("runs/command.html#kernel_class", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.main": ("runs/command.html#main", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.one_line": ("runs/command.html#one_line", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.parse_value": ("runs/command.html#parse_value", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.resume_line": ("runs/command.html#resume_line", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.run_notebook": ("runs/command.html#run_notebook", "crackseg_nb/runs/command.py"),
-            "crackseg_nb.runs.command.status_of": ("runs/command.html#status_of", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.take_parameters": (
                 "runs/command.html#take_parameters",
                 "crackseg_nb/runs/command.py",
             ),
-            "crackseg_nb.runs.command.try_lock": ("runs/command.html#try_lock", "crackseg_nb/runs/command.py"),
         },
         "crackseg_nb.runs.config": {
             "crackseg_nb.runs.config.DataConfig": ("runs/config.html#dataconfig", "crackseg_nb/runs/config.py"),
@@ -2160,6 +2127,47 @@ d = {
         "crackseg_nb.runs.launch": {
             "crackseg_nb.runs.launch.main": ("runs/launch.html#main", "crackseg_nb/runs/launch.py"),
             "crackseg_nb.runs.launch.run_launched": ("runs/launch.html#run_launched", "crackseg_nb/runs/launch.py"),
+        },
+        "crackseg_nb.runs.notebook": {
+            "crackseg_nb.runs.notebook.Outcome": ("runs/notebook.html#outcome", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.SignalRelay": ("runs/notebook.html#signalrelay", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.SignalRelay.__enter__": (
+                "runs/notebook.html#signalrelay.__enter__",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.SignalRelay.__exit__": (
+                "runs/notebook.html#signalrelay.__exit__",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.SignalRelay.__init__": (
+                "runs/notebook.html#signalrelay.__init__",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.SignalRelay.attach": (
+                "runs/notebook.html#signalrelay.attach",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.SignalRelay.relay": (
+                "runs/notebook.html#signalrelay.relay",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.execute": ("runs/notebook.html#execute", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.execute_notebook": (
+                "runs/notebook.html#execute_notebook",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.find_notebook": (
+                "runs/notebook.html#find_notebook",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.judge": ("runs/notebook.html#judge", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.kernel_class": (
+                "runs/notebook.html#kernel_class",
+                "crackseg_nb/runs/notebook.py",
+            ),
+            "crackseg_nb.runs.notebook.one_line": ("runs/notebook.html#one_line", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.resume_line": ("runs/notebook.html#resume_line", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.status_of": ("runs/notebook.html#status_of", "crackseg_nb/runs/notebook.py"),
         },
         "crackseg_nb.runs.recipes": {
             "crackseg_nb.runs.recipes.Recipe": ("runs/recipes.html#recipe", "crackseg_nb/runs/recipes.py")

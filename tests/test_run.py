@@ -16,13 +16,13 @@ from slurm_cluster import wait_for
 from stand_in import write_stand_in
 
 from crackseg_nb.core.checks import RESUME_CODE
-from crackseg_nb.core.run_folder import RunFolder
-from crackseg_nb.runs.command import Claimed, claim
+from crackseg_nb.core.run_folder import Claimed, RunFolder, claim
 
 BIN = Path(sys.executable).parent
 CODE = """
 import sys, json
-from crackseg_nb.runs.command import claim, execute
+from crackseg_nb.core.run_folder import claim
+from crackseg_nb.runs.notebook import execute
 from pathlib import Path
 folder, notebook, parameters = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 with claim(folder) as lock: outcome = execute(folder, lock, parameters, notebook=notebook)

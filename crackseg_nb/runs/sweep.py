@@ -85,19 +85,9 @@ from crackseg_nb.core.files import (
     write_yaml,
 )
 from ..core.machine import cores, is_alive, now, signal_handlers
-from ..core.run_folder import RunFolder
-from crackseg_nb.runs.command import (
-    Claimed,
-    Outcome,
-    SignalRelay,
-    claim,
-    command,
-    execute,
-    find_notebook,
-    given_parameters,
-    parse_value,
-    take_parameters,
-)
+from ..core.run_folder import Claimed, RunFolder, claim
+from .command import command, given_parameters, parse_value, take_parameters
+from .notebook import Outcome, SignalRelay, execute, find_notebook
 
 
 # %% ../../nbs/runs/09_sweep.ipynb #5b417233

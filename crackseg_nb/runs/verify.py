@@ -69,10 +69,10 @@ from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import digests_of, fingerprint_from
 from ..data.splits import Splits, make_splits
 from ..metrics.counts import create_metrics
-from .command import one_line
 from .config import SYNTHETIC, ExperimentConfig, configure, read_config
 from .experiment import Experiment, find_source, learned_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
+from .notebook import one_line
 from .results import image_scores, image_table, kept_files, resumes, split_scores
 from ..training.checkpoint import read_manifest
 from ..training.evaluation import evaluate
