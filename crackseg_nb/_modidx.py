@@ -3163,10 +3163,84 @@ d = {
             ),
         },
         "crackseg_nb.studies.race": {
+            "crackseg_nb.studies.race.Contest": ("studies/race.html#contest", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.Contest.__post_init__": (
+                "studies/race.html#contest.__post_init__",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.Contest.autocast": (
+                "studies/race.html#contest.autocast",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.Contest.copy_model": (
+                "studies/race.html#contest.copy_model",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.Contest.loader": (
+                "studies/race.html#contest.loader",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.Contest.time_precisions": (
+                "studies/race.html#contest.time_precisions",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.Contestant": ("studies/race.html#contestant", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.Work": ("studies/race.html#work", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.check_equal_work": (
+                "studies/race.html#check_equal_work",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.counted": ("studies/race.html#counted", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.create_trainer": (
+                "studies/race.html#create_trainer",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.enter_all": ("studies/race.html#enter_all", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.enter_bare": ("studies/race.html#enter_bare", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.enter_lightning": (
+                "studies/race.html#enter_lightning",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.enter_plain": ("studies/race.html#enter_plain", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.enter_resident": (
+                "studies/race.html#enter_resident",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.enter_trainer": (
+                "studies/race.html#enter_trainer",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.has_lightning": (
+                "studies/race.html#has_lightning",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.hidden_bars": ("studies/race.html#hidden_bars", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.lightning_parts": (
+                "studies/race.html#lightning_parts",
+                "crackseg_nb/studies/race.py",
+            ),
             "crackseg_nb.studies.race.measure_loading": (
                 "studies/race.html#measure_loading",
                 "crackseg_nb/studies/race.py",
-            )
+            ),
+            "crackseg_nb.studies.race.plain_epoch": ("studies/race.html#plain_epoch", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.quiet_lightning": (
+                "studies/race.html#quiet_lightning",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.race": ("studies/race.html#race", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.ratios": ("studies/race.html#ratios", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.seconds_of": ("studies/race.html#seconds_of", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.torch_settings": (
+                "studies/race.html#torch_settings",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.turns": ("studies/race.html#turns", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.unchanged_settings": (
+                "studies/race.html#unchanged_settings",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.wait_for": ("studies/race.html#wait_for", "crackseg_nb/studies/race.py"),
         },
         "crackseg_nb.studies.training_speed": {
             "crackseg_nb.studies.training_speed.Benchmark": (
@@ -3225,100 +3299,20 @@ d = {
                 "studies/training_speed.html#benchmarkconfig.__post_init__",
                 "crackseg_nb/studies/training_speed.py",
             ),
-            "crackseg_nb.studies.training_speed.Contest": (
-                "studies/training_speed.html#contest",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contest.__post_init__": (
-                "studies/training_speed.html#contest.__post_init__",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contest.autocast": (
-                "studies/training_speed.html#contest.autocast",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contest.copy_model": (
-                "studies/training_speed.html#contest.copy_model",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contest.loader": (
-                "studies/training_speed.html#contest.loader",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contest.time_precisions": (
-                "studies/training_speed.html#contest.time_precisions",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Contestant": (
-                "studies/training_speed.html#contestant",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.Work": (
-                "studies/training_speed.html#work",
-                "crackseg_nb/studies/training_speed.py",
-            ),
             "crackseg_nb.studies.training_speed.algorithms": (
                 "studies/training_speed.html#algorithms",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.check_equal_work": (
-                "studies/training_speed.html#check_equal_work",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.counted": (
-                "studies/training_speed.html#counted",
                 "crackseg_nb/studies/training_speed.py",
             ),
             "crackseg_nb.studies.training_speed.create_contest": (
                 "studies/training_speed.html#create_contest",
                 "crackseg_nb/studies/training_speed.py",
             ),
-            "crackseg_nb.studies.training_speed.create_trainer": (
-                "studies/training_speed.html#create_trainer",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_all": (
-                "studies/training_speed.html#enter_all",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_bare": (
-                "studies/training_speed.html#enter_bare",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_lightning": (
-                "studies/training_speed.html#enter_lightning",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_plain": (
-                "studies/training_speed.html#enter_plain",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_resident": (
-                "studies/training_speed.html#enter_resident",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.enter_trainer": (
-                "studies/training_speed.html#enter_trainer",
-                "crackseg_nb/studies/training_speed.py",
-            ),
             "crackseg_nb.studies.training_speed.enter_with": (
                 "studies/training_speed.html#enter_with",
                 "crackseg_nb/studies/training_speed.py",
             ),
-            "crackseg_nb.studies.training_speed.has_lightning": (
-                "studies/training_speed.html#has_lightning",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.hidden_bars": (
-                "studies/training_speed.html#hidden_bars",
-                "crackseg_nb/studies/training_speed.py",
-            ),
             "crackseg_nb.studies.training_speed.judge": (
                 "studies/training_speed.html#judge",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.lightning_parts": (
-                "studies/training_speed.html#lightning_parts",
                 "crackseg_nb/studies/training_speed.py",
             ),
             "crackseg_nb.studies.training_speed.measure_compile": (
@@ -3353,22 +3347,6 @@ d = {
                 "studies/training_speed.html#plain_axes",
                 "crackseg_nb/studies/training_speed.py",
             ),
-            "crackseg_nb.studies.training_speed.plain_epoch": (
-                "studies/training_speed.html#plain_epoch",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.quiet_lightning": (
-                "studies/training_speed.html#quiet_lightning",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.race": (
-                "studies/training_speed.html#race",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.ratios": (
-                "studies/training_speed.html#ratios",
-                "crackseg_nb/studies/training_speed.py",
-            ),
             "crackseg_nb.studies.training_speed.read_phases": (
                 "studies/training_speed.html#read_phases",
                 "crackseg_nb/studies/training_speed.py",
@@ -3379,10 +3357,6 @@ d = {
             ),
             "crackseg_nb.studies.training_speed.rounded": (
                 "studies/training_speed.html#rounded",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.seconds_of": (
-                "studies/training_speed.html#seconds_of",
                 "crackseg_nb/studies/training_speed.py",
             ),
             "crackseg_nb.studies.training_speed.show_cost": (
@@ -3399,22 +3373,6 @@ d = {
             ),
             "crackseg_nb.studies.training_speed.time_first_step": (
                 "studies/training_speed.html#time_first_step",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.torch_settings": (
-                "studies/training_speed.html#torch_settings",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.turns": (
-                "studies/training_speed.html#turns",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.unchanged_settings": (
-                "studies/training_speed.html#unchanged_settings",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.wait_for": (
-                "studies/training_speed.html#wait_for",
                 "crackseg_nb/studies/training_speed.py",
             ),
         },

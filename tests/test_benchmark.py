@@ -18,18 +18,8 @@ from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.data.dataset import CrackDataset
 from crackseg_nb.sources.registry import read_source
 from crackseg_nb.studies import training_speed as benchmark
-from crackseg_nb.studies.training_speed import (
-    BenchmarkConfig,
-    Contest,
-    Contestant,
-    enter_all,
-    enter_resident,
-    race,
-    ratios,
-    seconds_of,
-    time_first_step,
-    turns,
-)
+from crackseg_nb.studies.race import Contest, Contestant, enter_all, enter_resident, race, ratios, seconds_of, turns
+from crackseg_nb.studies.training_speed import BenchmarkConfig, time_first_step
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import OptimConfig

@@ -43,7 +43,7 @@ from ..figures.photos import CURVE_COLOURS, DPI
 from ..models.registry import count_flops
 from .compression import Int8Model
 from .encoder_benchmark import enter_inference, label_means
-from .training_speed import race
+from .race import race
 from ..training.checkpoint import weights_to_bytes
 
 

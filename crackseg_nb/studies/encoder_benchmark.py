@@ -79,8 +79,7 @@ from crackseg_nb.runs.sweep import (
     read_settings,
     score,
 )
-from .race import measure_loading
-from .training_speed import Contestant, hidden_bars, race, seconds_of
+from .race import Contestant, hidden_bars, measure_loading, race, seconds_of
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #cbaa476c

@@ -4,36 +4,11 @@
 
 # %% auto #0
 __all__ = [
-    "ENTRANTS",
     "TARGETS",
     "STOP_CELL",
     "PHASES",
     "PARTS",
     "POINT",
-    "Contest",
-    "Contestant",
-    "wait_for",
-    "seconds_of",
-    "Work",
-    "counted",
-    "plain_epoch",
-    "enter_plain",
-    "enter_bare",
-    "enter_resident",
-    "create_trainer",
-    "enter_trainer",
-    "has_lightning",
-    "lightning_parts",
-    "quiet_lightning",
-    "enter_lightning",
-    "hidden_bars",
-    "turns",
-    "race",
-    "torch_settings",
-    "unchanged_settings",
-    "check_equal_work",
-    "enter_all",
-    "ratios",
     "judge",
     "options_of",
     "algorithms",
@@ -59,43 +34,32 @@ __all__ = [
 
 # %% ../../nbs/studies/02_training_speed.ipynb #b9883fee
 import copy
-import gc
-import importlib.util
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 import torch.utils.deterministic
 from fastcore.basics import patch
-from IPython.utils.capture import capture_output
 from matplotlib.figure import Figure
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from tqdm.std import tqdm
 
 # %% ../../nbs/studies/02_training_speed.ipynb #bc87624a
 from ..core.checks import CrackSegError, check_folder_name, check_number, choose
 from ..core.files import display_path, outputs_folder, project_root, write_text, write_yaml
-from ..core.machine import describe_environment, get_device, package_versions, quiet_loggers
-from ..core.run_folder import create_run_folder
-from ..core.seeds import seed_everything, seed_for
+from ..core.machine import describe_environment, get_device, package_versions
+from ..core.seeds import seed_everything
 from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
@@ -103,390 +67,20 @@ from ..figures.photos import CURVE_COLOURS, DPI
 from ..models.registry import CLASSIFIER, MODELS, count_parameters, create_model
 from ..runs.config import configure, model_settings
 from ..runs.experiment import find_source
+from crackseg_nb.studies.race import (
+    Contest,
+    Contestant,
+    create_trainer,
+    enter_all,
+    enter_resident,
+    enter_trainer,
+    hidden_bars,
+    race,
+    ratios,
+    seconds_of,
+)
 from ..training.evaluation import evaluate
-from ..training.losses import Loss
 from ..training.memory import MemoryMonitor, clear_cache, enable_gradient_checkpointing
-from ..training.optim import OptimConfig, create_optimizer
-from ..training.precision import choose_precision, time_precisions
-from ..training.trainer import TrainConfig, Trainer, begin_epoch, train_epoch
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #bb20d3c4
-@dataclass
-class Contest:
-    "Hold what all contestants share; each trains its own copy of the model."
-
-    model: nn.Module  # with its first weights, on the CPU
-    criterion: Loss
-    dataset: CrackDataset
-    config: TrainConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    device: torch.device = torch.device("cpu")
-    seed: int = 0
-    num_workers: int = 0
-
-    def __post_init__(self):
-        window = self.config.batch_size * self.config.accumulation
-        if len(self.dataset) % window:
-            raise CrackSegError(
-                f"dataset: found {len(self.dataset)} images, expected a multiple of {window}, batch_size times accumulation"
-            )
-        self.optim = replace(self.optim, scheduler="constant")
-        self.precision = choose_precision(self.config.amp, self.device, self.time_precisions)
-        self.config = replace(self.config, amp=self.precision.replace("no", "off"), checkpoint_minutes=0)
-
-    def time_precisions(self):
-        return time_precisions(self.copy_model(), self.config.batch_size, self.dataset.sizes[0], self.device)
-
-    def copy_model(self) -> nn.Module:
-        "Return a copy of the model, laid out in memory as the trainer does it."
-        model = copy.deepcopy(self.model)
-        if self.config.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        return model.to(
-            self.device, memory_format=torch.channels_last if self.config.channels_last else torch.preserve_format
-        )
-
-    def loader(self):
-        "Return a loader of the training batches; its order and augmentation follow the seed and the epoch."
-        return create_loader(
-            self.dataset,
-            self.config.batch_size,
-            train=True,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            accumulation=self.config.accumulation,
-        )
-
-    def autocast(self) -> torch.autocast:
-        "Return the context in which a plain loop computes in the contest's precision."
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return torch.autocast(self.device.type, dtype=kinds.get(self.precision), enabled=self.precision in kinds)
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #20becbbd
-@dataclass
-class Contestant:
-    "Hold a model and what takes it through one epoch."
-
-    model: nn.Module
-    epoch: Callable[[int], float]  # takes the epoch's number, returns its seconds
-
-
-def wait_for(device: torch.device) -> None:
-    "Return when `device` has done all that it was given."
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    "Return the seconds that `function()` takes, and what it gives `device` to do."
-    wait_for(device)
-    start = time.perf_counter()
-    function()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #b69666d5
-@dataclass
-class Work:
-    "Count what was done."
-
-    images: int = 0
-    steps: int = 0
-
-
-@contextmanager
-def counted(model: nn.Module) -> Iterator[Work]:
-    "Count the images that enter `model`, and the optimiser steps of this process."
-    work = Work()
-
-    def see(module, inputs):
-        work.images += len(inputs[0])
-
-    def step(*_):
-        work.steps += 1
-
-    handles = model.register_forward_pre_hook(see), register_optimizer_step_post_hook(step)
-    try:
-        yield work
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #242880b4
-def plain_epoch(
-    contest: Contest,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Iterable[dict],
-) -> None:
-    "Train on `batches` as the shortest loop in plain PyTorch does."
-    accumulation, clip_norm = contest.config.accumulation, contest.config.clip_norm
-    model.train()
-    for number, batch in enumerate(batches, start=1):
-        image, mask = (batch[name].to(contest.device, non_blocking=True) for name in ("image", "mask"))
-        with contest.autocast():
-            logits = model(image)
-        scaler.scale(contest.criterion(logits, mask) / accumulation).backward()
-        if number % accumulation:
-            continue
-        if clip_norm:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #6aaec4ff
-def enter_plain(
-    contest: Contest,
-    batches: Callable[[int], Iterable[dict]],  # from the epoch's number to its batches
-    compiled: bool = False,
-) -> Contestant:
-    "Return a contestant that trains on `batches` in plain PyTorch."
-    model = contest.copy_model()
-    optimizer, scaler = (
-        create_optimizer(model, contest.optim),
-        torch.amp.GradScaler(contest.device.type, enabled=contest.precision == "fp16"),
-    )
-    called = torch.compile(model) if compiled else model
-
-    def epoch(number):
-        return seconds_of(lambda: plain_epoch(contest, called, optimizer, scaler, batches(number)), contest.device)
-
-    return Contestant(called, epoch)
-
-
-def enter_bare(contest: Contest) -> Contestant:
-    "Return the plain loop on the loader that the trainer has."
-    loader = contest.loader()
-
-    def batches(number):
-        loader.batch_sampler.set_epoch(number)
-        return loader
-
-    return enter_plain(contest, batches)
-
-
-def enter_resident(contest: Contest, compiled: bool = False) -> Contestant:
-    "Return the plain loop on the batches of epoch 0, which lie on the device."
-    batches = [{name: value.to(contest.device) for name, value in batch.items()} for batch in contest.loader()]
-    return enter_plain(contest, lambda number: batches, compiled)
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #78a0b603
-def create_trainer(contest: Contest) -> Trainer:
-    "Return this study's trainer with the contest's settings; its run folder goes with it."
-    scratch = tempfile.TemporaryDirectory(prefix="crackseg-benchmark-", ignore_cleanup_errors=True)
-    loader = contest.loader()
-    trainer = Trainer(
-        contest.copy_model(),
-        contest.criterion,
-        loader,
-        loader,
-        contest.config,
-        contest.optim,
-        create_run_folder(Path(scratch.name), "trainer"),
-        contest.device,
-    )
-    trainer.scratch = scratch  # lives as long as the trainer
-    return trainer
-
-
-def enter_trainer(contest: Contest) -> Contestant:
-    "Return this study's training loop, with all that it does in an epoch."
-    trainer = create_trainer(contest)
-
-    def epoch(number):
-        trainer.epoch = number
-        begin_epoch(trainer)
-        return seconds_of(lambda: train_epoch(trainer), contest.device)
-
-    return Contestant(trainer.model, epoch)
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #1edd54a3
-def has_lightning() -> bool:
-    "Say whether Lightning is installed."
-    return importlib.util.find_spec("lightning") is not None
-
-
-def lightning_parts(contest: Contest, model: nn.Module, loader):
-    "Return Lightning's module around `model`, and a callback that sets the epoch `clock.number` and takes its `clock.seconds`."
-    import lightning.pytorch as lightning
-
-    class Segmentation(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model, self.optimizer = model, create_optimizer(model, contest.optim)
-
-        def training_step(self, batch, number):
-            return contest.criterion(self.model(batch["image"]), batch["mask"])
-
-        def configure_optimizers(self):
-            return self.optimizer
-
-    class Clock(lightning.Callback):
-        def on_train_epoch_start(self, trainer, module):
-            loader.batch_sampler.set_epoch(self.number)
-            wait_for(contest.device)
-            self.start = time.perf_counter()
-
-        def on_train_epoch_end(self, trainer, module):
-            wait_for(contest.device)
-            self.seconds = time.perf_counter() - self.start
-
-    return Segmentation(), Clock()
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #fa857b88
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    "Leave out Lightning's advice on loaders, hardware and itself."
-    with (
-        quiet_loggers(logging.ERROR, "lightning.pytorch", "lightning.fabric"),
-        warnings.catch_warnings(action="ignore"),
-    ):
-        yield
-
-
-def enter_lightning(contest: Contest) -> Contestant:
-    "Return Lightning's trainer on the same model, loader and optimiser."
-    model, loader = contest.copy_model(), contest.loader()
-    with quiet_lightning():
-        import lightning.pytorch as lightning
-
-        module, clock = lightning_parts(contest, model, loader)
-    precision = {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "32-true"}[contest.precision]
-
-    def epoch(number):
-        clock.number = number
-        with quiet_lightning():
-            trainer = lightning.Trainer(
-                accelerator=contest.device.type,
-                devices=1,
-                precision=precision,
-                max_epochs=1,
-                barebones=True,
-                callbacks=[clock],
-                accumulate_grad_batches=contest.config.accumulation,
-                gradient_clip_val=contest.config.clip_norm or None,
-                # Left alone, Lightning switches repeatable algorithms off, for itself and for those that come after it.
-                deterministic="warn" if torch.are_deterministic_algorithms_enabled() else False,
-            )
-            trainer.fit(module, loader)
-        return clock.seconds
-
-    return Contestant(model, epoch)
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #86e726df
-@contextmanager
-def hidden_bars() -> Iterator[None]:
-    "Let progress bars do their work as text, as in a terminal, where nobody sees it; a notebook would keep every bar in its file."
-    trainer = sys.modules[train_epoch.__module__]
-    before, trainer.tqdm = trainer.tqdm, tqdm
-    try:
-        with capture_output(stdout=False):
-            yield
-    finally:
-        trainer.tqdm = before
-
-
-def turns(names: list[str], number: int) -> list[str]:
-    "Return the order of round `number`: another one begins every two rounds, and every second round is reversed."
-    first = number // 2 % len(names)
-    return (names[first:] + names[:first])[:: 1 if number % 2 == 0 else -1]
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #a561f28a
-def race(
-    contestants: dict[str, Contestant],
-    rounds: int,
-    warmup: int = 1,  # epochs of each contestant before those that count
-) -> pd.DataFrame:
-    "Return seconds, images, steps and images_per_second of each contestant in each round; raise CrackSegError if their work differs."
-    rows, numbers = [], range(warmup + check_number("rounds", rounds, int, low=1))
-    gc.freeze()  # what is there already need not be looked through each time
-    try:
-        for number, name in [(number, name) for number in numbers for name in turns(list(contestants), number)]:
-            gc.collect()  # nobody clears away what another one left
-            torch.manual_seed(seed_for("race", number))
-            with unchanged_settings(name), counted(contestants[name].model) as work, hidden_bars():
-                seconds = contestants[name].epoch(number)
-            rows.append({"round": number - warmup + 1, "contestant": name, "seconds": seconds, **asdict(work)})
-    finally:
-        gc.unfreeze()
-    table = pd.DataFrame(rows)
-    check_equal_work(table)
-    table["images_per_second"] = table["images"] / table["seconds"]
-    return table[table["round"] > 0].reset_index(drop=True)
-
-
-def torch_settings() -> dict[str, Any]:
-    "Return the settings of the whole process that decide how fast torch is."
-    return {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "fill": torch.utils.deterministic.fill_uninitialized_memory,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "threads": torch.get_num_threads(),
-    }
-
-
-@contextmanager
-def unchanged_settings(name: str) -> Iterator[None]:
-    "Raise CrackSegError if contestant `name` leaves other settings of torch behind than it found."
-    before = torch_settings()
-    yield
-    changed = [f"{key} {before[key]} to {value}" for key, value in torch_settings().items() if value != before[key]]
-    if changed:
-        raise CrackSegError(
-            f"benchmark: {name} changed torch's settings: {', '.join(changed)}; expected them to stay as they were"
-        )
-
-
-def check_equal_work(table: pd.DataFrame) -> None:
-    "Raise CrackSegError unless the contestants of every round saw as many images and took as many steps."
-    for number, part in table.groupby("round"):
-        for unit in ("images", "steps"):
-            if part[unit].nunique() > 1:
-                found = ", ".join(f"{name} {count}" for name, count in zip(part["contestant"], part[unit]))
-                raise CrackSegError(
-                    f"benchmark: found unequal work in round {number}, {unit}: {found}; expected equal numbers"
-                )
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #de6eef68
-ENTRANTS = {"trainer": enter_trainer, "bare": enter_bare, "resident": enter_resident, "lightning": enter_lightning}
-
-
-def enter_all(contest: Contest) -> dict[str, Contestant]:
-    "Return every contestant that can take part."
-    return {name: enter(contest) for name, enter in ENTRANTS.items() if name != "lightning" or has_lightning()}
-
-
-# %% ../../nbs/studies/02_training_speed.ipynb #d9339a22
-def ratios(
-    table: pd.DataFrame,  # of `race`
-    of: str = "trainer",
-) -> pd.DataFrame:
-    "Return the median ratio of the speed of `of` to each other contestant's, and from where to where that median is known to 95 %."
-    speed = table.pivot(index="round", columns="contestant", values="images_per_second")[
-        list(table["contestant"].unique())
-    ]
-    relative = speed.drop(columns=of).rdiv(speed[of], axis=0)
-    drawn = np.random.default_rng(0).integers(len(relative), size=(2000, len(relative)))
-    medians = np.median(relative.to_numpy()[drawn], axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5), axis=0)
-    return pd.DataFrame({"median": relative.median(), "from": low, "to": high}).sort_index()
-
 
 # %% ../../nbs/studies/02_training_speed.ipynb #61b689bd
 TARGETS = {"bare": 0.97, "resident": 0.90, "lightning": 1.0}  # least speed of the trainer relative to these
