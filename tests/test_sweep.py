@@ -15,7 +15,8 @@ from stand_in import write_stand_in
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
-from crackseg_nb.runs.sweep import Sweep, attempts_of
+from crackseg_nb.runs.jobs import attempts_of
+from crackseg_nb.runs.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent

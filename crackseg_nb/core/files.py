@@ -20,6 +20,7 @@ __all__ = [
     "raise_first",
     "in_order",
     "manifest_sum",
+    "read_if_there",
 ]
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
@@ -240,3 +241,13 @@ def manifest_sum(manifest: dict) -> str:
     "Return the SHA-256 of a manifest's content, without its own `sum`."
     content = {key: value for key, value in manifest.items() if key != "sum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
+from pathlib import Path
+
+
+# %% ../../nbs/core/02_files.ipynb #32667c5a
+def read_if_there(path: Path):
+    "Return a YAML file's content, or an empty dictionary before it is written."
+    return read_yaml(path) if path.is_file() else {}

@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "THREADS",
-    "WARNING",
     "SCORES",
     "RULE",
     "JOB_HELP",
@@ -16,24 +14,7 @@ __all__ = [
     "check_grid",
     "expand",
     "name_runs",
-    "next_parameters",
-    "attempts_of",
-    "write_attempts",
-    "checkpoints_of",
-    "has_failed",
-    "attempt",
-    "job_environment",
-    "SweepJob",
-    "requeue",
-    "state_of",
-    "JobConfig",
-    "visible_gpus",
-    "local_shares",
-    "slurm_options",
     "Sweep",
-    "submit_slurm",
-    "submit_local",
-    "read_if_there",
     "score",
     "look_at",
     "LiveTable",
@@ -49,45 +30,52 @@ __all__ = [
 
 # %% ../../nbs/runs/09_sweep.ipynb #2be55daa
 import argparse
-import contextlib
 import itertools
 import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 import psutil
-import submitit
-import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/09_sweep.ipynb #d4294545
-from ..core.checks import PLAIN, CrackSegError, check_folder_name, check_number, choose, plain_variables
+from ..core.checks import PLAIN, CrackSegError, check_folder_name, choose, plain_variables
 from crackseg_nb.core.files import (
     atomic_write,
     find_path,
     outputs_folder,
     project_root,
+    read_if_there,
     read_yaml,
     to_plain,
     write_text,
     write_yaml,
 )
-from ..core.machine import cores, is_alive, now, signal_handlers
-from ..core.run_folder import Claimed, RunFolder, claim
+from ..core.machine import is_alive, now
+from ..core.run_folder import RunFolder
 from .command import command, given_parameters, parse_value, take_parameters
-from .notebook import Outcome, SignalRelay, execute, find_notebook
+from crackseg_nb.runs.jobs import (
+    JobConfig,
+    SweepJob,
+    attempts_of,
+    local_shares,
+    slurm_options,
+    state_of,
+    submit_local,
+    submit_slurm,
+    visible_gpus,
+)
+from .notebook import find_notebook
 
 
 # %% ../../nbs/runs/09_sweep.ipynb #5b417233
@@ -188,269 +176,6 @@ def name_runs(runs: list[dict], varying: list[str]) -> dict[str, dict]:
     return {
         "-".join([f"{index:0{digits}}", *words(parameters)])[:100]: parameters for index, parameters in enumerate(runs)
     }
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #486a86f6
-def next_parameters(folder: Path, parameters: dict) -> dict | None:
-    "Return what the run notebook is given to begin the run in `folder` or to go on with it; None when it is done."
-    if folder.is_dir() and not (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)  # killed while the folder was made
-    if not folder.is_dir():
-        return parameters | {"outputs": str(folder.parent), "run_name": folder.name}
-    run = RunFolder(folder)
-    if run.state == "done":
-        return None
-    if run.state == "running":
-        status = run.status
-        if status["host"] == platform.node():
-            raise Claimed(f"{folder.name}: found process {status['pid']} at work on this run, expected none")
-        run.mark("failed", error=f"process {status['pid']} on {status['host']} is gone")
-    return {"resume": str(folder)}
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #5b83df87
-def attempts_of(folder: Path) -> list[dict]:
-    "Return the attempts at the run in `folder`."
-    path = folder.parent / "jobs" / f"{folder.name}.yaml"
-    return read_yaml(path) if path.is_file() else []
-
-
-def write_attempts(folder: Path, attempts: list[dict]) -> None:
-    "Write down the attempts at the run in `folder`."
-    path = folder.parent / "jobs" / f"{folder.name}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    write_yaml(path, attempts)
-
-
-def checkpoints_of(folder: Path) -> set[str]:
-    "Return the names of a run's checkpoint files."
-    return {path.name for path in (folder / "checkpoints").glob("*")}
-
-
-def has_failed(outcome: Outcome, advanced: bool) -> bool:
-    "Tell whether an attempt counts as a failure; `advanced`: it wrote a checkpoint."
-    if outcome.code == 0 or set(outcome.signals) - {signal.SIGUSR1}:
-        return False
-    return outcome.code == 1 or outcome.died or not advanced
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #0333a599
-def attempt(
-    folder: Path,
-    parameters: dict,
-    submission: str,  # to which the attempt belongs
-    patience: float = 0,  # seconds to wait for a process that carries the run
-    notebook=None,  # None: the run notebook of this checkout
-) -> Outcome | None:
-    "Begin the run in `folder` or go on with it, once; None when it is done already. Raises Claimed when another process carries it."
-    with claim(folder, patience) as lock:
-        given = next_parameters(folder, parameters)
-        if given is None:
-            return None
-        job = os.environ.get("SLURM_JOB_ID", str(os.getpid()))
-        entry = {
-            "submission": submission,
-            "begun": now(),
-            "host": platform.node(),
-            "job": job,
-            "resumed": "resume" in given,
-        }
-        before, attempts = checkpoints_of(folder), attempts_of(folder)
-        write_attempts(folder, [*attempts, entry])  # a killed job leaves an attempt without an end
-        outcome = execute(folder, lock, given, notebook=notebook)
-        failed = has_failed(outcome, advanced=bool(checkpoints_of(folder) - before))
-        write_attempts(
-            folder,
-            [*attempts, entry | {"ended": now(), "code": outcome.code, "failed": failed, "message": outcome.message}],
-        )
-    print(outcome.message, flush=True)
-    return outcome
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #9661d292
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-
-@contextlib.contextmanager
-def job_environment(
-    cpus: int,  # of the job; 0: what SLURM says, or all there are
-    gpus: str | None,  # CUDA_VISIBLE_DEVICES; None leaves it
-) -> Iterator[None]:
-    "Set the environment that a job's kernels inherit, and put it back."
-    threads = str(cpus or os.environ.get("SLURM_CPUS_PER_TASK") or cores())
-    wanted, before = (
-        {name: threads for name in THREADS} | ({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
-        dict(os.environ),
-    )
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #198f131e
-@dataclass
-class SweepJob:
-    "Carry the runs of a sweep, or those that no other job carries; called by submitit."
-
-    folder: str  # of the sweep
-    runs: dict[str, dict]  # parameters by name
-    submission: str  # name of the submission, on which retries are counted
-    retries: int = 1  # attempts after failed ones
-    cpus: int = 0
-    gpus: str | None = None
-    notebook: str | None = None
-    shared: bool = True  # other jobs may carry the same runs; wait for them, as they may fail
-
-    def __call__(self) -> dict[str, str]:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        with job_environment(self.cpus, self.gpus), SignalRelay() as between:
-            left = list(self.runs)
-            while left and not between.received:
-                left = [run for run in left if between.received or not self.carry(run, between)]
-                if left and not between.received:
-                    time.sleep(1)
-            if signal.SIGUSR1 in between.received and any(self.may_try(run) for run in left):
-                requeue()
-        return {run: state_of(Path(self.folder) / run) for run in self.runs}
-
-    def may_try(self, run: str) -> bool:
-        "Tell whether this submission has attempts left at a run."
-        own = [entry for entry in attempts_of(Path(self.folder) / run) if entry["submission"] == self.submission]
-        return sum(entry.get("failed", False) for entry in own) <= self.retries
-
-    def carry(self, run: str, between: SignalRelay) -> bool:
-        "Attempt a run; return whether nothing is left to do for it."
-        if not self.may_try(run):
-            return True
-        try:
-            outcome = attempt(
-                Path(self.folder) / run, self.runs[run], self.submission, 0 if self.shared else 120, self.notebook
-            )
-        except Claimed:
-            return not self.shared
-        if outcome is None or outcome.code == 0:
-            return True
-        between.received += outcome.signals
-        return not outcome.signals and not self.may_try(run)
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        "Return what submitit is to start again."
-        return submitit.helpers.DelayedSubmission(self)
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #d4f5fea7
-def requeue() -> None:
-    "Ask SLURM to queue this job again; what it wrote in its folder is where it goes on."
-    job = os.environ.get("SLURM_ARRAY_JOB_ID", ""), os.environ.get("SLURM_ARRAY_TASK_ID", "")
-    name = "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID", "")
-    if name:
-        subprocess.run(["scontrol", "requeue", name], check=False)
-
-
-def state_of(folder: Path) -> str:
-    "Return a run's state; `waiting` before there is a folder."
-    if not (folder / "status.yaml").is_file():
-        return "waiting"
-    run = RunFolder(folder)
-    state, status = run.state, run.status
-    if state == "running" and status["host"] != platform.node():  # its process cannot be asked, its lock can
-        try:
-            with claim(folder):
-                return "interrupted"
-        except Claimed:
-            pass
-    return state
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #1fd2c63a
-@dataclass
-class JobConfig:
-    "Describe where the runs of a sweep are executed, and with what."
-
-    cluster: str = "local"  # local, slurm, or debug: one run after the other in this process
-    parallel: int = (
-        0  # runs at once; 0: locally one for each GPU and one without any, on SLURM as many as the cluster gives
-    )
-    retries: int = 1  # further attempts at a run that failed
-    cpus: int = 0  # cores of each run; 0: locally an equal share, on SLURM what the cluster gives
-    gpus: int | None = None  # GPUs of each run; None: locally one if there is any, on SLURM none is asked for
-    time: int = 0  # SLURM: minutes until a job has to be queued again; 0: the partition's default
-    mem: float = 0  # SLURM: GiB of memory; 0: the partition's default
-    partition: str = ""  # SLURM: where jobs are queued; empty: the cluster's default
-    extra: dict = field(
-        default_factory=dict
-    )  # SLURM: further options of submitit, such as account, qos, constraint or setup
-
-    def __post_init__(self):
-        choose("cluster", self.cluster, ("local", "slurm", "debug"))
-        for name in ("parallel", "retries", "cpus", "time"):
-            setattr(self, name, check_number(name, getattr(self, name), int, low=0))
-        if self.gpus is not None:
-            self.gpus = check_number("gpus", self.gpus, int, low=0)
-        self.mem = check_number("mem", self.mem, low=0)
-        for name in ("time", "mem", "partition", "extra"):
-            if self.cluster != "slurm" and getattr(self, name):
-                raise CrackSegError(
-                    f"{name}: found {getattr(self, name)!r} with cluster {self.cluster}, expected it with cluster slurm only"
-                )
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #ede2b9ce
-def visible_gpus() -> list[str]:
-    "Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
-    if not torch.cuda.is_available():
-        return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    return [name.strip() for name in named.split(",") if name.strip()]
-
-
-def local_shares(
-    config: JobConfig,
-    num_runs: int,
-    devices: list[str],  # the GPUs there are
-) -> list[dict]:
-    "Return `cpus` and `gpus` of each local job."
-    gpus = min(1, len(devices)) if config.gpus is None else config.gpus
-    if gpus > len(devices):
-        raise CrackSegError(f"gpus: found {gpus} for each run, expected at most {len(devices)}, which this machine has")
-    num_jobs = max(1, min(num_runs, config.parallel or (len(devices) // gpus if gpus else 1)))
-
-    def of(job):
-        return (
-            ",".join(devices[(job * gpus + index) % len(devices)] for index in range(gpus))
-            if gpus
-            else ""
-            if devices
-            else None
-        )
-
-    return [dict(cpus=config.cpus or max(1, cores() // num_jobs), gpus=of(job)) for job in range(num_jobs)]
-
-
-# %% ../../nbs/runs/09_sweep.ipynb #4104ba14
-WARNING = 120  # seconds between SLURM's warning and the end of a job's time
-
-
-def slurm_options(config: JobConfig, name: str) -> dict:
-    "Return the options of submitit's SLURM executor."
-    delay = min(WARNING, 30 * config.time) if config.time else WARNING
-    extra = dict(config.extra)
-    options = dict(
-        job_name=name,
-        time=config.time or None,
-        partition=config.partition or None,
-        gpus_per_node=config.gpus or None,
-        cpus_per_task=config.cpus or None,
-        mem=f"{round(config.mem * 1024)}M" if config.mem else None,
-        array_parallelism=config.parallel or 1000,
-        srun_args=[*(["--cpus-per-task", str(config.cpus)] if config.cpus else []), *extra.pop("srun_args", [])],
-        additional_parameters={"requeue": True, "signal": f"USR1@{delay}", **extra.pop("additional_parameters", {})},
-    )
-    return options | extra
 
 
 # %% ../../nbs/runs/09_sweep.ipynb #0b9f38bd
@@ -557,30 +282,6 @@ def submit(self: Sweep) -> list[str]:
     return list(left)
 
 
-# %% ../../nbs/runs/09_sweep.ipynb #596a0e7d
-def submit_slurm(folder: Path, options: dict, jobs: list[SweepJob]) -> None:
-    "Submit `jobs` as one array; raise CrackSegError with the reason if SLURM refuses."
-    try:
-        executor = submitit.SlurmExecutor(folder)
-        executor.update_parameters(**options)
-        executor.submit_array(jobs)
-    except (ValueError, RuntimeError) as error:
-        shutil.rmtree(folder)
-        raise CrackSegError(
-            f"slurm: {' '.join(str(error).split())[:300]}; expected settings that the cluster accepts"
-        ) from error
-
-
-def submit_local(folder: Path, jobs: list[SweepJob]) -> list[dict]:
-    "Start `jobs` on this machine; return the processes that watch over them."
-    executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(timeout_min=60 * 24 * 365)
-    # submitit kills a job a second after Ctrl-C. Its watching process inherits that Ctrl-C is ignored; the job stops its run by itself.
-    with signal_handlers({signal.SIGINT: signal.SIG_IGN}):
-        started = [executor.submit(job).job_id for job in jobs]
-    return [{"pid": int(pid), "born": psutil.Process(int(pid)).create_time()} for pid in started]
-
-
 # %% ../../nbs/runs/09_sweep.ipynb #b997bea7
 @patch
 def submissions(self: Sweep) -> dict[str, dict]:
@@ -619,12 +320,7 @@ def cancel(self: Sweep) -> None:
                 psutil.Process(process["pid"]).terminate()
 
 
-# %% ../../nbs/runs/09_sweep.ipynb #32667c5a
-def read_if_there(path: Path):
-    "Return a YAML file's content, or an empty dictionary before it is written."
-    return read_yaml(path) if path.is_file() else {}
-
-
+# %% ../../nbs/runs/09_sweep.ipynb #6947c33f
 def score(results: dict, *names: str) -> float:
     "Return a number out of nested results; NaN where it is missing."
     for name in names:

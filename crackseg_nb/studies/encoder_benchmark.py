@@ -59,7 +59,7 @@ from torch import nn
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #e85050d0
 from ..core.checks import CrackSegError, check_number, choose
-from ..core.files import display_path, read_yaml, write_text
+from ..core.files import display_path, read_if_there, read_yaml, write_text
 from ..core.machine import get_device
 from ..data.augment import create_augmentation
 from ..data.splits import make_splits
@@ -68,17 +68,9 @@ from ..models.encoders import ENCODERS
 from ..models.registry import count_flops, count_parameters
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
 from ..runs.experiment import find_source, make_model
+from ..runs.jobs import JobConfig
 from ..runs.results import class_table
-from crackseg_nb.runs.sweep import (
-    JobConfig,
-    Sweep,
-    markdown_table,
-    rank,
-    read_fixed,
-    read_if_there,
-    read_settings,
-    score,
-)
+from ..runs.sweep import Sweep, markdown_table, rank, read_fixed, read_settings, score
 from .race import Contestant, hidden_bars, measure_loading, race, seconds_of
 
 
