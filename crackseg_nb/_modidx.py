@@ -873,6 +873,14 @@ d = {
                 "figures/charts.html#draw_spread",
                 "crackseg_nb/figures/charts.py",
             ),
+            "crackseg_nb.figures.charts.free_place": (
+                "figures/charts.html#free_place",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.label_means": (
+                "figures/charts.html#label_means",
+                "crackseg_nb/figures/charts.py",
+            ),
             "crackseg_nb.figures.charts.mark_best": ("figures/charts.html#mark_best", "crackseg_nb/figures/charts.py"),
             "crackseg_nb.figures.charts.mark_row": ("figures/charts.html#mark_row", "crackseg_nb/figures/charts.py"),
             "crackseg_nb.figures.charts.row_shares": (
@@ -899,6 +907,7 @@ d = {
                 "figures/charts.html#show_threshold_curve",
                 "crackseg_nb/figures/charts.py",
             ),
+            "crackseg_nb.figures.charts.taken_by": ("figures/charts.html#taken_by", "crackseg_nb/figures/charts.py"),
             "crackseg_nb.figures.charts.write_share": (
                 "figures/charts.html#write_share",
                 "crackseg_nb/figures/charts.py",
@@ -3003,10 +3012,6 @@ d = {
                 "studies/encoder_benchmark.html#compare_pairs",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.enter_inference": (
-                "studies/encoder_benchmark.html#enter_inference",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.family_of": (
                 "studies/encoder_benchmark.html#family_of",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3015,20 +3020,8 @@ d = {
                 "studies/encoder_benchmark.html#finish_axis",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.free_place": (
-                "studies/encoder_benchmark.html#free_place",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.label_means": (
-                "studies/encoder_benchmark.html#label_means",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.machine_of": (
                 "studies/encoder_benchmark.html#machine_of",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.measure_inference": (
-                "studies/encoder_benchmark.html#measure_inference",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.read_jobs": (
@@ -3061,10 +3054,6 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.summarise": (
                 "studies/encoder_benchmark.html#summarise",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.taken_by": (
-                "studies/encoder_benchmark.html#taken_by",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (
@@ -3193,6 +3182,10 @@ d = {
             ),
             "crackseg_nb.studies.race.enter_all": ("studies/race.html#enter_all", "crackseg_nb/studies/race.py"),
             "crackseg_nb.studies.race.enter_bare": ("studies/race.html#enter_bare", "crackseg_nb/studies/race.py"),
+            "crackseg_nb.studies.race.enter_inference": (
+                "studies/race.html#enter_inference",
+                "crackseg_nb/studies/race.py",
+            ),
             "crackseg_nb.studies.race.enter_lightning": (
                 "studies/race.html#enter_lightning",
                 "crackseg_nb/studies/race.py",
@@ -3213,6 +3206,10 @@ d = {
             "crackseg_nb.studies.race.hidden_bars": ("studies/race.html#hidden_bars", "crackseg_nb/studies/race.py"),
             "crackseg_nb.studies.race.lightning_parts": (
                 "studies/race.html#lightning_parts",
+                "crackseg_nb/studies/race.py",
+            ),
+            "crackseg_nb.studies.race.measure_inference": (
+                "studies/race.html#measure_inference",
                 "crackseg_nb/studies/race.py",
             ),
             "crackseg_nb.studies.race.measure_loading": (

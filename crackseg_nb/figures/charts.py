@@ -17,6 +17,9 @@ __all__ = [
     "write_share",
     "mark_row",
     "show_confusion",
+    "free_place",
+    "taken_by",
+    "label_means",
 ]
 
 # %% ../../nbs/figures/02_charts.ipynb #afd6167b
@@ -306,3 +309,75 @@ def show_confusion(
     bar.ax.tick_params(labelsize=8)
     plt.close(figure)
     return figure
+
+
+# %% ../../nbs/figures/02_charts.ipynb #afd6167b
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+
+# %% ../../nbs/figures/02_charts.ipynb #da609b8e
+def free_place(
+    size: tuple[float, float],  # width and height of the label
+    point: tuple[float, float],
+    taken: list[Bbox],
+    inside: Bbox,
+) -> tuple[float, float]:
+    "Return the offset of a label's centre, in pixels, nearest to `point` where it lies within `inside` and on nothing that is `taken`."
+    width, height = size
+    for distance, angle in product(
+        range(4, 160, 4), np.radians((0, 180, 90, -90, 30, -30, 150, -150, 60, -60, 120, -120))
+    ):
+        right, up = np.cos(angle) * (distance + width / 2), np.sin(angle) * (distance + height / 2)
+        box = Bbox.from_bounds(point[0] + right - width / 2, point[1] + up - height / 2, width, height)
+        within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        if within and not box.count_overlaps(taken):
+            return right, up
+    return 0.0, 12.0  # no place is left
+
+
+def taken_by(axis: Axes, x: float, scores: pd.Series) -> list[Bbox]:
+    "Return what a range of scores and the bar at their mean cover, in pixels."
+    (x, low), (_, mean), (_, high) = axis.transData.transform(
+        [(x, scores.min()), (x, scores.mean()), (x, scores.max())]
+    )
+    return [Bbox.from_extents(x - 5, low - 5, x + 5, high + 5), Bbox.from_extents(x - 12, mean - 4, x + 12, mean + 4)]
+
+
+# %% ../../nbs/figures/02_charts.ipynb #a0a3bc6d
+def label_means(
+    axis: Axes,
+    scores: dict[str, tuple[float, pd.Series, str]],  # name -> x, scores, colour
+) -> None:
+    "Write each name beside the mean of its scores."
+    axis.figure.draw_without_rendering()
+    axis.figure.set_layout_engine("none")  # places are in pixels
+    taken = [box for x, values, _ in scores.values() for box in taken_by(axis, x, values)]
+    for name, (x, values, colour) in scores.items():
+        place = axis.transData.transform((x, values.mean()))
+        text = axis.annotate(
+            name,
+            (x, values.mean()),
+            xytext=(0, 0),
+            textcoords="offset pixels",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+        box = text.get_window_extent()
+        right, up = free_place((box.width + 2, box.height), place, taken, axis.get_window_extent())
+        text.set_position((right, up))
+        taken.append(box.translated(right, up))
+        if np.hypot(max(abs(right) - box.width / 2, 0), max(abs(up) - box.height / 2, 0)) > 25:
+            axis.annotate(
+                "",
+                (x, values.mean()),
+                xytext=(right, up),
+                textcoords="offset pixels",
+                arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=6, shrinkB=4),
+            )

@@ -39,11 +39,11 @@ from torch import nn
 
 # %% ../../nbs/studies/07_efficiency.ipynb #fc3f43bb
 from ..core.checks import CrackSegError, check_number, choose, first_line
+from ..figures.charts import label_means
 from ..figures.photos import CURVE_COLOURS, DPI
 from ..models.registry import count_flops
 from .compression import Int8Model
-from .encoder_benchmark import enter_inference, label_means
-from .race import race
+from .race import enter_inference, race
 from ..training.checkpoint import weights_to_bytes
 
 

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "OWN",
-    "BATCHES",
     "COSTS",
     "FAMILIES",
     "FAMILY_COLOURS",
@@ -27,12 +26,7 @@ __all__ = [
     "compare_pairs",
     "chance_of_false_difference",
     "strength_of",
-    "enter_inference",
-    "measure_inference",
     "readable",
-    "free_place",
-    "taken_by",
-    "label_means",
     "finish_axis",
     "show_accuracy",
     "show_classes",
@@ -43,7 +37,7 @@ __all__ = [
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #d26afa1c
 from dataclasses import dataclass, field, fields
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -54,8 +48,6 @@ from fastcore.basics import patch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox
-from torch import nn
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #e85050d0
 from ..core.checks import CrackSegError, check_number, choose
@@ -63,6 +55,7 @@ from ..core.files import display_path, read_if_there, read_yaml, write_text
 from ..core.machine import get_device
 from ..data.augment import create_augmentation
 from ..data.splits import make_splits
+from ..figures.charts import label_means
 from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
 from ..models.encoders import ENCODERS
 from ..models.registry import count_flops, count_parameters
@@ -71,7 +64,7 @@ from ..runs.experiment import find_source, make_model
 from ..runs.jobs import JobConfig
 from ..runs.results import class_table
 from ..runs.sweep import Sweep, markdown_table, rank, read_fixed, read_settings, score
-from .race import Contestant, hidden_bars, measure_loading, race, seconds_of
+from .race import BATCHES, hidden_bars, measure_inference, measure_loading
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #cbaa476c
@@ -359,38 +352,6 @@ def strength_of(seeds: int, pairs: int) -> str:
     )
 
 
-# %% ../../nbs/studies/03_encoder_benchmark.ipynb #934521db
-BATCHES = (1, 8)  # images at once
-
-
-def enter_inference(model: nn.Module, images: list[torch.Tensor]) -> Contestant:
-    "Return a contestant that shows every batch of `images` to `model`."
-    model.eval()
-
-    @torch.inference_mode()
-    def forward():
-        for batch in images:
-            model(batch)
-
-    return Contestant(model, lambda number: seconds_of(forward, images[0].device))
-
-
-def measure_inference(
-    models: dict[str, nn.Module],  # on `device`
-    image_size: int,
-    rounds: int = 5,
-    device: torch.device = torch.device("cpu"),
-) -> pd.DataFrame:
-    "Return the images per second of each model in each round, for each size of a batch."
-    tables = []
-    for size in BATCHES:
-        images = [torch.randn(size, 3, image_size, image_size, device=device) for _ in range(max(BATCHES) // size)]
-        tables.append(
-            race({name: enter_inference(model, images) for name, model in models.items()}, rounds).assign(batch=size)
-        )
-    return pd.concat(tables, ignore_index=True).rename(columns={"contestant": "encoder"})
-
-
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #a39a1d2c
 @patch
 def measure(self: EncoderBenchmark) -> pd.DataFrame:
@@ -470,69 +431,6 @@ def readable(
         "peak MiB of a run": numbers("peak_memory_mib", ".0f"),
     }
     return pd.DataFrame(columns, index=table.index)
-
-
-# %% ../../nbs/studies/03_encoder_benchmark.ipynb #da609b8e
-def free_place(
-    size: tuple[float, float],  # width and height of the label
-    point: tuple[float, float],
-    taken: list[Bbox],
-    inside: Bbox,
-) -> tuple[float, float]:
-    "Return the offset of a label's centre, in pixels, nearest to `point` where it lies within `inside` and on nothing that is `taken`."
-    width, height = size
-    for distance, angle in product(
-        range(4, 160, 4), np.radians((0, 180, 90, -90, 30, -30, 150, -150, 60, -60, 120, -120))
-    ):
-        right, up = np.cos(angle) * (distance + width / 2), np.sin(angle) * (distance + height / 2)
-        box = Bbox.from_bounds(point[0] + right - width / 2, point[1] + up - height / 2, width, height)
-        within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-        if within and not box.count_overlaps(taken):
-            return right, up
-    return 0.0, 12.0  # no place is left
-
-
-def taken_by(axis: Axes, x: float, scores: pd.Series) -> list[Bbox]:
-    "Return what a range of scores and the bar at their mean cover, in pixels."
-    (x, low), (_, mean), (_, high) = axis.transData.transform(
-        [(x, scores.min()), (x, scores.mean()), (x, scores.max())]
-    )
-    return [Bbox.from_extents(x - 5, low - 5, x + 5, high + 5), Bbox.from_extents(x - 12, mean - 4, x + 12, mean + 4)]
-
-
-# %% ../../nbs/studies/03_encoder_benchmark.ipynb #a0a3bc6d
-def label_means(
-    axis: Axes,
-    scores: dict[str, tuple[float, pd.Series, str]],  # name -> x, scores, colour
-) -> None:
-    "Write each name beside the mean of its scores."
-    axis.figure.draw_without_rendering()
-    axis.figure.set_layout_engine("none")  # places are in pixels
-    taken = [box for x, values, _ in scores.values() for box in taken_by(axis, x, values)]
-    for name, (x, values, colour) in scores.items():
-        place = axis.transData.transform((x, values.mean()))
-        text = axis.annotate(
-            name,
-            (x, values.mean()),
-            xytext=(0, 0),
-            textcoords="offset pixels",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=colour,
-        )
-        box = text.get_window_extent()
-        right, up = free_place((box.width + 2, box.height), place, taken, axis.get_window_extent())
-        text.set_position((right, up))
-        taken.append(box.translated(right, up))
-        if np.hypot(max(abs(right) - box.width / 2, 0), max(abs(up) - box.height / 2, 0)) > 25:
-            axis.annotate(
-                "",
-                (x, values.mean()),
-                xytext=(right, up),
-                textcoords="offset pixels",
-                arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkA=6, shrinkB=4),
-            )
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #acce84ff

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "ENTRANTS",
+    "BATCHES",
     "measure_loading",
     "Contest",
     "Contestant",
@@ -30,6 +31,8 @@ __all__ = [
     "check_equal_work",
     "enter_all",
     "ratios",
+    "enter_inference",
+    "measure_inference",
 ]
 
 # %% ../../nbs/studies/01_race.ipynb #15e7fe63
@@ -503,3 +506,40 @@ def ratios(
     medians = np.median(relative.to_numpy()[drawn], axis=1)
     low, high = np.percentile(medians, (2.5, 97.5), axis=0)
     return pd.DataFrame({"median": relative.median(), "from": low, "to": high}).sort_index()
+
+
+# %% ../../nbs/studies/01_race.ipynb #15e7fe63
+import pandas as pd
+import torch
+from torch import nn
+
+# %% ../../nbs/studies/01_race.ipynb #934521db
+BATCHES = (1, 8)  # images at once
+
+
+def enter_inference(model: nn.Module, images: list[torch.Tensor]) -> Contestant:
+    "Return a contestant that shows every batch of `images` to `model`."
+    model.eval()
+
+    @torch.inference_mode()
+    def forward():
+        for batch in images:
+            model(batch)
+
+    return Contestant(model, lambda number: seconds_of(forward, images[0].device))
+
+
+def measure_inference(
+    models: dict[str, nn.Module],  # on `device`
+    image_size: int,
+    rounds: int = 5,
+    device: torch.device = torch.device("cpu"),
+) -> pd.DataFrame:
+    "Return the images per second of each model in each round, for each size of a batch."
+    tables = []
+    for size in BATCHES:
+        images = [torch.randn(size, 3, image_size, image_size, device=device) for _ in range(max(BATCHES) // size)]
+        tables.append(
+            race({name: enter_inference(model, images) for name, model in models.items()}, rounds).assign(batch=size)
+        )
+    return pd.concat(tables, ignore_index=True).rename(columns={"contestant": "encoder"})
