@@ -25,14 +25,18 @@ __all__ = [
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import yaml
+from tqdm.auto import tqdm
 
 # %% ../../nbs/core/02_files.ipynb #a11695f4
 from .checks import CrackSegError
@@ -172,17 +176,6 @@ def check_writable(
         )
 
 
-# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-from tqdm.auto import tqdm
-
-# %% ../../nbs/core/02_files.ipynb #a11695f4
-from .checks import CrackSegError
-
-
 # %% ../../nbs/core/02_files.ipynb #4cac9a41
 def in_threads(
     function: Callable,  # called with one item
@@ -211,14 +204,6 @@ def raise_first(results: list) -> None:
         raise CrackSegError(f"{errors[0]}{more}") from errors[0]
 
 
-# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-from tqdm.auto import tqdm
-
-
 # %% ../../nbs/core/02_files.ipynb #40a5a5fe
 def in_order(function, items, title: str, progress: bool) -> Iterator:
     "Yield `function(item)` for each item, in order, computed in threads (decoding releases Python's lock)."
@@ -231,20 +216,11 @@ def in_order(function, items, title: str, progress: bool) -> Iterator:
             pool.shutdown(cancel_futures=True)  # after an error the remaining files are not read
 
 
-# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
-import hashlib
-import json
-
-
 # %% ../../nbs/core/02_files.ipynb #7f809d9f
 def manifest_sum(manifest: dict) -> str:
     "Return the SHA-256 of a manifest's content, without its own `sum`."
     content = {key: value for key, value in manifest.items() if key != "sum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# %% ../../nbs/core/02_files.ipynb #9f6e8f1d
-from pathlib import Path
 
 
 # %% ../../nbs/core/02_files.ipynb #32667c5a

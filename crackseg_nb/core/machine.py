@@ -211,12 +211,6 @@ def signal_handlers(
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-# %% ../../nbs/core/03_machine.ipynb #d77138ef
-from collections.abc import Iterator
-from pathlib import Path
-
-import psutil
-
 # %% ../../nbs/core/03_machine.ipynb #050c35fb
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GROUP_FILES = {

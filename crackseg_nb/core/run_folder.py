@@ -18,9 +18,14 @@ __all__ = [
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: runs are not claimed there
+
 # %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
-from .checks import CrackSegError, check_folder_name, choose
-from .files import check_writable, read_yaml, write_yaml
+from .checks import CrackSegError, check_folder_name, choose, nearest
+from .files import check_writable, find_path, outputs_folder, read_yaml, write_yaml
 from .machine import is_alive, now, this_process
 
 
@@ -93,11 +98,11 @@ def create_run_folder(
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
-#| export
-
-# %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
-from .checks import CrackSegError, nearest
-from .files import find_path, outputs_folder
+import contextlib
+import errno
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #5208e984
@@ -132,17 +137,6 @@ def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
     if folder.state != "done":
         raise CrackSegError(f"{parameter}: {folder.run_id} is {folder.state}, expected a run that is done")
     return folder
-
-
-# %% ../../nbs/core/05_run_folder.ipynb #da75910b
-import contextlib
-import errno
-import time
-from collections.abc import Iterator
-from pathlib import Path
-
-# %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
-from .checks import CrackSegError
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #48c1e20c

@@ -9,6 +9,8 @@ __all__ = ["seed_for", "seed_everything", "lent_generator", "capture_rng_state",
 import hashlib
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,13 +39,6 @@ def seed_everything(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a search for bugs that writes all new memory twice
 
 
-# %% ../../nbs/core/04_seeds.ipynb #b094c65b
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
-
 # %% ../../nbs/core/04_seeds.ipynb #1a50595e
 @contextmanager
 def lent_generator(seed: int) -> Iterator[None]:
@@ -55,12 +50,6 @@ def lent_generator(seed: int) -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
 
-
-# %% ../../nbs/core/04_seeds.ipynb #b094c65b
-import random
-
-import numpy as np
-import torch
 
 # %% ../../nbs/core/04_seeds.ipynb #2a9dd974
 from .machine import logger

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from ..core.checks import CrackSegError, choose
 from ..core.seeds import seed_for
 from .augment import Augmentation, check_image_size
+from .label_augment import LabelAugmentation
 from .store import PRELOAD, create_store, read_pair, read_sizes
-from ..sources.images import normalize
+from ..sources.images import normalize, read_image
 from ..sources.samples import Sample
 
 
@@ -83,18 +84,6 @@ def sizes(self: CrackDataset) -> list[tuple[int, int]]:
     "(height, width) of every item."
     fitted = self.augmentation and self.augmentation.image_size
     return [fitted] * len(self) if fitted else self.source_sizes
-
-
-# %% ../../nbs/data/07_dataset.ipynb #25b4be71
-import torch
-from torch.utils.data import Dataset
-
-# %% ../../nbs/data/07_dataset.ipynb #3a4133ef
-from ..core.checks import CrackSegError
-from ..core.seeds import seed_for
-from .label_augment import LabelAugmentation
-from ..sources.images import read_image
-from ..sources.samples import Sample
 
 
 # %% ../../nbs/data/07_dataset.ipynb #e195163e

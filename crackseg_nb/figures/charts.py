@@ -24,14 +24,17 @@ __all__ = [
 
 # %% ../../nbs/figures/02_charts.ipynb #afd6167b
 from collections.abc import Sequence
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 # %% ../../nbs/figures/02_charts.ipynb #9c66e365
 from ..core.checks import CrackSegError
@@ -309,15 +312,6 @@ def show_confusion(
     bar.ax.tick_params(labelsize=8)
     plt.close(figure)
     return figure
-
-
-# %% ../../nbs/figures/02_charts.ipynb #afd6167b
-from itertools import product
-
-import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
 
 # %% ../../nbs/figures/02_charts.ipynb #da609b8e

@@ -8,7 +8,10 @@ __all__ = ["MODELS", "CLASSIFIER", "create_model", "count_parameters", "count_fl
 # %% ../../nbs/models/08_registry.ipynb #160212f0
 from dataclasses import fields
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/models/08_registry.ipynb #0bd5e88f
 from ..core.checks import choose
@@ -57,13 +60,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "total": sum(value.numel() for value in values),
         "trainable": sum(value.numel() for value in values if value.requires_grad),
     }
-
-
-# %% ../../nbs/models/08_registry.ipynb #27df096d
-import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 # %% ../../nbs/models/08_registry.ipynb #35d0618b

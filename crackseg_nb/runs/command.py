@@ -20,24 +20,6 @@ from ..core.files import outputs_folder
 from ..core.run_folder import claim, claim_new
 from .notebook import execute, one_line
 
-# %% ../../nbs/runs/06_command.ipynb #d4e29e06
-import argparse
-import contextlib
-import functools
-import os
-import signal
-import sys
-import tempfile
-import textwrap
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: runs are not claimed there
-
 
 # %% ../../nbs/runs/06_command.ipynb #22a0032f
 def parse_value(name: str, text: str):

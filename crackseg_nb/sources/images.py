@@ -43,11 +43,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from scipy.io import loadmat
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import VOID, CrackSegError, choose, some
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, some
 from ..core.files import in_threads, raise_first
 from .samples import Classes, Sample
 
@@ -367,13 +368,6 @@ def scan_masks(
         notes.append(f"{turned} images are turned by their EXIF orientation")
     return encoding, notes
 
-
-# %% ../../nbs/sources/02_images.ipynb #89579a18
-import numpy as np
-import torch
-
-# %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import IMAGENET_MEAN, IMAGENET_STD
 
 # %% ../../nbs/sources/02_images.ipynb #882fad02
 MEAN, DEVIATION = (np.float32(values).reshape(3, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -36,20 +36,44 @@ __all__ = [
 ]
 
 # %% ../../nbs/studies/01_race.ipynb #15e7fe63
+import copy
+import gc
+import importlib.util
 import itertools
+import logging
+import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.utils.deterministic
+from IPython.utils.capture import capture_output
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm.std import tqdm
 
 # %% ../../nbs/studies/01_race.ipynb #be1693a2
-from ..core.checks import check_number
+from ..core.checks import CrackSegError, check_number
+from ..core.machine import quiet_loggers
+from ..core.run_folder import create_run_folder
+from ..core.seeds import seed_for
 from ..data.augment import Augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
 from ..sources.samples import Sample
+from ..training.losses import Loss
+from ..training.memory import enable_gradient_checkpointing
+from ..training.optim import OptimConfig, create_optimizer
+from ..training.precision import choose_precision, time_precisions
+from ..training.trainer import TrainConfig, Trainer, begin_epoch, train_epoch
 
 
 # %% ../../nbs/studies/01_race.ipynb #b3696ce1
@@ -92,43 +116,6 @@ def measure_loading(
         for name, found in speeds.items()
     ]
     return pd.DataFrame(rows).set_index("images from")
-
-
-# %% ../../nbs/studies/01_race.ipynb #15e7fe63
-import copy
-import gc
-import importlib.util
-import logging
-import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import torch.utils.deterministic
-from IPython.utils.capture import capture_output
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from tqdm.std import tqdm
-
-# %% ../../nbs/studies/01_race.ipynb #be1693a2
-from ..core.checks import CrackSegError, check_number
-from ..core.machine import quiet_loggers
-from ..core.run_folder import create_run_folder
-from ..core.seeds import seed_for
-from ..data.dataset import CrackDataset
-from ..data.loaders import create_loader
-from ..training.losses import Loss
-from ..training.memory import enable_gradient_checkpointing
-from ..training.optim import OptimConfig, create_optimizer
-from ..training.precision import choose_precision, time_precisions
-from ..training.trainer import TrainConfig, Trainer, begin_epoch, train_epoch
 
 
 # %% ../../nbs/studies/01_race.ipynb #bb20d3c4
@@ -507,11 +494,6 @@ def ratios(
     low, high = np.percentile(medians, (2.5, 97.5), axis=0)
     return pd.DataFrame({"median": relative.median(), "from": low, "to": high}).sort_index()
 
-
-# %% ../../nbs/studies/01_race.ipynb #15e7fe63
-import pandas as pd
-import torch
-from torch import nn
 
 # %% ../../nbs/studies/01_race.ipynb #934521db
 BATCHES = (1, 8)  # images at once

@@ -6,6 +6,11 @@
 __all__ = [
     "HOMELESS",
     "COMPUTED",
+    "load_tensors",
+    "find_weights",
+    "LoadReport",
+    "load_weights",
+    "locate_weights",
     "find_source",
     "read_source",
     "split_source",
@@ -19,28 +24,126 @@ __all__ = [
     "check_finite",
     "load_encoder_weights",
     "load_model_weights",
-    "load_tensors",
-    "find_weights",
-    "LoadReport",
-    "load_weights",
-    "locate_weights",
 ]
 
 # %% ../../nbs/training/08_weights.ipynb #a4340cc5
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
 
 # %% ../../nbs/training/08_weights.ipynb #77b09062
 from ..core.checks import CrackSegError
+from ..core.files import find_path
+from ..core.run_folder import find_run_folder
 from ..models.encoders import Encoder
 from ..models.pretrained import known_names, plain_name
+from .checkpoint import latest_checkpoint, load_checkpoint, load_torch
+
+
+# %% ../../nbs/training/08_weights.ipynb #e75cf16d
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    "Return the tensors of a safetensors or torch file on the CPU without running code from it."
+    if not path.is_file():
+        raise CrackSegError(f"{path}: no such file; expected .safetensors, .pt, .pth or a folder of checkpoints")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise CrackSegError(
+                f"{path}: found no readable weights ({error}), expected a whole safetensors file"
+            ) from error
+    found = load_torch(path.read_bytes(), path)
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise CrackSegError(
+            f"{path}: found {type(found).__name__} with other things than tensors, expected a state dict"
+        )
+    return dict(found)
+
+
+# %% ../../nbs/training/08_weights.ipynb #b000fe48
+def find_weights(path) -> dict[str, torch.Tensor]:
+    "Return the tensors behind `path`: a file, a checkpoint (`checkpoints/best`), or a folder (its `best`, else its newest)."
+    path = Path(path)
+    if path.is_dir():
+        name = "best" if (path / "best.json").is_file() else latest_checkpoint(path, resumable=False)
+        if name is None:
+            raise CrackSegError(f"{path}: found no checkpoint, expected a folder with best.json or another manifest")
+        return load_checkpoint(path, name).model_state
+    name = path.stem if path.suffix == ".json" else path.name
+    if (path.parent / f"{name}.json").is_file():
+        return load_checkpoint(path.parent, name).model_state
+    return load_tensors(path)
+
+
+# %% ../../nbs/training/08_weights.ipynb #1246f069
+@dataclass
+class LoadReport:
+    "Say which tensors were loaded and which were not."
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # the model has them, the file does not
+    unexpected: list[str] = field(default_factory=list)  # the file has them, the model does not
+    mismatched: list[str] = field(default_factory=list)  # both have them, with different shapes
+
+    def __str__(self):
+        kinds = ("missing", "unexpected", "mismatched")
+        parts = [
+            f"{len(getattr(self, kind))} {kind}"
+            + (f" (first: {getattr(self, kind)[0]})" if getattr(self, kind) else "")
+            for kind in kinds
+        ]
+        return f"{len(self.loaded)} loaded, {', '.join(parts)}"
+
+
+# %% ../../nbs/training/08_weights.ipynb #eae3581c
+def load_weights(
+    model: nn.Module,
+    path,  # file, checkpoint or folder of checkpoints
+    strict: bool = True,  # every tensor must find its place
+) -> LoadReport:
+    "Load weights into `model` and report; raise CrackSegError, with the model unchanged, if they do not fit."
+    found = {name.removeprefix("module."): tensor for name, tensor in find_weights(path).items()}
+    own, report = model.state_dict(), LoadReport()
+    for name, tensor in own.items():
+        if name not in found:
+            report.missing.append(name)
+        elif found[name].shape != tensor.shape:
+            report.mismatched.append(f"{name}, found {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+        else:
+            report.loaded.append(name)
+    report.unexpected = [name for name in found if name not in own]
+    fits = not (report.missing or report.unexpected or report.mismatched)
+    if not report.loaded or (strict and not fits):
+        raise CrackSegError(
+            f"{path}: found weights of another model: {report}; expected {len(own)} tensors of {type(model).__name__}"
+        )
+    model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
+    return report
+
+
+# %% ../../nbs/training/08_weights.ipynb #97419b3d
+def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
+    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
+    path = find_path(where)
+    if path.is_file() or (path / "best.json").is_file():
+        return path
+    folder = find_run_folder(parameter, str(where), outputs)
+    if (folder / "checkpoints" / "best.json").is_file():
+        return folder / "checkpoints"
+    raise CrackSegError(
+        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
+    )
 
 
 # %% ../../nbs/training/08_weights.ipynb #5f43cd18
@@ -264,124 +367,3 @@ def load_model_weights(
         )
     check_finite(tensors, str(source))
     return load_weights(model, find_source(source))
-
-
-# %% ../../nbs/training/08_weights.ipynb #1a403790
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import safetensors.torch
-import torch
-from torch import nn
-
-# %% ../../nbs/training/08_weights.ipynb #9009bafd
-from ..core.checks import CrackSegError
-from .checkpoint import latest_checkpoint, load_checkpoint, load_torch
-
-
-# %% ../../nbs/training/08_weights.ipynb #e75cf16d
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors or torch file on the CPU without running code from it."
-    if not path.is_file():
-        raise CrackSegError(f"{path}: no such file; expected .safetensors, .pt, .pth or a folder of checkpoints")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise CrackSegError(
-                f"{path}: found no readable weights ({error}), expected a whole safetensors file"
-            ) from error
-    found = load_torch(path.read_bytes(), path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise CrackSegError(
-            f"{path}: found {type(found).__name__} with other things than tensors, expected a state dict"
-        )
-    return dict(found)
-
-
-# %% ../../nbs/training/08_weights.ipynb #b000fe48
-def find_weights(path) -> dict[str, torch.Tensor]:
-    "Return the tensors behind `path`: a file, a checkpoint (`checkpoints/best`), or a folder (its `best`, else its newest)."
-    path = Path(path)
-    if path.is_dir():
-        name = "best" if (path / "best.json").is_file() else latest_checkpoint(path, resumable=False)
-        if name is None:
-            raise CrackSegError(f"{path}: found no checkpoint, expected a folder with best.json or another manifest")
-        return load_checkpoint(path, name).model_state
-    name = path.stem if path.suffix == ".json" else path.name
-    if (path.parent / f"{name}.json").is_file():
-        return load_checkpoint(path.parent, name).model_state
-    return load_tensors(path)
-
-
-# %% ../../nbs/training/08_weights.ipynb #1246f069
-@dataclass
-class LoadReport:
-    "Say which tensors were loaded and which were not."
-
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # the model has them, the file does not
-    unexpected: list[str] = field(default_factory=list)  # the file has them, the model does not
-    mismatched: list[str] = field(default_factory=list)  # both have them, with different shapes
-
-    def __str__(self):
-        kinds = ("missing", "unexpected", "mismatched")
-        parts = [
-            f"{len(getattr(self, kind))} {kind}"
-            + (f" (first: {getattr(self, kind)[0]})" if getattr(self, kind) else "")
-            for kind in kinds
-        ]
-        return f"{len(self.loaded)} loaded, {', '.join(parts)}"
-
-
-# %% ../../nbs/training/08_weights.ipynb #eae3581c
-def load_weights(
-    model: nn.Module,
-    path,  # file, checkpoint or folder of checkpoints
-    strict: bool = True,  # every tensor must find its place
-) -> LoadReport:
-    "Load weights into `model` and report; raise CrackSegError, with the model unchanged, if they do not fit."
-    found = {name.removeprefix("module."): tensor for name, tensor in find_weights(path).items()}
-    own, report = model.state_dict(), LoadReport()
-    for name, tensor in own.items():
-        if name not in found:
-            report.missing.append(name)
-        elif found[name].shape != tensor.shape:
-            report.mismatched.append(f"{name}, found {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
-        else:
-            report.loaded.append(name)
-    report.unexpected = [name for name in found if name not in own]
-    fits = not (report.missing or report.unexpected or report.mismatched)
-    if not report.loaded or (strict and not fits):
-        raise CrackSegError(
-            f"{path}: found weights of another model: {report}; expected {len(own)} tensors of {type(model).__name__}"
-        )
-    model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
-    return report
-
-
-# %% ../../nbs/training/08_weights.ipynb #1a403790
-from pathlib import Path
-
-# %% ../../nbs/training/08_weights.ipynb #9009bafd
-from ..core.checks import CrackSegError
-from ..core.files import find_path
-from ..core.run_folder import find_run_folder
-
-
-# %% ../../nbs/training/08_weights.ipynb #97419b3d
-def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
-    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
-    path = find_path(where)
-    if path.is_file() or (path / "best.json").is_file():
-        return path
-    folder = find_run_folder(parameter, str(where), outputs)
-    if (folder / "checkpoints" / "best.json").is_file():
-        return folder / "checkpoints"
-    raise CrackSegError(
-        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
-    )
