@@ -17,7 +17,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.data.dataset import CrackDataset
 from crackseg_nb.sources.registry import read_source
-from crackseg_nb.studies import training_speed as benchmark
+from crackseg_nb.studies.encoder_benchmark import training_speed as benchmark
 from crackseg_nb.studies.race import Contest, Contestant, enter_all, enter_resident, race, ratios, seconds_of, turns
 from crackseg_nb.studies.training_speed import BenchmarkConfig, time_first_step
 from crackseg_nb.synthetic.cracks import write_synthetic

@@ -11,10 +11,10 @@ from PIL import Image
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, sha256_file, write_yaml
 from crackseg_nb.core.machine import describe_environment
-from crackseg_nb.runs import verify as module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.runs.verify import TOLERANCE, main, verify
+from crackseg_nb.runs.verify import verify as module
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
