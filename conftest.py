@@ -1,22 +1,51 @@
-"""What every test run needs: an offline environment, the markers, and nbval's chapters."""
+"""What every test run needs: an offline environment, the markers, the order of the files, and nbval's chapters."""
 
+import ast
+import hashlib
+import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from queue import Empty
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "crackseg_nb"
 # The kernels that execute the chapters inherit these. One thread each: two kernels share the cores.
-for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}.items():
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "TQDM_DISABLE": "1"}
+for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests" / "light"), os.environ.get("PYTHONPATH")]))
+# The longest first, by measured seconds: begun last, they would keep one worker busy while the other waits.
+LONGEST = [
+    "test_run.py",
+    "test_sweep.py",
+    "test_resume.py",
+    "test_experiment.py",
+    "test_frontier.py",
+    "test_parallel.py",
+    "test_devices.py",
+    "test_verify.py",
+    "test_faults.py",
+    "test_explain.py",
+    "test_encoders.py",
+    "test_evidence.py",
+    "test_dataset.py",
+    "test_small_models.py",
+    "test_losses.py",
+]
 
 MARKERS = {
     "slow": "takes minutes; runs with --slow (make test-all)",
     "real_data": "reads the real photos; CRACKSEG_DATA names their folder",
     "gpu": "needs CUDA",
+    "mount": "mounts a file system of two MiB on a temporary folder, as root; leave it out with -m 'not mount'",
     "slurm": "needs SLURM (sbatch)",
     "browser": "needs a Chromium",
 }
@@ -31,23 +60,29 @@ def pytest_unconfigure():
     shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
+def is_cell(item):
+    return type(item).__name__ == "IPyNbCell"
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
     "Empty the folder of temporary files after each chapter, once its kernel is gone."
     result = yield
-    if type(item).__name__ == "IPyNbCell" and (nextitem is None or nextitem.parent is not item.parent):
+    if is_cell(item) and (nextitem is None or nextitem.parent is not item.parent):
         for path in TEMPORARY.iterdir():
             shutil.rmtree(path, ignore_errors=True)
     return result
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all random cases")
+    parser.addoption("--all-chapters", action="store_true", help="run unchanged chapters too; where CI is set they run")
 
 
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, not with the longest
 
 
 def prepare_cell(item):
@@ -61,11 +96,126 @@ def prepare_cell(item):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    cells = [item for item in items if is_cell(item)]
+    for cell in cells:
+        prepare_cell(cell)
+    skip_unchanged(cells, config)
     for item in items:
-        if type(item).__name__ == "IPyNbCell":
-            prepare_cell(item)
-        elif item.get_closest_marker("slow") and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
+
+
+# A chapter that passed is skipped until something changes that it depends on. The checksum of what it passed with lies in pytest's cache.
+
+
+def code_of(path):
+    "Return a notebook's code cells, or a module's text, as a list of strings."
+    if path.suffix == ".py":
+        return [path.read_text("utf-8")]
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def stored_outputs(path):
+    "Return the stored outputs of a notebook without the pictures, which are not compared."
+    outputs = [output for cell in json.loads(path.read_text("utf-8"))["cells"] for output in cell.get("outputs", [])]
+    for output in outputs:
+        output["data"] = {kind: value for kind, value in output.get("data", {}).items() if "image/" not in kind}
+    return outputs
+
+
+@cache
+def imports_of(code, package):
+    "Return the modules that `code` may import, in functions too; relative names belong to `package`."
+    tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M))
+    names = re.findall(rf"\b{PACKAGE}(?:\.\w+)+", code)  # the code of other processes, too, which stands in strings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a module
+    return names
+
+
+def dependencies(notebook, root=ROOT):
+    "Return the notebook, the modules that it imports, those that they import and so on, and the notebooks that any of them names."
+    run_notebooks = {path.name: path for path in (root / "nbs").rglob("*.ipynb") if not path.name[0].isdigit()}
+    found, queue = set(), [notebook]
+    while queue:
+        path = queue.pop()
+        if path in found:
+            continue
+        found.add(path)
+        package = ".".join(path.relative_to(root).parent.parts) if path.suffix == ".py" else ""
+        for code in code_of(path):
+            queue += [other for name, other in run_notebooks.items() if name in code]
+            for name in imports_of(code, package):
+                parts = name.split(".")
+                places = [root.joinpath(*parts[:count]) for count in range(1, len(parts) + 1) if parts[0] == PACKAGE]
+                files = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+                queue += [file for file in files if file.is_file()]
+    return sorted(found)
+
+
+def checksum_of_chapter(notebook, root=ROOT):
+    "Return a checksum of all that decides whether the chapter passes; None if a cell cannot be read as Python."
+    try:
+        paths = dependencies(notebook, root)
+    except SyntaxError:
+        return None
+    parts = [platform.python_version(), stored_outputs(notebook)]
+    parts += [[path.relative_to(root).as_posix(), code_of(path)] for path in paths]
+    parts += [(root / name).read_text("utf-8") for name in ("constraints.txt", "conftest.py")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def record_of(notebook, config):
+    "Return the path of the file that holds the checksum with which a chapter passed; None without pytest's cache."
+    cache = getattr(config, "cache", None)
+    return cache and cache.mkdir("chapters") / notebook.relative_to(ROOT).as_posix().replace("/", "-")
+
+
+CHECKSUMS, PASSED = {}, {}  # of each notebook: its checksum when tests were collected, and how many cells passed
+
+
+def skip_unchanged(cells, config):
+    "Note the checksums of the chapters of `cells`, and skip those that passed with the same."
+    for notebook in {cell.path for cell in cells}:
+        CHECKSUMS[notebook] = checksum_of_chapter(notebook)
+    if config.getoption("--all-chapters") or os.environ.get("CI"):
+        return
+    for cell in cells:
+        record = record_of(cell.path, config)
+        if record and record.is_file() and record.read_text() == CHECKSUMS[cell.path]:
+            cell.add_marker(pytest.mark.skip(reason="unchanged since it passed; --all-chapters runs it"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if is_cell(item):
+        left_out = report.skipped and item.options["skip"]
+        if report.failed and (record := record_of(item.path, item.config)):
+            record.unlink(missing_ok=True)
+        elif call.when == "call" and (report.passed or left_out):
+            PASSED[item.path] = PASSED.get(item.path, 0) + 1
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    "After a notebook's last cell, if all have passed, keep the checksum that they passed with."
+    result = yield
+    if is_cell(item) and PASSED.get(item.path) == len(code_of(item.path)):
+        record, checksum = record_of(item.path, item.config), CHECKSUMS[item.path]
+        if record and checksum:
+            new = record.with_name(f"{record.name}.{os.getpid()}")
+            new.write_text(checksum)
+            new.replace(record)
+    return result
 
 
 def notice_dead_kernels():

@@ -9,10 +9,11 @@ from pathlib import Path
 import hypothesis
 import matplotlib
 import pytest
+import torch
+from process import clean_process
 from slurm_cluster import reason_against, slurm_cluster
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("CRACKSEG_DATA") or ROOT.parent / "shared" / "data")
+DATA = os.environ.get("CRACKSEG_DATA")
 
 # A shell that starts this in the background has SIGINT ignored, and processes that tests start and interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,15 +24,10 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
-def has_cuda():
-    import torch
-
-    return torch.cuda.is_available()
-
-
 NEEDS = {
-    "real_data": (DATA.is_dir, "no real photos: CRACKSEG_DATA names no folder"),
-    "gpu": (has_cuda, "no CUDA device"),
+    "real_data": (lambda: DATA and Path(DATA).is_dir(), "no real photos: CRACKSEG_DATA names no folder"),
+    "gpu": (torch.cuda.is_available, "no CUDA device"),
+    "mount": (lambda: os.geteuid() == 0, "only root may mount a file system"),
     "slurm": (lambda: not reason_against(), reason_against()),
     "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no Chromium"),
 }
@@ -46,14 +42,19 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def data_folder():
     "The folder of the real photos; its tests are marked `real_data`."
-    return DATA
+    return Path(DATA)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_process():
+    "Begin each file with the same process, whatever others did before: files run in any order."
+    with clean_process():
+        yield
 
 
 @pytest.fixture(scope="module")
 def one_thread():
     "Keep thousands of tiny operations from waiting for a second thread on a busy machine."
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +62,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tidy(request, tmp_path_factory):
+def tidy(request, tmp_path_factory, same_process):
     "Removes what a file's tests wrote, unless one of them failed: the checkpoints of all tests would fill a disk."
     base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
     before = set(base.iterdir())
@@ -105,3 +106,9 @@ def begin():
         return experiment
 
     return prepared
+
+
+@pytest.fixture(scope="session")
+def num_cases(request):
+    "How many random cases a property is shown on."
+    return 200 if request.config.getoption("--slow") else 40

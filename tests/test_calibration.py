@@ -16,7 +16,6 @@ from crackseg_nb.metrics.calibration import Calibration, show_reliability
 from crackseg_nb.models.unet import Unet, UnetConfig
 from crackseg_nb.synthetic.cracks import synthesize
 
-NUM_CASES = 200
 NAMES = ("ece", "brier", "near_ece", "near_brier")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,8 +62,8 @@ def slow_scores(images, bins, distance, threshold):
     return found
 
 
-def test_equal_to_a_slow_version():
-    for seed in range(NUM_CASES):
+def test_equal_to_a_slow_version(num_cases):
+    for seed in range(num_cases):
         generator = np.random.default_rng(seed)
         images = [random_image(generator) for _ in range(generator.integers(1, 4))]
         settings = dict(
@@ -91,8 +90,8 @@ def test_equal_to_a_slow_version():
             ).all()
 
 
-def test_equal_to_torchmetrics():
-    for seed in range(NUM_CASES):
+def test_equal_to_torchmetrics(num_cases):
+    for seed in range(num_cases):
         probability, mask = random_image(np.random.default_rng(1000 + seed))
         if (mask == VOID).all():
             continue
@@ -109,8 +108,8 @@ def test_equal_to_torchmetrics():
         assert metric.compute()["brier"] == pytest.approx(((probability - mask)[valid] ** 2).mean(), abs=1e-12)
 
 
-def test_the_folded_error_of_the_predicted_class_is_never_larger():
-    for seed in range(NUM_CASES):
+def test_the_folded_error_of_the_predicted_class_is_never_larger(num_cases):
+    for seed in range(num_cases):
         generator = np.random.default_rng(2000 + seed)
         probability = generator.random((20, 20))
         mask = (generator.random((20, 20)) < probability ** generator.choice([0.5, 1, 2])).astype(np.uint8)
@@ -119,8 +118,8 @@ def test_the_folded_error_of_the_predicted_class_is_never_larger():
         assert folded.item() <= Calibration(bins=10).update(probability, mask)["ece"] + 1e-6
 
 
-def test_values_under_void_never_matter_and_void_around_changes_nothing():
-    for seed in range(100):
+def test_values_under_void_never_matter_and_void_around_changes_nothing(num_cases):
+    for seed in range(num_cases):
         generator = np.random.default_rng(3000 + seed)
         probability, mask = random_image(generator)
         other = probability.copy()
@@ -201,8 +200,8 @@ def test_a_model_that_fails_goes_back_to_training():
     assert model.training
 
 
-def test_doubt_equals_scipy():
-    for seed in range(NUM_CASES):
+def test_doubt_equals_scipy(num_cases):
+    for seed in range(num_cases):
         generator = np.random.default_rng(seed)
         answers = generator.random((generator.integers(1, 9), 2, 1, 5, 4)) ** generator.choice([1, 8])
         answers[generator.random(answers.shape) < 0.2] = generator.choice([0, 1])

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from messages import line_of
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
@@ -42,11 +43,6 @@ def contents(root):
         for path in root.rglob("*")
         if path.is_file()
     }
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---------------------------------------------------------------- images
@@ -250,7 +246,7 @@ def test_what_runs_down_never_runs_up_and_never_grows():
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(CrackSegError) as error:
         DamageConfig(**settings)
-    assert message in one_line(error)
+    assert message in line_of(error)
 
 
 @pytest.mark.parametrize("size", [128, (128,), (31, 128), (128, 5000), None])
@@ -258,7 +254,7 @@ def test_sizes_that_make_no_sense_are_refused(size, tmp_path):
     for call in (lambda: synthesize_damage(0, size), lambda: write_damage(tmp_path / "a", 1, size)):
         with pytest.raises(CrackSegError) as error:
             call()
-        assert one_line(error).startswith("size: found")
+        assert line_of(error).startswith("size: found")
     assert not (tmp_path / "a").exists()
 
 
@@ -314,7 +310,7 @@ def test_a_complete_folder_of_other_settings_is_refused_and_untouched(tmp_path, 
     before = contents(root)
     with pytest.raises(CrackSegError) as error:
         write_damage(root, **{**settings, **change})
-    assert str(root) in one_line(error) and next(iter(change)) in one_line(error)
+    assert str(root) in line_of(error) and next(iter(change)) in line_of(error)
     assert contents(root) == before
 
 
@@ -326,7 +322,7 @@ def test_folders_of_cracks_and_of_damage_are_not_mixed_up(tmp_path, first, secon
         write_yaml(root / MANIFEST, {**read_yaml(root / MANIFEST), "complete": complete})
         with pytest.raises(CrackSegError) as error:
             second(root, 1, SIZE)
-        assert "expected one with generator" in one_line(error)
+        assert "expected one with generator" in line_of(error)
     assert contents(root).keys() == before.keys()
 
 

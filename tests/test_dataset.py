@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from messages import line_of
 from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
@@ -171,11 +172,6 @@ def assert_same_pairs(dataset, other):
             np.testing.assert_array_equal(one, two)
 
 
-def one_line(caught):
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 class TouchesAll(CrackDataset):
     "Read no image in epoch 0, and every byte of every image and mask for the first item that a process gives later."
 
@@ -320,7 +316,7 @@ def test_preloading_that_does_not_fit_is_refused_with_all_numbers(source, tmp_pa
     for preload, found, place in ((True, "true", "memory"), ("disk", "disk", "disk")):
         with pytest.raises(CrackSegError, match=f"^preload: found {found}, {room} {place}") as caught:
             make_dataset(source, preload, tmp_path)
-        one_line(caught)
+        line_of(caught)
     with pytest.raises(CrackSegError, match="no cache folder .*expected a cache folder"):
         make_dataset(source, "disk")
     with pytest.raises(CrackSegError, match="in each of 3 processes"):
@@ -497,7 +493,7 @@ def test_a_place_that_refuses_is_one_line_or_left_for_the_files(source, tmp_path
                         match=f"^preload: {'memory' if preload is True else cache} cannot hold 0.4 MiB of decoded images",
                     ) as caught:
                         make_dataset(source, preload, cache)
-                    one_line(caught)
+                    line_of(caught)
                     continue
                 dataset = make_dataset(source, "auto", cache)
                 assert (
@@ -522,7 +518,7 @@ def test_a_damaged_file_leaves_nothing_behind(source, tmp_path, preload):
     before = files_in_memory()
     with pytest.raises(CrackSegError, match=f"^{damaged}: found a damaged") as caught:
         make_dataset(source, preload, tmp_path / "cache", samples)
-    one_line(caught)
+    line_of(caught)
     assert files_in_memory() == before
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -551,7 +547,7 @@ def test_the_first_pass_over_the_images_does_not_count(source, monkeypatch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_file_is_named_in_one_line(source, tmp_path, num_workers):
+def test_a_damaged_file_is_named_in_line_of(source, tmp_path, num_workers):
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(source.samples[0].image.read_bytes()[:200])
     samples = [*source.samples[:3], type(source.samples[0])("damaged", damaged, source.samples[0].mask, "damaged")]

@@ -6,6 +6,7 @@ import pytest
 import segmentation_models_pytorch
 import timm
 import torch
+from images import photos
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -60,10 +61,6 @@ def make(name, image_size=64, **settings):
     return Unet(UnetConfig(name, image_size=image_size, pretrained="false", **settings))
 
 
-def photos(height, width, batch=1):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height + width))
-
-
 def train_a_step(model, images):
     optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
     loss = nn.functional.binary_cross_entropy_with_logits(model(images), (images[:, :1] > 0.5).float())
@@ -87,6 +84,7 @@ def predict(model, *sizes):
         assert logits.isfinite().all()
 
 
+@pytest.mark.slow  # the chapter of the U-Net builds each of them without its numbers
 @pytest.mark.parametrize("name", FRIENDLY)
 def test_every_friendly_encoder_trains_and_predicts(name):
     model = make(name)

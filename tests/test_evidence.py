@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from committed import committed
 from messages import one_line
 from PIL import Image
 
@@ -176,11 +177,11 @@ def test_interrupted_writing_leaves_no_evidence(copied, monkeypatch):
 
 def test_committed_runs_are_compared_without_their_images():
     "What is committed in outputs/ is enough for the committed comparison."
-    committed = [path.parent.parent for path in sorted(project_root().glob("outputs/*/evidence/scores.yaml"))]
-    if len(committed) < 2:
+    runs = [project_root() / path.parent.parent for path in committed("outputs/*/evidence/scores.yaml")]
+    if len(runs) < 2:
         pytest.skip("fewer than two committed runs with evidence")
-    found = compare([str(path) for path in committed])
-    assert len(found.systems) + len(found.left_out) == len(committed)
+    found = compare([str(path) for path in runs])
+    assert len(found.systems) + len(found.left_out) == len(runs)
     for name, _system in found.systems.items():
         results = read_yaml(project_root() / "outputs" / name / "final_results.yaml")
         assert found.scores.loc[name, "pooled F1"] == pytest.approx(results["test"]["pooled"]["f1"], abs=1e-9)

@@ -389,9 +389,9 @@ def direct_types(prediction, mask):
     return types
 
 
-def test_types_are_those_of_the_protocol():
+def test_types_are_those_of_the_protocol(num_cases):
     names, seen = list(ERROR_TYPES), set()
-    for seed in range(240):
+    for seed in range(num_cases):
         prediction, mask = random_case(seed)
         counts, types = error_types(prediction, mask)
         expected = direct_types(prediction, mask)
@@ -402,8 +402,8 @@ def test_types_are_those_of_the_protocol():
     assert seen == set(names)
 
 
-def test_types_add_up_to_the_wrong_pixels_and_void_never_matters():
-    for seed in range(200):
+def test_types_add_up_to_the_wrong_pixels_and_void_never_matters(num_cases):
+    for seed in range(num_cases):
         prediction, mask = random_case(seed)
         generator = np.random.default_rng(seed)
         counts, types = error_types(prediction, mask)
@@ -413,8 +413,8 @@ def test_types_add_up_to_the_wrong_pixels_and_void_never_matters():
         np.testing.assert_array_equal(error_types(other, mask)[1], types)
 
 
-def test_types_swap_with_truth_and_prediction():
-    for seed in range(60):
+def test_types_swap_with_truth_and_prediction(num_cases):
+    for seed in range(num_cases):
         prediction, mask = random_case(seed)
         mask = (mask == 1).astype(np.uint8)
         one, two = error_types(prediction, mask)[0], error_types(mask == 1, prediction.astype(np.uint8))[0]

@@ -198,23 +198,21 @@ def direct_width_counts(probability, mask, threshold):
     ]
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_scores_equal_the_slow_direct_version(part):
+def test_scores_equal_the_slow_direct_version(num_cases):
     seen = 0
-    for seed in range(52 * part, 52 * part + 52):
+    for seed in range(num_cases):
         probability, mask = random_case(seed, void=seed % 4 > 0)
         tolerance = (0, 2, 1, 2.5, 13**0.5)[seed % 5]
         row = GeometryScores(0.5, tolerance).update(probability, mask)
         direct = direct_scores(probability, mask, 0.5, tolerance)
         np.testing.assert_allclose([row[name] for name in SHAPE_SCORES], direct, rtol=1e-12, err_msg=f"seed {seed}")
         seen += 0 < row["boundary_f1"] < 1
-    assert seen > 35
+    assert seen > 0.65 * num_cases
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_width_counts_equal_the_slow_direct_version(part):
+def test_width_counts_equal_the_slow_direct_version(num_cases):
     total = np.zeros((3, 4), int)
-    for seed in range(52 * part, 52 * part + 52):
+    for seed in range(num_cases):
         probability, mask = random_case(seed, void=seed % 4 > 0)
         counts = width_counts(trace_pair(probability >= 0.5, mask))
         assert counts.tolist() == direct_width_counts(probability, mask, 0.5), seed
@@ -222,8 +220,8 @@ def test_width_counts_equal_the_slow_direct_version(part):
     assert (total > 0).all()
 
 
-def test_what_lies_under_void_never_matters():
-    for seed in range(60):
+def test_what_lies_under_void_never_matters(num_cases):
+    for seed in range(num_cases):
         probability, mask = random_case(seed)
         generator = np.random.default_rng(seed)
         hidden = np.where(mask == VOID, generator.choice([0, 1, 0.3, np.nan, 7, -2], mask.shape), probability).astype(
@@ -236,8 +234,8 @@ def test_what_lies_under_void_never_matters():
         assert first.width_table().equals(second.width_table())
 
 
-def test_a_perfect_prediction_stays_perfect_beside_void():
-    for seed in range(60):
+def test_a_perfect_prediction_stays_perfect_beside_void(num_cases):
+    for seed in range(num_cases):
         _, mask = random_case(seed)
         scores = shape_scores(trace_pair(mask == 1, mask), 0)
         assert {scores[name] for name in SCORES_OF_MATCHES if not isnan(scores[name])} <= {1.0}

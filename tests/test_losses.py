@@ -15,7 +15,6 @@ from torchvision.ops import sigmoid_focal_loss
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.training.losses import LOSSES, LossConfig, create_loss, loss_settings, losses_for
 
-NUM_CASES = 200
 ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]
 WEIGHTED = [(name, num_channels) for name, num_channels in ALL if "class_weights" in loss_settings(name)]
 
@@ -66,8 +65,8 @@ def value_and_gradient(loss, logits, target, normalizers=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_binary_cross_entropy_equals_torch(dtype):
-    for seed in range(NUM_CASES):
+def test_binary_cross_entropy_equals_torch(dtype, num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, dtype=dtype)
         valid, factor = target != VOID, 1 + seed % 5
         if valid.any():
@@ -77,8 +76,8 @@ def test_binary_cross_entropy_equals_torch(dtype):
             close(create_loss("bce", pos_weight=factor)(logits, target), expected)
 
 
-def test_cross_entropy_equals_torch_in_value_and_gradient():
-    for seed in range(NUM_CASES):
+def test_cross_entropy_equals_torch_in_value_and_gradient(num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, num_channels=2 + seed % 4)
         weights = np.random.default_rng(seed).uniform(0.1, 3, logits.shape[1]).tolist() if seed % 2 else None
         if (target == VOID).all():
@@ -92,8 +91,8 @@ def test_cross_entropy_equals_torch_in_value_and_gradient():
         close(found_gradient, gradient)
 
 
-def test_focal_equals_torchvision_and_smp():
-    for seed in range(NUM_CASES):
+def test_focal_equals_torchvision_and_smp(num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed)
         generator = np.random.default_rng(seed)
         alpha, gamma = round(generator.uniform(0, 1), 3), float(generator.choice([0, 1, 2, 3.5]))
@@ -110,8 +109,8 @@ def test_focal_equals_torchvision_and_smp():
         close(found, FocalLoss("binary", alpha=alpha, gamma=gamma, ignore_index=VOID)(logits, target))
 
 
-def test_softmax_focal_equals_smp_functional_and_two_channels_equal_one():
-    for seed in range(NUM_CASES):
+def test_softmax_focal_equals_smp_functional_and_two_channels_equal_one(num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, num_channels=2 + seed % 4, scale=3)
         gamma, valid = 0.5 * (seed % 6), target != VOID
         if not valid.any():
@@ -123,8 +122,8 @@ def test_softmax_focal_equals_smp_functional_and_two_channels_equal_one():
         close(plain(torch.cat([0 * logits, logits], 1), target), plain(logits, target))
 
 
-def test_alpha_balances_one_channel_and_scales_several():
-    for seed in range(NUM_CASES):
+def test_alpha_balances_one_channel_and_scales_several(num_cases):
+    for seed in range(num_cases):
         alpha = round(np.random.default_rng(seed).uniform(0, 1), 3)
         logits, target = random_case(seed, num_channels=2 + seed % 4)
         weights = dict(
@@ -141,15 +140,15 @@ def test_alpha_balances_one_channel_and_scales_several():
         close(create_loss("focal", alpha=alpha).sums(logits, target), alpha * parts[0] + (1 - alpha) * parts[1])
 
 
-def test_focal_without_focus_is_half_the_cross_entropy():
-    for seed in range(NUM_CASES):
+def test_focal_without_focus_is_half_the_cross_entropy(num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed)
         close(create_loss("focal", alpha=0.5, gamma=0)(logits, target), create_loss("bce")(logits, target) / 2)
 
 
 @pytest.mark.parametrize("smooth", [0.0, 1.0])
-def test_dice_and_tversky_equal_smp_on_one_image(smooth):
-    for seed in range(NUM_CASES):
+def test_dice_and_tversky_equal_smp_on_one_image(smooth, num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, num_images=1)
         alpha, beta = np.random.default_rng(seed).uniform(0.1, 1, 2).tolist()
         close(
@@ -167,16 +166,16 @@ def test_dice_and_tversky_equal_smp_on_one_image(smooth):
         )
 
 
-def test_dice_over_classes_equals_smp_where_all_classes_occur():
+def test_dice_over_classes_equals_smp_where_all_classes_occur(num_cases):
     num_compared = 0
-    for seed in range(3 * NUM_CASES):
+    for seed in range(3 * num_cases):
         logits, target = random_case(seed, num_channels=3, num_images=1)
         if set(target.unique().tolist()) - {VOID} == {0, 1, 2}:
             num_compared += 1
             close(
                 create_loss("dice", smooth=0)(logits, target), DiceLoss("multiclass", ignore_index=VOID)(logits, target)
             )
-    assert num_compared > NUM_CASES
+    assert num_compared > num_cases
 
 
 def slow_tversky(logits, target, alpha, beta, smooth, count_absent):
@@ -198,8 +197,8 @@ def slow_tversky(logits, target, alpha, beta, smooth, count_absent):
 
 @pytest.mark.parametrize("num_channels", [1, 4])
 @pytest.mark.parametrize("count_absent", [False, True])
-def test_tversky_equals_a_slow_version(num_channels, count_absent):
-    for seed in range(NUM_CASES):
+def test_tversky_equals_a_slow_version(num_channels, count_absent, num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, num_channels)
         alpha, beta, smooth = np.random.default_rng(seed).uniform(0.1, 2, 3).tolist()
         settings = dict(alpha=alpha, beta=beta, smooth=smooth, count_absent=count_absent)
@@ -222,8 +221,8 @@ def slow_boundary(logits, target):
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_boundary_equals_a_slow_version(num_channels):
-    for seed in range(NUM_CASES):
+def test_boundary_equals_a_slow_version(num_channels, num_cases):
+    for seed in range(num_cases):
         logits, target = random_case(seed, num_channels)
         close(create_loss("boundary")(logits, target), slow_boundary(logits, target))
 
@@ -263,8 +262,8 @@ def plain_focal_dice(logits, target, class_weights, alpha, gamma, smooth, focal_
     return focal_weight * focal + dice_weight * torch.stack(per_image).mean()
 
 
-def test_focal_dice_with_class_weights_equals_a_plain_version():
-    for seed in range(NUM_CASES):
+def test_focal_dice_with_class_weights_equals_a_plain_version(num_cases):
+    for seed in range(num_cases):
         generator = np.random.default_rng(seed)
         logits, target = random_case(seed, num_channels=2 + seed % 5, scale=2)
         if (target == VOID).all():
@@ -300,9 +299,9 @@ def test_losses_for_so_many_channels(num_channels):
 
 
 @pytest.mark.parametrize("name, num_channels", ALL)
-def test_void_changes_nothing_and_gets_no_gradient(name, num_channels):
+def test_void_changes_nothing_and_gets_no_gradient(name, num_channels, num_cases):
     for loss in variants(name, num_channels):
-        for seed in range(NUM_CASES // 4):
+        for seed in range(num_cases // 4):
             logits, target = random_case(seed, num_channels)
             void = (target == VOID)[:, None].expand_as(logits)
             value, gradient = value_and_gradient(loss, logits, target)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from committed import committed
 from safetensors.torch import save_file
 
 from crackseg_nb.core.checks import CrackSegError, Stopped
@@ -333,9 +334,7 @@ def test_a_mobile_encoder_moves_between_models(folder, first, begin):
     assert " 0 tensors left" in read_yaml(unet.folder / "environment.yaml")["weights"]["report"]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(path.relative_to(project_root()) for path in project_root().glob("outputs/**/config.yaml")), ids=str
-)
+@pytest.mark.parametrize("path", committed("outputs/**/config.yaml"), ids=str)
 def test_the_configurations_of_committed_runs_can_be_read(path):
     settings = read_yaml(project_root() / path)
     labelled = settings["data"]["data"] in ("ImageFolder", "TinyImageNet")  # their folder tells the classes

@@ -20,7 +20,7 @@ from crackseg_nb.runs.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-TINY = "synthetic_images=12 image_size=32 epochs=6 batch_size=4 device=cpu amp=off"
+TINY = "model=unet encoder=test_resnet synthetic_images=12 image_size=32 epochs=6 batch_size=4 device=cpu amp=off"
 GRID = "lr=0.001,0.002 seed=1,2"
 
 
@@ -177,21 +177,19 @@ def job_of(sweep, index):
 
 def test_failed_runs_are_tried_again_and_never_ranked(sweep):
     "One after the other here: no more runs at once than wanted."
-    both, running = sweep("lr=0.25,0.5 seed=1,2", "epochs=5", parallel=1, retries=1), []
+    both, running = sweep("lr=0.25,0.5", "epochs=5", parallel=1, retries=1), []
     both.submit()
     while both.active():
         running.append((both.table()["state"] == "running").sum())
     table = both.table()
-    assert (
-        list(table["state"]) == ["done", "done", "failed", "failed"]
-        and list(table["attempts"]) == [2] * 4
-        and max(running) == 1
-    ), log_of(both)
+    assert list(table["state"]) == ["done", "failed"] and list(table["attempts"]) == [2, 2] and max(running) == 1, (
+        log_of(both)
+    )
     assert list(both.compare()["rank"].isna()) == [False, True]
     assert "failed (loss: found NaN), not ranked" in (both.folder / "comparison.md").read_text()
-    assert len(both.submit()) == 2  # what failed gets new retries, what is done is not repeated
+    assert len(both.submit()) == 1  # what failed gets new retries, what is done is not repeated
     wait_for(lambda: not both.active(), "the end of the jobs", 90)
-    assert list(both.table()["attempts"]) == [2, 2, 4, 4]
+    assert list(both.table()["attempts"]) == [2, 4]
 
 
 def test_a_run_of_a_killed_job_is_taken_over(sweep, monkeypatch):

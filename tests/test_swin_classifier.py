@@ -5,6 +5,7 @@ import itertools
 import pytest
 import timm
 import torch
+from images import photos
 from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
@@ -34,10 +35,6 @@ def make(encoder="swin_tiny", **settings):
     return SwinClassifier(SwinClassifierConfig(encoder, **TINY | settings))
 
 
-def photos(height, width, batch=2):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height + width))
-
-
 @pytest.mark.parametrize("name", ["swin_small", "swin_base", "swinv2", "swinv2_small", "swinv2_base_window16"])
 def test_a_name_and_its_layout_build_the_same_network(name):
     def built(**options):
@@ -62,7 +59,7 @@ def test_the_published_sizes_compute_what_timm_computes(name):
     model.encoder.body.load_state_dict({key: theirs[plain_name(key)] for key in model.encoder.body.state_dict()})
     for part, other in ((model.norm, whole.norm), (model.head, whole.head.fc)):
         part.load_state_dict(other.state_dict())
-    images = photos(size, size, batch=1)
+    images = photos(size, size)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole(images), atol=1e-4, rtol=1e-4)
 
@@ -78,7 +75,7 @@ def test_every_position_is_normalised_before_the_mean():
     for part, other in ((model.norm, whole.norm), (model.head, whole.head.fc)):
         other.load_state_dict(part.state_dict())
     model.encoder = Deepest()
-    features, images = model.encoder(None)[0], photos(64, 64)
+    features, images = model.encoder(None)[0], photos(64, 64, batch=2)
     with torch.no_grad():
         torch.testing.assert_close(model(images), whole.forward_head(whole.norm(features.permute(0, 2, 3, 1))))
         assert not torch.allclose(model(images), model.head(model.norm(features.mean((2, 3)))), atol=0.01)
@@ -88,7 +85,7 @@ def test_every_position_is_normalised_before_the_mean():
 def test_any_size_gives_finite_logits_and_gradients(name, image_size):
     model = make(name, image_size=image_size, window_size=16).train()
     for height, width in ((32, 32), (33, 47), (64, 64), (130, 70)):
-        logits = model(photos(height, width))
+        logits = model(photos(height, width, batch=2))
         assert logits.shape == (2, 7) and logits.isfinite().all()
     nn.functional.cross_entropy(logits, torch.tensor([1, 6])).backward()
     assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
@@ -96,7 +93,7 @@ def test_any_size_gives_finite_logits_and_gradients(name, image_size):
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_padding_to_whole_patches_repeats_the_border(name):
-    model, images = make(name).eval(), photos(61, 64)
+    model, images = make(name).eval(), photos(61, 64, batch=2)
     padded = torch.cat([images, images[:, :, -1:].expand(-1, -1, 3, -1)], dim=2)
     with torch.no_grad():
         assert torch.equal(model(images), model(padded))
@@ -162,7 +159,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
         model = make(name).train()
         if recompute:
             assert enable_gradient_checkpointing(model)
-        nn.functional.cross_entropy(model(photos(64, 64)), torch.tensor([1, 6])).backward()
+        nn.functional.cross_entropy(model(photos(64, 64, batch=2)), torch.tensor([1, 6])).backward()
         gradients.append([value.grad for value in model.parameters()])
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other)

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from messages import line_of
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
@@ -37,11 +38,6 @@ def contents(root):
         for path in root.rglob("*")
         if path.is_file()
     }
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---------------------------------------------------------------- images
@@ -141,14 +137,14 @@ def test_one_surface(surface):
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(CrackSegError) as error:
         SyntheticConfig(**settings)
-    assert message in one_line(error)
+    assert message in line_of(error)
 
 
 @pytest.mark.parametrize("size", [128, (128,), (128, 128, 3), (31, 128), (128, 5000), ("a", 128), (64.5, 64), None])
 def test_sizes_that_make_no_sense_are_refused(size):
     with pytest.raises(CrackSegError) as error:
         synthesize(0, size)
-    assert one_line(error).startswith("size: found")
+    assert line_of(error).startswith("size: found")
 
 
 # ---------------------------------------------------------------- folders
@@ -211,7 +207,7 @@ def test_a_complete_folder_of_other_settings_is_refused_and_untouched(tmp_path, 
     before = contents(root)
     with pytest.raises(CrackSegError) as error:
         write_synthetic(root, **{**settings, **change})
-    message = one_line(error)
+    message = line_of(error)
     assert str(root) in message and "found" in message and "expected" in message and next(iter(change)) in message
     assert contents(root) == before
 
@@ -228,7 +224,7 @@ def test_a_foreign_manifest_is_refused(tmp_path, content):
     (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(CrackSegError) as error:
         write_synthetic(tmp_path, 1, SIZE)
-    assert MANIFEST in one_line(error)
+    assert MANIFEST in line_of(error)
 
 
 def test_a_data_set_of_somebody_else_is_never_overwritten(tmp_path):
@@ -237,7 +233,7 @@ def test_a_data_set_of_somebody_else_is_never_overwritten(tmp_path):
         (tmp_path / folder / "0000.png").write_bytes(b"precious")
     with pytest.raises(CrackSegError) as error:
         write_synthetic(tmp_path, 1, SIZE)
-    assert "found images, masks but no synthetic.yaml" in one_line(error)
+    assert "found images, masks but no synthetic.yaml" in line_of(error)
     assert (tmp_path / "images/0000.png").read_bytes() == b"precious"
 
 

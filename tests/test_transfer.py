@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import torch
+from images import photos
 from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
@@ -71,10 +72,6 @@ def refused(load, model, source, message):
         load(model, source)
     assert "\n" not in str(error.value) and re.search(message, str(error.value)), str(error.value)
     assert not changed(model, before)
-
-
-def photos(height=64, width=64):
-    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(height + width))
 
 
 # Sources
@@ -175,7 +172,7 @@ def test_encoders_of_every_kind_go_from_model_to_model(tmp_path, name):
     before = copy.deepcopy(model.state_dict())
     report = load_encoder_weights(model, saved(source, tmp_path))
     with torch.no_grad():
-        for level, expected in zip(model.encoder(photos()), source.encoder(photos()), strict=True):
+        for level, expected in zip(model.encoder(photos(64, 64)), source.encoder(photos(64, 64)), strict=True):
             assert torch.equal(level, expected)
     assert (
         report.share == 1
@@ -250,7 +247,7 @@ def test_tables_are_resized_as_timm_does(tmp_path, make, sizes):
             expected = resize_rel_pos_bias_table_simple(expected, [(side + 1) // 2 for side in sides], value.shape)
         assert torch.equal(value, expected), name
     with torch.no_grad():
-        assert all(level.isfinite().all() for level in model.encoder(photos()))
+        assert all(level.isfinite().all() for level in model.encoder(photos(64, 64)))
 
 
 @pytest.mark.parametrize("old, new", [(1, 7), (7, 1), (2, 12), (12, 2), (7, 7)])
@@ -314,7 +311,7 @@ def test_buffers_that_older_files_hold_are_not_loaded(tmp_path):
     report = load_encoder_weights(model, tmp_path / "old.safetensors")
     assert {fate.why for fate in report.of("ignored")} == {"computed", "not of the encoder"} and report.share == 1
     with torch.no_grad():
-        assert torch.equal(model.encoder(photos())[-1], source.encoder(photos())[-1])
+        assert torch.equal(model.encoder(photos(64, 64))[-1], source.encoder(photos(64, 64))[-1])
 
 
 @pytest.mark.real_data

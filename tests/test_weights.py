@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import line_of
 
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.class_weights import WEIGHTINGS, ClassWeights, resolve_class_weights, weights_from_counts
@@ -15,11 +16,6 @@ from crackseg_nb.data.class_weights import WEIGHTINGS, ClassWeights, resolve_cla
 NAMES = ("background", "crack", "spalling", "corrosion")
 FINGERPRINT, OTHER = "ab" * 32, "cd" * 32
 FORMULAS = WEIGHTINGS[1:]
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @st.composite
@@ -138,7 +134,7 @@ def test_none_weighs_all_alike():
 def test_counts_that_no_data_set_can_have_are_refused(pixels, images, message):
     with pytest.raises(CrackSegError) as error:
         weights_from_counts(pixels, images, "inverse")
-    assert message in one_line(error)
+    assert message in line_of(error)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +143,7 @@ def test_counts_that_no_data_set_can_have_are_refused(pixels, images, message):
 def test_a_beta_that_makes_no_sense_is_refused(beta, message):
     with pytest.raises(CrackSegError) as error:
         weights_from_counts([5, 2], [1, 1], "effective", beta)
-    assert one_line(error).startswith("beta: " + message)
+    assert line_of(error).startswith("beta: " + message)
 
 
 # ---------------------------------------------------------------- files
@@ -194,7 +190,7 @@ def test_a_missing_file_a_folder_and_a_name_too_long_are_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path, tmp_path / ("x" * 300 + ".json")):
         with pytest.raises(CrackSegError) as error:
             load(path)
-        assert str(path) in one_line(error) and "expected class weights as JSON" in one_line(error)
+        assert str(path) in line_of(error) and "expected class weights as JSON" in line_of(error)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +211,7 @@ def test_content_that_is_no_class_weights_is_refused(tmp_path, content, message)
     path.write_bytes(content)
     with pytest.raises(CrackSegError) as error:
         load(path)
-    assert str(path) in one_line(error) and message in one_line(error)
+    assert str(path) in line_of(error) and message in line_of(error)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +257,7 @@ def test_a_file_with_one_wrong_value_is_refused(tmp_path, key, value, message):
     path.write_text(json.dumps({**content, key: value}))
     with pytest.raises(CrackSegError) as error:
         load(path)
-    assert one_line(error).startswith(f"{path}: ") and message in one_line(error)
+    assert line_of(error).startswith(f"{path}: ") and message in line_of(error)
 
 
 def test_a_file_for_other_classes_is_refused_before_its_data_set_is(tmp_path):
@@ -269,7 +265,7 @@ def test_a_file_for_other_classes_is_refused_before_its_data_set_is(tmp_path):
     some_weights().save(path)
     with pytest.raises(CrackSegError) as error:
         load(path, NAMES[:2], OTHER)
-    assert "class list of another length (4), expected 2: background, crack" in one_line(error)
+    assert "class list of another length (4), expected 2: background, crack" in line_of(error)
 
 
 # ---------------------------------------------------------------- what a run asks for
@@ -313,7 +309,7 @@ def test_a_file_by_its_path(tmp_path):
     assert resolve(str(tmp_path / "my weights, old.json")).weights.tolist() == some_weights().weights.tolist()
     with pytest.raises(CrackSegError) as error:
         resolve_class_weights(str(tmp_path / "my weights, old.json"), PIXELS, IMAGES, NAMES, OTHER)
-    assert OTHER[:12] in one_line(error) and FINGERPRINT[:12] in one_line(error)
+    assert OTHER[:12] in line_of(error) and FINGERPRINT[:12] in line_of(error)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +335,14 @@ def test_a_file_by_its_path(tmp_path):
 def test_a_choice_that_there_is_not_is_refused(choice, message):
     with pytest.raises(CrackSegError) as error:
         resolve(choice)
-    assert message in one_line(error)
+    assert message in line_of(error)
 
 
 def test_names_and_counts_of_different_lengths_are_refused():
     for names in (NAMES[:3], (*NAMES, "algae")):
         with pytest.raises(CrackSegError) as error:
             resolve_class_weights("inverse", PIXELS, IMAGES, names, FINGERPRINT)
-        assert one_line(error) == f"class_names: found {len(names)}, expected 4 as in the counts"
+        assert line_of(error) == f"class_names: found {len(names)}, expected 4 as in the counts"
 
 
 # ---------------------------------------------------------------- what is shown
