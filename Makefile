@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt settings.ini setup.py | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: $(VENV) help format lint setup experiment benchmark test test-all chapters clean-nbs readme lab hooks constraints
+.PHONY: $(VENV) help format lint types setup experiment benchmark test test-all chapters clean-nbs readme lab hooks \
+  constraints release
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -51,12 +52,16 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
 
-test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-	  $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
+TESTS = pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+  $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
-test-all: PYTEST_ARGS += --slow
-test-all: test  ## the same and the slow tests
+test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
+	@$(BIN)/python -m $(TESTS)
+
+test-all: $(STAMP)  ## the same and the slow tests, then one number: the package's lines that ran, in percent
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m $(TESTS) --slow; status=$$?; \
+	$(BIN)/coverage combine --quiet && echo "coverage: $$($(BIN)/coverage report --format=total) %"; exit $$status
 
 chapters: $(STAMP)  ## clean the notebooks and export the package
 	@$(BIN)/nbdev_clean
@@ -70,6 +75,9 @@ format: $(STAMP)  ## lay out notebooks, tests and scripts, and export the packag
 
 lint: $(STAMP)  ## check layout and lint; `make format` mends what can be mended
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: $(STAMP)  ## check the types of the package, at the level that ty.toml sets
+	@$(BIN)/ty check --python $(VENV)
 
 clean-nbs: $(STAMP)  ## clean the notebooks only
 	@$(BIN)/nbdev_clean
@@ -90,3 +98,12 @@ constraints:  ## resolve the bounds of settings.ini anew and write constraints.t
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints
+
+release: $(STAMP)  ## build sdist and wheel into dist/ from a clean checkout, and try the wheel without it
+	@test -z "$$(git status --porcelain)" || \
+	  { echo "release: found changes that are not committed, expected a clean checkout:"; git status --short; exit 1; }
+	@rm -rf build dist
+	@$(BIN)/python -m build --no-isolation > dist.log 2>&1 || { cat dist.log; exit 1; }
+	@rm -f dist.log
+	@$(BIN)/python .ci/try_wheel.py dist/*.whl
+	@ls dist

@@ -239,3 +239,19 @@ def notice_dead_kernels():
 
 
 notice_dead_kernels()
+
+
+def let_kernels_end():
+    "Let a chapter's kernel end by itself while coverage is measured: nbval kills it, and a killed process saves nothing."
+    from nbval.kernel import RunningKernel
+
+    def stop(self):
+        self.kc.stop_channels()
+        self.km.shutdown_kernel(now=False)
+        del self.km
+
+    RunningKernel.stop = stop
+
+
+if "COVERAGE_PROCESS_CONFIG" in os.environ:
+    let_kernels_end()

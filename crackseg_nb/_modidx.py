@@ -30,6 +30,7 @@ d = {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.check_writable": ("core/files.html#check_writable", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.door": ("core/files.html#door", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.find_path": ("core/files.html#find_path", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.fingerprint_of": ("core/files.html#fingerprint_of", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.in_order": ("core/files.html#in_order", "crackseg_nb/core/files.py"),

@@ -277,7 +277,7 @@ def test_int8_answers_like_the_model_at_any_size(mobile, shape):
     assert 0 < relative_error(quantised, model, photos(*shape, seed=2)) < 0.12
 
 
-# What decides about INT8 here is arithmetic, and not the processor that runs the tests: only some of them cut sums off.
+# What decides about INT8 here is arithmetic, not the processor that runs the tests: only some of them cut sums off.
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 96), (1, 3, 32, 32)])
@@ -295,9 +295,10 @@ def test_int8_is_right_in_exact_arithmetic_and_here(mobile, shape):
 
 
 def sums_of_pairs(path, images):
-    """Yield, for each convolution of a quantised file that is not depthwise, its integer weights and the sums of two neighbouring products.
+    """Yield each dense convolution's integer weights, in a quantised file, and its sums of two neighbouring products.
 
-    Processors without VNNI keep these sums in 16 bits. Neighbours are neighbouring channels of one pixel, as ONNX Runtime lays maps out.
+    Processors without VNNI keep these sums in 16 bits. Neighbours are channels of one pixel, as ONNX Runtime lays maps
+    out. It computes depthwise convolutions otherwise.
     """
     graph = onnx.load(path).graph
     values = ReferenceEvaluator(str(path)).run(None, {compression.INPUT: images.numpy()}, intermediate=True)

@@ -15,6 +15,7 @@ __all__ = [
     "outputs_folder",
     "display_path",
     "find_path",
+    "door",
     "check_writable",
     "in_threads",
     "raise_first",
@@ -25,6 +26,7 @@ __all__ = [
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
 import hashlib
+import importlib.resources
 import json
 import os
 import shutil
@@ -39,7 +41,7 @@ import yaml
 from tqdm.auto import tqdm
 
 # %% ../../nbs/core/02_files.ipynb #a11695f4
-from .checks import CrackSegError
+from .checks import CrackSegError, choose
 
 
 # %% ../../nbs/core/02_files.ipynb #7803094f
@@ -151,6 +153,14 @@ def find_path(path) -> Path:
     path = Path(path).expanduser()
     inside = (project_root() or Path()) / path
     return inside if inside.exists() and not path.exists() else path
+
+
+# %% ../../nbs/core/02_files.ipynb #a84c07de
+def door(name: str) -> Path:
+    "Return the path of a notebook that is run as it stands: of the checkout, else of the installed package."
+    root = project_root()
+    folder = root / "nbs" if root else Path(str(importlib.resources.files("crackseg_nb"))) / "doors"
+    return folder / choose("notebook", name, sorted(path.name for path in folder.glob("*.ipynb")))
 
 
 # %% ../../nbs/core/02_files.ipynb #aed094f6

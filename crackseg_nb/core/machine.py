@@ -82,9 +82,12 @@ def package_versions(names=PACKAGES) -> dict[str, str]:
 # %% ../../nbs/core/03_machine.ipynb #ce36ed3e
 def git_state() -> dict:
     "Return the commit of this checkout and whether tracked files, outputs aside, differ from it; empty without git."
+    root = project_root()
+    if root is None:  # the repository of the working directory says nothing about an installed package
+        return {}
 
     def git(*words):
-        command = ["git", "-C", str(project_root() or "."), *words]
+        command = ["git", "-C", str(root), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:

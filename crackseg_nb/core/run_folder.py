@@ -97,7 +97,7 @@ def create_run_folder(
     raise CrackSegError(f"run_id: found 999 runs named {run_id!r} in {outputs}, expected a free name")
 
 
-# %% ../../nbs/core/05_run_folder.ipynb #da75910b
+# %% ../../nbs/core/05_run_folder.ipynb #1f3f0672
 import contextlib
 import errno
 import time

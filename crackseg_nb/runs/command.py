@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../../nbs/runs/06_command.ipynb #024b4931
 from ..core.checks import RESUME_CODE, CrackSegError, Stopped
-from ..core.files import outputs_folder
+from ..core.files import display_path, door, outputs_folder
 from ..core.run_folder import claim, claim_new
 from .notebook import execute, one_line
 
@@ -60,7 +60,7 @@ def given_parameters(given: argparse.Namespace) -> dict:
 def run_notebook(
     result,  # where the executed notebook goes; None: result.ipynb in the run folder
     parameters: dict,  # of the run notebook
-    notebook=None,  # None: the run notebook of this checkout
+    notebook=None,  # None: the run notebook
 ) -> int:
     """Execute one run, new or resumed, and return 0 (done), RESUME_CODE (to be resumed) or 1 (failed).
 
@@ -105,14 +105,14 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="crackseg_run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Execute one run (nbs/run_experiment.ipynb) without a screen.",
-        epilog=textwrap.dedent("""\
+        description="Execute one run (the notebook run_experiment.ipynb) without a screen.",
+        epilog=textwrap.dedent(f"""\
             SIGTERM, SIGUSR1 and Ctrl-C stop the run after its present step, with a checkpoint.
             exit status: 0 done; 75 to be resumed (the command is printed); 1 failed.
             examples:
               crackseg_run -p recipe quickstart -p epochs 3
               crackseg_run -p resume outputs/RUN
-            every parameter: papermill --help-notebook nbs/run_experiment.ipynb"""),
+            every parameter: papermill --help-notebook {display_path(door("run_experiment.ipynb"))}"""),
     )
     parser.add_argument(
         "result", nargs="?", help="where the executed notebook goes (default: result.ipynb in the run folder)"

@@ -98,7 +98,7 @@ def attempt(
     parameters: dict,
     submission: str,  # to which the attempt belongs
     patience: float = 0,  # seconds to wait for a process that carries the run
-    notebook=None,  # None: the run notebook of this checkout
+    notebook=None,  # None: the run notebook
 ) -> Outcome | None:
     "Begin the run in `folder` or go on with it, once; None when it is done already. Raises Claimed when another process carries it."
     with claim(folder, patience) as lock:

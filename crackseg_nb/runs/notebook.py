@@ -34,24 +34,17 @@ from papermill.exceptions import PapermillExecutionError
 
 # %% ../../nbs/runs/05_notebook.ipynb #f714bfbd
 from ..core.checks import RESUME_CODE, CrackSegError
-from ..core.files import project_root
+from ..core.files import door
 from ..core.machine import signal_handlers
 from ..core.run_folder import RunFolder
 
 
 # %% ../../nbs/runs/05_notebook.ipynb #92beb9bb
 def find_notebook(
-    notebook=None,  # None: the run notebook of this checkout
+    notebook=None,  # None: the run notebook
 ) -> Path:
     "Return the notebook to execute; raise CrackSegError where there is none."
-    if notebook is None:
-        root = project_root()
-        if root is None:
-            raise CrackSegError(
-                "notebook: found a package without its notebooks, expected to run from a checkout of the project"
-            )
-        notebook = root / "nbs" / "run_experiment.ipynb"
-    path = Path(notebook).expanduser().resolve()
+    path = door("run_experiment.ipynb") if notebook is None else Path(notebook).expanduser().resolve()
     if not path.is_file():
         raise CrackSegError(f"notebook: found no file {path}, expected a run notebook")
     return path
@@ -198,7 +191,7 @@ def execute(
     lock: int,  # what `claim` yielded
     parameters: dict,
     result=None,  # where the executed notebook goes; None: result.ipynb in the run folder
-    notebook=None,  # None: the run notebook of this checkout
+    notebook=None,  # None: the run notebook
 ) -> Outcome:
     "Execute the run notebook for the run in `folder`, relay signals to it, wait for its end, and say how it ended."
     before, target = (

@@ -188,7 +188,7 @@ class Sweep:
         grid: dict | str | list | None = None,  # values to try; None: those of the sweep that is there
         fixed: dict | str | list | None = None,  # parameters that all runs share
         outputs: str = "",  # folder of all runs and sweeps; empty: outputs/ of the project
-        notebook=None,  # None: the run notebook of this checkout
+        notebook=None,  # None: the run notebook
         **jobs,  # of `JobConfig`
     ):
         check_folder_name("name", name)

@@ -129,7 +129,7 @@ def read_jobs(given: dict | str) -> dict:
 class EncoderBenchmark:
     "Train every encoder with every seed and tell what the runs say about the encoders; all files are in `outputs/<name>`."
 
-    def __init__(self, config: EncoderBenchmarkConfig, notebook=None):  # None: the run notebook of this checkout
+    def __init__(self, config: EncoderBenchmarkConfig, notebook=None):  # None: the run notebook
         self.config = config
         grid = {"encoder": list(config.encoders), "seed": list(config.seeds)}
         self.sweep = Sweep(config.name, grid, config.fixed, config.outputs, notebook, **config.jobs)

@@ -57,7 +57,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/02_training_speed.ipynb #bc87624a
 from ..core.checks import CrackSegError, check_folder_name, check_number, choose
-from ..core.files import display_path, outputs_folder, project_root, write_text, write_yaml
+from ..core.files import display_path, door, outputs_folder, write_text, write_yaml
 from ..core.machine import describe_environment, get_device, package_versions
 from ..core.seeds import seed_everything
 from ..data.augment import create_augmentation
@@ -234,9 +234,7 @@ def phase_of(source: str) -> str:
 
 def stopping_notebook() -> dict:
     "Return the run notebook with a cell before its training that stops it after the first step."
-    if project_root() is None:
-        raise CrackSegError("benchmark: found no nbs/run_experiment.ipynb, expected a checkout of the project")
-    notebook = json.loads((project_root() / "nbs" / "run_experiment.ipynb").read_text("utf-8"))
+    notebook = json.loads(door("run_experiment.ipynb").read_text("utf-8"))
     cells = notebook["cells"]
     where = next(
         number
