@@ -60,7 +60,7 @@ def test_missing_folder_names_path_and_layout(name, data_dir, monkeypatch):
     def unreachable(*args, **options):
         raise ConnectionError("no network\nhere")
 
-    monkeypatch.setattr("crackseg_nb.sources.registry.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     found = "can't be fetched (no network)" if SOURCES[name].fetch and not data_dir else repr(data_dir)
     one_line(lambda: read_source(name, data_dir), "data_dir", found, SOURCES[name].layout)
 
