@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "SWINV2_ENCODERS",
-    "ENCODERS",
     "PATCH",
     "STRIDES",
     "WINDOWED",
-    "Architecture",
     "pad_to_multiple",
     "size_options",
     "AnySizeBias",
@@ -29,7 +26,6 @@ __all__ = [
 # %% ../../nbs/models/03_encoders.ipynb #dd056502
 import functools
 import math
-from dataclasses import dataclass, field
 
 import timm
 import torch
@@ -38,53 +34,15 @@ from segmentation_models_pytorch.encoders import get_encoder
 from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer_encoders
 from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
 from timm.layers import RelPosBias
-from timm.models import is_model, is_model_in_modules, list_models, list_pretrained
+from timm.models import is_model_in_modules
 from timm.models.maxxvit import Attention2d
 from torch import nn
 
 # %% ../../nbs/models/03_encoders.ipynb #e57a77c8
-from ..core.checks import CrackSegError, check_number, choose, first_line, nearest
+from ..core.checks import CrackSegError, check_number, choose, first_line
 from ..core.machine import logger
 from .layers import BatchNorm2d
-
-# %% ../../nbs/models/03_encoders.ipynb #a6ccd505
-SWINV2_ENCODERS = {
-    "swinv2": "swinv2_tiny_window8_256",
-    **{
-        f"swinv2_{size}{suffix}": f"swinv2_{size}_window{window}_256"
-        for size in ("tiny", "small", "base")
-        for suffix, window in (("", 8), ("_window16", 16))
-    },
-}
-
-
-# %% ../../nbs/models/03_encoders.ipynb #3a409271
-@dataclass(frozen=True)
-class Architecture:
-    "Say which network stands behind a name."
-
-    name: str  # of timm, or mit_b0 to mit_b5 of segmentation_models_pytorch
-    family: str = "timm"  # CNN, ViT, hybrid or mobile CNN; timm: has no friendly name
-    options: dict = field(default_factory=dict)  # for timm.create_model
-
-
-ENCODERS = {
-    **{name: Architecture(architecture, "ViT") for name, architecture in SWINV2_ENCODERS.items()},
-    "convnext": Architecture("convnext_tiny", "CNN"),
-    "resnet34": Architecture("resnet34", "CNN"),
-    "swin": Architecture("swin_tiny_patch4_window7_224", "ViT"),
-    "segformer": Architecture("mit_b3", "ViT"),
-    **{name: Architecture(name, "ViT") for name in mix_transformer_encoders},
-    "coatnet": Architecture("coatnet_0_rw_224", "hybrid"),
-    "maxvit": Architecture("maxvit_tiny_tf_384", "hybrid"),
-    "mobilenet": Architecture("mobilenetv2_100", "mobile CNN"),
-    "mobilenet_v2": Architecture("mobilenetv2_100", "mobile CNN"),
-    "mobilenet_v2_same": Architecture(
-        "mobilenetv2_100", "mobile CNN", {"pad_type": "same"}
-    ),  # for weights trained in TensorFlow
-    "mobilenet_v3": Architecture("mobilenetv3_large_100", "mobile CNN"),
-    "mobilenet_v3_small": Architecture("mobilenetv3_small_100", "mobile CNN"),
-}
+from .settings import ENCODERS, SWINV2_ENCODERS, Architecture, check_encoder
 
 # %% ../../nbs/models/03_encoders.ipynb #fc0da002
 PATCH = 4  # pixels on a side of one input token
@@ -296,18 +254,16 @@ def check_pyramid(architecture: str) -> None:
         )
 
 
+# %% ../../nbs/models/03_encoders.ipynb #a79a1c48
 def find_encoder(name: str) -> Architecture:
-    "Return what stands behind a friendly or timm name; raise CrackSegError with the nearest one, or with what a U-Net misses."
-    if name in ENCODERS:
+    "Return what stands behind a friendly or timm name; raise CrackSegError unless a U-Net can take it."
+    if check_encoder(name) in ENCODERS:
         return ENCODERS[name]
-    if is_model(name) and ("." not in name or name in list_pretrained()):
-        check_pyramid(name)
-        return Architecture(name)
-    close = nearest(name, [*ENCODERS, *(list_pretrained() if "." in name else list_models())])
-    hint = f" (did you mean {close!r}?)" if close else ""
-    raise CrackSegError(f"encoder: found {name!r}{hint}, expected one of {', '.join(ENCODERS)}, or a name of timm")
+    check_pyramid(name)
+    return Architecture(name)
 
 
+# %% ../../nbs/models/03_encoders.ipynb #1338b598
 def create_encoder(
     name: str,  # of ENCODERS or of timm
     image_size: int = 384,

@@ -11,7 +11,6 @@ __all__ = [
     "known_names",
     "read_weights",
     "load_weights_file",
-    "check_pretrained",
     "load_pretrained",
 ]
 
@@ -32,6 +31,7 @@ from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer
 from ..core.checks import CrackSegError, first_line
 from ..core.machine import logger
 from .encoders import Encoder
+from .settings import check_pretrained
 
 
 # %% ../../nbs/models/04_pretrained.ipynb #bfae1959
@@ -144,17 +144,6 @@ def load_weights_file(encoder: Encoder, path) -> None:
             f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, first {strange[0]!r}; {expected}"
         )
     encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})
-
-
-# %% ../../nbs/models/04_pretrained.ipynb #eff5ac2b
-def check_pretrained(pretrained: str | bool) -> str:
-    "Return the choice as text; raise CrackSegError unless it is auto, true, false or an existing file."
-    choice = str(pretrained).strip()
-    if choice.lower() in ("auto", "true", "false"):
-        return choice.lower()
-    if not Path(choice).expanduser().is_file():
-        raise CrackSegError(f"pretrained: found no file {choice}, expected auto, true, false or a safetensors file")
-    return choice
 
 
 # %% ../../nbs/models/04_pretrained.ipynb #b6005d4e
