@@ -1569,10 +1569,6 @@ d = {
                 "models/deeplab_lite.html#deeplaboptimized.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOptimizedConfig": (
-                "models/deeplab_lite.html#deeplaboptimizedconfig",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal": (
                 "models/deeplab_lite.html#deeplaboriginal",
                 "crackseg_nb/models/deeplab_lite.py",
@@ -1583,14 +1579,6 @@ d = {
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal.decode": (
                 "models/deeplab_lite.html#deeplaboriginal.decode",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig": (
-                "models/deeplab_lite.html#deeplaboriginalconfig",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig.__post_init__": (
-                "models/deeplab_lite.html#deeplaboriginalconfig.__post_init__",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.enlarge": (
@@ -1609,10 +1597,6 @@ d = {
             ),
             "crackseg_nb.models.encoders.AnySizeBias.set_window_size": (
                 "models/encoders.html#anysizebias.set_window_size",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.Architecture": (
-                "models/encoders.html#architecture",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.BatchNormAct2d": (
@@ -1767,10 +1751,6 @@ d = {
             ),
         },
         "crackseg_nb.models.pretrained": {
-            "crackseg_nb.models.pretrained.check_pretrained": (
-                "models/pretrained.html#check_pretrained",
-                "crackseg_nb/models/pretrained.py",
-            ),
             "crackseg_nb.models.pretrained.hub_reason": (
                 "models/pretrained.html#hub_reason",
                 "crackseg_nb/models/pretrained.py",
@@ -1818,6 +1798,88 @@ d = {
                 "crackseg_nb/models/registry.py",
             ),
         },
+        "crackseg_nb.models.settings": {
+            "crackseg_nb.models.settings.Architecture": (
+                "models/settings.html#architecture",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOptimizedConfig": (
+                "models/settings.html#deeplaboptimizedconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOriginalConfig": (
+                "models/settings.html#deeplaboriginalconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOriginalConfig.__post_init__": (
+                "models/settings.html#deeplaboriginalconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig": (
+                "models/settings.html#swinclassifierconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig.__post_init__": (
+                "models/settings.html#swinclassifierconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig.layout": (
+                "models/settings.html#swinclassifierconfig.layout",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinV2HybridConfig": (
+                "models/settings.html#swinv2hybridconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinV2HybridConfig.__post_init__": (
+                "models/settings.html#swinv2hybridconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.UnetConfig": (
+                "models/settings.html#unetconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.UnetConfig.__post_init__": (
+                "models/settings.html#unetconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_common": (
+                "models/settings.html#check_common",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_each": (
+                "models/settings.html#check_each",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_encoder": (
+                "models/settings.html#check_encoder",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_heads": (
+                "models/settings.html#check_heads",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_pretrained": (
+                "models/settings.html#check_pretrained",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_prior": (
+                "models/settings.html#check_prior",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_rates": (
+                "models/settings.html#check_rates",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.per_stage": (
+                "models/settings.html#per_stage",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.swin_layout": (
+                "models/settings.html#swin_layout",
+                "crackseg_nb/models/settings.py",
+            ),
+        },
         "crackseg_nb.models.swin_classifier": {
             "crackseg_nb.models.swin_classifier.SwinClassifier": (
                 "models/swin_classifier.html#swinclassifier",
@@ -1833,30 +1895,6 @@ d = {
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifier.set_grad_checkpointing": (
                 "models/swin_classifier.html#swinclassifier.set_grad_checkpointing",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig": (
-                "models/swin_classifier.html#swinclassifierconfig",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig.__post_init__": (
-                "models/swin_classifier.html#swinclassifierconfig.__post_init__",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig.layout": (
-                "models/swin_classifier.html#swinclassifierconfig.layout",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.check_heads": (
-                "models/swin_classifier.html#check_heads",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.per_stage": (
-                "models/swin_classifier.html#per_stage",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.swin_layout": (
-                "models/swin_classifier.html#swin_layout",
                 "crackseg_nb/models/swin_classifier.py",
             ),
         },
@@ -1889,14 +1927,6 @@ d = {
                 "models/swinv2_hybrid.html#swinv2hybrid.set_grad_checkpointing",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig": (
-                "models/swinv2_hybrid.html#swinv2hybridconfig",
-                "crackseg_nb/models/swinv2_hybrid.py",
-            ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig.__post_init__": (
-                "models/swinv2_hybrid.html#swinv2hybridconfig.__post_init__",
-                "crackseg_nb/models/swinv2_hybrid.py",
-            ),
         },
         "crackseg_nb.models.unet": {
             "crackseg_nb.models.unet.Unet": ("models/unet.html#unet", "crackseg_nb/models/unet.py"),
@@ -1904,11 +1934,6 @@ d = {
             "crackseg_nb.models.unet.Unet.forward": ("models/unet.html#unet.forward", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.set_grad_checkpointing": (
                 "models/unet.html#unet.set_grad_checkpointing",
-                "crackseg_nb/models/unet.py",
-            ),
-            "crackseg_nb.models.unet.UnetConfig": ("models/unet.html#unetconfig", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.UnetConfig.__post_init__": (
-                "models/unet.html#unetconfig.__post_init__",
                 "crackseg_nb/models/unet.py",
             ),
         },

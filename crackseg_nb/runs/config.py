@@ -58,8 +58,8 @@ from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
-from ..models.encoders import SWINV2_ENCODERS
-from ..models.registry import CLASSIFIER, MODELS
+from ..models.registry import MODELS
+from ..models.settings import CLASSIFIER, ENCODERS, SWINV2_ENCODERS
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, choose_classes, label_classes
@@ -281,7 +281,12 @@ def check_first_weights(self: ExperimentConfig) -> None:
 def model_config(self: ExperimentConfig):
     "Return the model's typed settings; image size and number of channels follow from the data."
     settings = dict(self.model_settings, image_size=self.data.image_size, num_classes=self.data.num_channels)
-    return MODELS[choose("model", self.model, MODELS)][0](**settings)
+    config = MODELS[choose("model", self.model, MODELS)][0](**settings)
+    if self.model == "unet" and config.encoder not in ENCODERS:
+        from crackseg_nb.models.encoders import find_encoder
+
+        find_encoder(config.encoder)  # a network of timm may lack what a U-Net needs; better said before training
+    return config
 
 
 # %% ../../nbs/runs/02_config.ipynb #b21e2fe9
