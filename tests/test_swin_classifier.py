@@ -14,7 +14,8 @@ from crackseg_nb.models.pretrained import plain_name
 from crackseg_nb.models.swin_classifier import SWIN_ENCODERS, SwinClassifier, SwinClassifierConfig, swin_layout
 from crackseg_nb.models.swinv2_hybrid import SwinV2HybridConfig
 from crackseg_nb.training.memory import enable_gradient_checkpointing
-from crackseg_nb.training.optim import OptimConfig, parameter_groups, undecayed_names
+from crackseg_nb.training.optim import parameter_groups, undecayed_names
+from crackseg_nb.training.settings import OptimConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

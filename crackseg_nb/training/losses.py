@@ -28,17 +28,12 @@ __all__ = [
     "bce_dice",
     "ce_dice",
     "dice_boundary",
-    "loss_settings",
     "create_loss",
-    "losses_for",
-    "LossConfig",
 ]
 
 # %% ../../nbs/training/02_losses.ipynb #ad0075e2
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +42,15 @@ from fastcore.basics import patch
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
-from ..core.checks import VOID, CrackSegError, check_number, choose
+from ..core.checks import VOID, CrackSegError
+from crackseg_nb.training.settings import (
+    LossConfig,
+    check_factors,
+    check_loss,
+    check_loss_number,
+    check_smooth,
+    loss_settings,
+)
 
 
 # %% ../../nbs/training/02_losses.ipynb #9f734c9e
@@ -177,7 +180,7 @@ class BCE(Loss):
 
     def __init__(self, pos_weight: float = 1.0):  # factor of the crack pixels
         super().__init__()
-        self.pos_weight = check_number("bce.pos_weight", pos_weight, float, low=0)
+        self.pos_weight = check_loss_number("bce.pos_weight", pos_weight)
 
     def terms(self, pixels: Pixels) -> Tensor:
         if pixels.logits.shape[1] != 1:
@@ -194,10 +197,7 @@ class PixelLoss(Loss):
     def __init__(self, class_weights: Sequence[float] | None = None):  # one factor per class, background first
         super().__init__()
         if class_weights is not None:
-            numbers = [check_number("class_weights", number, float, low=0) for number in class_weights]
-            if not any(numbers):
-                raise CrackSegError("class_weights: found only zeros, expected at least one above 0")
-            class_weights = torch.tensor(numbers, dtype=torch.float32)
+            class_weights = torch.tensor(check_factors("class_weights", class_weights), dtype=torch.float32)
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def pixel_weights(self, target: Tensor) -> Tensor:
@@ -241,8 +241,8 @@ class Focal(PixelLoss):
         class_weights: Sequence[float] | None = None,  # further factors, also in the normalizer
     ):
         super().__init__(class_weights)
-        self.alpha = None if alpha is None else check_number("focal.alpha", alpha, float, low=0, high=1)
-        self.gamma = check_number("focal.gamma", gamma, float, low=0)
+        self.alpha = None if alpha is None else check_loss_number("focal.alpha", alpha)
+        self.gamma = check_loss_number("focal.gamma", gamma)
 
     def terms(self, pixels: Pixels) -> Tensor:
         losses = -torch.exp(self.gamma * log_others(pixels)) * log_true(pixels)
@@ -271,11 +271,9 @@ class Tversky(Loss):
         count_absent: bool = False,  # whether a class without a pixel in the image counts
     ):
         super().__init__()
-        self.alpha = check_number("tversky.alpha", alpha, float, low=0)
-        self.beta = check_number("tversky.beta", beta, float, low=0)
-        self.smooth = check_number("smooth", smooth, float, low=0)
-        if count_absent and not self.smooth:
-            raise CrackSegError("smooth: found 0, expected more than 0 where count_absent is true")
+        self.alpha = check_loss_number("tversky.alpha", alpha)
+        self.beta = check_loss_number("tversky.beta", beta)
+        self.smooth = check_smooth(smooth, count_absent)
         self.count_absent = bool(count_absent)
 
     def terms(self, pixels: Pixels) -> Tensor:
@@ -336,9 +334,7 @@ class WeightedSum(Loss):
     def __init__(self, parts: Sequence[Loss], weights: Sequence[float]):  # one weight per part
         if len(parts) != len(weights) or not parts:
             raise CrackSegError(f"weights: found {len(weights)}, expected {max(1, len(parts))}, one per loss")
-        weights = [check_number("weights", weight, float, low=0) for weight in weights]
-        if not any(weights):
-            raise CrackSegError("weights: found only zeros, expected at least one above 0")
+        weights = check_factors("weights", weights)
         super().__init__([weight * inner for part, weight in zip(parts, weights) for inner in part.weights.tolist()])
         self.parts = nn.ModuleList(parts)
 
@@ -357,7 +353,7 @@ class LabelCrossEntropy(Loss):
 
     def __init__(self, label_smoothing: float = 0.1):  # share of the target that is spread over all classes
         super().__init__()
-        self.label_smoothing = check_number("label_smoothing", label_smoothing, float, low=0, high=1)
+        self.label_smoothing = check_loss_number("label_smoothing", label_smoothing)
 
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
         if logits.ndim != 2 or target.shape != logits.shape[:1]:
@@ -433,54 +429,25 @@ LOSSES = dict(
 )
 
 
-def loss_settings(name: str) -> dict[str, Any]:
-    "Return the settings of a loss with their defaults; raise `CrackSegError` for an unknown name."
-    parameters = inspect.signature(LOSSES[choose("loss", name, LOSSES)]).parameters
-    return {key: parameter.default for key, parameter in parameters.items() if key not in ("args", "kwargs")}
-
-
 def create_loss(name: str, **settings) -> Loss:
     "Build a loss by name; raise `CrackSegError` for an unknown name, an unknown setting or an impossible value."
-    known = loss_settings(name)
-    for key in settings:
-        if not known:
-            raise CrackSegError(f"loss {name}: found setting {key!r}, expected none")
-        choose(f"setting of loss {name}", key, known)
+    check_loss(name, settings)
     return LOSSES[name](**settings)
 
 
-# %% ../../nbs/training/02_losses.ipynb #c3345a25
-def losses_for(
-    num_channels: int,  # of the logits: 1 for cracks, else one per class
-    labels: bool = False,  # one label for an image
-) -> list[str]:
-    "Return the names of the losses for that many channels."
-    if labels:
-        return ["label_ce"]
-    others = ("ce", "ce_dice", "label_ce") if num_channels == 1 else ("bce", "bce_dice", "label_ce")
-    return [name for name in LOSSES if name not in others]
-
-
 # %% ../../nbs/training/02_losses.ipynb #49855c5a
-@dataclass
-class LossConfig:
-    "Name a loss and its settings; raise `CrackSegError` for what cannot be built."
-
-    name: str = "focal_dice"  # one of `LOSSES`
-    settings: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
-
-    def __post_init__(self):
-        self.create()
-
-    def create(
-        self, class_weights: Sequence[float] | None = None
-    ) -> Loss:  # computed from the data, in place of those in the settings
-        "Build the loss; raise `CrackSegError` for class weights where it takes none."
-        if class_weights is None:
-            return create_loss(self.name, **self.settings)
-        weighted = [name for name in LOSSES if "class_weights" in loss_settings(name)]
-        if self.name not in weighted:
-            raise CrackSegError(
-                f"class_weights: found with loss {self.name}, which takes none; expected one of {', '.join(weighted)}, or no class_weights"
-            )
-        return create_loss(self.name, **{**self.settings, "class_weights": class_weights})
+@patch
+def create(
+    self: LossConfig,
+    class_weights: Sequence[float] | None = None,  # computed from the data, in place of those in the settings
+) -> Loss:
+    "Build the loss; raise `CrackSegError` for class weights where it takes none."
+    if class_weights is None:
+        return create_loss(self.name, **self.settings)
+    weighted = [name for name in LOSSES if "class_weights" in loss_settings(name)]
+    if self.name not in weighted:
+        raise CrackSegError(
+            f"class_weights: found with loss {self.name}, which takes none; "
+            f"expected one of {', '.join(weighted)}, or no class_weights"
+        )
+    return create_loss(self.name, **{**self.settings, "class_weights": class_weights})

@@ -4,14 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "OPTIMIZERS",
-    "WARMUP_FRACTIONS",
-    "SCHEDULERS",
     "NO_DECAY_WORDS",
     "ONECYCLE_START",
     "ONECYCLE_END",
-    "OptimConfig",
-    "check_betas",
     "undecayed_names",
     "parameter_groups",
     "fused_available",
@@ -27,87 +22,14 @@ __all__ = [
 # %% ../../nbs/training/03_optim.ipynb #6779d78d
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..core.checks import CrackSegError, check_number, choose
-
-# %% ../../nbs/training/03_optim.ipynb #18c486d9
-OPTIMIZERS = ("adamw", "sgd")
-WARMUP_FRACTIONS = {
-    "constant": 0.0,
-    "cosine": 0.0,
-    "warmup_cosine": 0.05,
-    "onecycle": 0.3,
-}  # usual share of warm-up steps
-SCHEDULERS = tuple(WARMUP_FRACTIONS)
-
-
-# %% ../../nbs/training/03_optim.ipynb #34f34204
-@dataclass
-class OptimConfig:
-    "Hold the settings of the optimiser and its schedule; a wrong value raises CrackSegError."
-
-    optimizer: str = "adamw"  # adamw or sgd (Nesterov, beta1 as momentum)
-    lr: float = 1e-4  # the schedule's highest learning rate
-    weight_decay: float = 0.01  # decoupled from the gradient with adamw
-    betas: tuple[float, float] = (0.9, 0.999)  # running means of the gradient and of its square
-    eps: float = 1e-8  # adamw's guard against division by zero
-    encoder_lr_scale: float = 1.0  # learning rate of `model.encoder` relative to `lr`; 0.1 is usual for fine-tuning
-    scheduler: str = "cosine"  # constant, cosine, warmup_cosine or onecycle
-    warmup_fraction: float | None = (
-        None  # share of the steps that warms up; None: 0.05 (warmup_cosine) or 0.3 (onecycle)
-    )
-    warmup_start: float = 0.0  # learning rate at which the warm-up of the cosine begins, relative to `lr`
-    min_lr_fraction: float = 0.0  # last learning rate of the two cosine schedules relative to `lr`
-    lr_batch_size: int = (
-        0  # images per step for which `lr` is meant: with others it is scaled in proportion; 0: it is meant for any
-    )
-
-    def __post_init__(self):
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("scheduler", self.scheduler, SCHEDULERS)
-        self.lr = check_number("lr", self.lr, low=0)
-        if self.lr == 0:
-            raise CrackSegError("lr: found 0, expected a number above 0, such as 0.0001")
-        self.weight_decay = check_number("weight_decay", self.weight_decay, low=0)
-        self.eps = check_number("eps", self.eps, low=0)
-        self.encoder_lr_scale = check_number("encoder_lr_scale", self.encoder_lr_scale, low=0)
-        for name in ("min_lr_fraction", "warmup_start"):
-            setattr(self, name, check_number(name, getattr(self, name), low=0, high=1))
-        self.lr_batch_size = check_number("lr_batch_size", self.lr_batch_size, int, low=0)
-        self.betas = check_betas(self.betas)
-        if self.warmup_fraction is not None:
-            self.warmup_fraction = check_number("warmup_fraction", self.warmup_fraction, low=0, high=0.9)
-
-    @property
-    def warmup(self) -> float:
-        "The share of the steps that warms up, with the schedule's usual one in place of None."
-        return WARMUP_FRACTIONS[self.scheduler] if self.warmup_fraction is None else self.warmup_fraction
-
-    def for_batch(
-        self,
-        images: int,  # per optimiser step
-    ) -> "OptimConfig":
-        "Return these settings with the learning rate scaled in proportion to the batch, if it is meant for one (Goyal et al. 2017)."
-        return (
-            replace(self, lr=self.lr * images / self.lr_batch_size, lr_batch_size=images)
-            if self.lr_batch_size
-            else self
-        )
-
-
-# %% ../../nbs/training/03_optim.ipynb #15b2710f
-def check_betas(betas) -> tuple[float, float]:
-    "Return `betas` as two numbers in [0, 1); raise CrackSegError otherwise."
-    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
-        raise CrackSegError(f"betas: found {betas!r}, expected two numbers, such as (0.9, 0.999)")
-    return tuple(check_number("betas", beta, low=0, high=1 - 1e-9) for beta in betas)
-
+from ..core.checks import CrackSegError, check_number
+from .settings import OptimConfig
 
 # %% ../../nbs/training/03_optim.ipynb #a88a5092
 NO_DECAY_WORDS = ("relative_position_bias_table", "logit_scale", "cpb_mlp", "rel_pos.mlp", "pos_embed", "cls_token")

@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "LOOK_EVERY",
-    "TrainConfig",
     "BestSoFar",
     "Trainer",
     "create_guard",
@@ -53,7 +52,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 # %% ../../nbs/training/14_trainer.ipynb #63d29c58
-from ..core.checks import CrackSegError, Stopped, check_number, choose
+from ..core.checks import CrackSegError, Stopped
 from ..core.files import atomic_write, display_path
 from ..core.machine import logger
 from ..core.run_folder import RunFolder
@@ -72,8 +71,9 @@ from crackseg_nb.training.exchange import (
 from .interrupt import StopRequest
 from .losses import Loss
 from .memory import CacheCleaner, MemoryMonitor, enable_gradient_checkpointing, keep_freed_memory
-from .optim import OptimConfig, create_optimizer, create_scheduler
+from .optim import create_optimizer, create_scheduler
 from .precision import choose_precision
+from .settings import OptimConfig, TrainConfig
 from crackseg_nb.training.window import (
     accumulate_window,
     create_accelerator,
@@ -81,42 +81,6 @@ from crackseg_nb.training.window import (
     to_device,
     window_normalizers,
 )
-
-
-# %% ../../nbs/training/14_trainer.ipynb #69d4f0fc
-@dataclass
-class TrainConfig:
-    "Describe how a model is trained; the defaults are those of the published SwinV2 experiment."
-
-    epochs: int = 100  # 0 evaluates the model as it is built
-    batch_size: int = 2  # images that go through the model at once
-    accumulation: int = 8  # batches per optimiser step
-    eval_batch_size: int = 4
-    amp: str = "auto"  # auto, bf16, fp16 or off
-    clip_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
-    patience: int = 20  # epochs without a better validation score before training stops; 0 never stops
-    checkpoint_every: int = 5  # epochs between full training states; 0 keeps none beyond the run
-    checkpoint_minutes: float = 10.0  # minutes after which a state is written within an epoch; 0 never
-    gradient_checkpointing: bool = True
-    empty_cache_every: int = 100  # optimiser steps between clearings of the device's memory cache; 0 never
-    channels_last: bool = True  # memory layout that convolutions prefer
-    compile: bool = False  # torch.compile: minutes of compiling, then faster steps
-
-    def __post_init__(self):
-        lows = dict(
-            epochs=0,
-            batch_size=1,
-            accumulation=1,
-            eval_batch_size=1,
-            patience=0,
-            checkpoint_every=0,
-            empty_cache_every=0,
-        )
-        for name, low in lows.items():
-            setattr(self, name, check_number(name, getattr(self, name), int, low=low))
-        for name in ("clip_norm", "checkpoint_minutes"):
-            setattr(self, name, check_number(name, getattr(self, name), float, low=0))
-        choose("amp", self.amp, ("auto", "bf16", "fp16", "off"))
 
 
 # %% ../../nbs/training/14_trainer.ipynb #438eaf71
