@@ -4021,14 +4021,6 @@ d = {
                 "training/losses.html#loss.terms",
                 "crackseg_nb/training/losses.py",
             ),
-            "crackseg_nb.training.losses.LossConfig": (
-                "training/losses.html#lossconfig",
-                "crackseg_nb/training/losses.py",
-            ),
-            "crackseg_nb.training.losses.LossConfig.__post_init__": (
-                "training/losses.html#lossconfig.__post_init__",
-                "crackseg_nb/training/losses.py",
-            ),
             "crackseg_nb.training.losses.LossConfig.create": (
                 "training/losses.html#lossconfig.create",
                 "crackseg_nb/training/losses.py",
@@ -4106,14 +4098,6 @@ d = {
                 "crackseg_nb/training/losses.py",
             ),
             "crackseg_nb.training.losses.log_true": ("training/losses.html#log_true", "crackseg_nb/training/losses.py"),
-            "crackseg_nb.training.losses.loss_settings": (
-                "training/losses.html#loss_settings",
-                "crackseg_nb/training/losses.py",
-            ),
-            "crackseg_nb.training.losses.losses_for": (
-                "training/losses.html#losses_for",
-                "crackseg_nb/training/losses.py",
-            ),
             "crackseg_nb.training.losses.masked_sum": (
                 "training/losses.html#masked_sum",
                 "crackseg_nb/training/losses.py",
@@ -4244,26 +4228,6 @@ d = {
             ),
         },
         "crackseg_nb.training.optim": {
-            "crackseg_nb.training.optim.OptimConfig": (
-                "training/optim.html#optimconfig",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.__post_init__": (
-                "training/optim.html#optimconfig.__post_init__",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.for_batch": (
-                "training/optim.html#optimconfig.for_batch",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.warmup": (
-                "training/optim.html#optimconfig.warmup",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.check_betas": (
-                "training/optim.html#check_betas",
-                "crackseg_nb/training/optim.py",
-            ),
             "crackseg_nb.training.optim.cosine_between": (
                 "training/optim.html#cosine_between",
                 "crackseg_nb/training/optim.py",
@@ -4377,6 +4341,68 @@ d = {
                 "crackseg_nb/training/processes.py",
             ),
         },
+        "crackseg_nb.training.settings": {
+            "crackseg_nb.training.settings.LossConfig": (
+                "training/settings.html#lossconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.LossConfig.__post_init__": (
+                "training/settings.html#lossconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig": (
+                "training/settings.html#optimconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.__post_init__": (
+                "training/settings.html#optimconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.for_batch": (
+                "training/settings.html#optimconfig.for_batch",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.warmup": (
+                "training/settings.html#optimconfig.warmup",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.TrainConfig": (
+                "training/settings.html#trainconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.TrainConfig.__post_init__": (
+                "training/settings.html#trainconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_betas": (
+                "training/settings.html#check_betas",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_factors": (
+                "training/settings.html#check_factors",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_loss": (
+                "training/settings.html#check_loss",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_loss_number": (
+                "training/settings.html#check_loss_number",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_smooth": (
+                "training/settings.html#check_smooth",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.loss_settings": (
+                "training/settings.html#loss_settings",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.losses_for": (
+                "training/settings.html#losses_for",
+                "crackseg_nb/training/settings.py",
+            ),
+        },
         "crackseg_nb.training.trainer": {
             "crackseg_nb.training.trainer.BestSoFar": (
                 "training/trainer.html#bestsofar",
@@ -4388,14 +4414,6 @@ d = {
             ),
             "crackseg_nb.training.trainer.BestSoFar.update": (
                 "training/trainer.html#bestsofar.update",
-                "crackseg_nb/training/trainer.py",
-            ),
-            "crackseg_nb.training.trainer.TrainConfig": (
-                "training/trainer.html#trainconfig",
-                "crackseg_nb/training/trainer.py",
-            ),
-            "crackseg_nb.training.trainer.TrainConfig.__post_init__": (
-                "training/trainer.html#trainconfig.__post_init__",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer": (

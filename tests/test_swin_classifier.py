@@ -20,7 +20,8 @@ from crackseg_nb.models.settings import (
 )
 from crackseg_nb.models.swin_classifier import SwinClassifier
 from crackseg_nb.training.memory import enable_gradient_checkpointing
-from crackseg_nb.training.optim import OptimConfig, parameter_groups, undecayed_names
+from crackseg_nb.training.optim import parameter_groups, undecayed_names
+from crackseg_nb.training.settings import OptimConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -67,10 +67,9 @@ from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
 from ..synthetic.textures import TEXTURES
-from ..training.losses import LOSSES, LossConfig, loss_settings, losses_for
-from ..training.optim import OptimConfig
+from ..training.losses import LOSSES
 from ..training.precision import choose_precision
-from ..training.trainer import TrainConfig
+from ..training.settings import LossConfig, OptimConfig, TrainConfig, loss_settings, losses_for
 from ..training.weights import locate_weights
 
 # %% ../../nbs/runs/02_config.ipynb #d2ef3a10
