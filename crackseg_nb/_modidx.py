@@ -128,6 +128,10 @@ d = {
                 "core/run_folder.html#find_run_folder",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.locate_weights": (
+                "core/run_folder.html#locate_weights",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.process_is_gone": (
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
@@ -1992,10 +1996,20 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.build_config": ("runs/config.html#build_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_class_weights": (
+                "runs/config.html#check_class_weights",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_settings": ("runs/config.html#check_settings", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_weighted_loss": (
+                "runs/config.html#check_weighted_loss",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.choose_model": ("runs/config.html#choose_model", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.coerce": ("runs/config.html#coerce", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.coerce_tuple": ("runs/config.html#coerce_tuple", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.config_to_dict": ("runs/config.html#config_to_dict", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.configure": ("runs/config.html#configure", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.configure_resumed": (
@@ -2028,6 +2042,7 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.read_config": ("runs/config.html#read_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.sort_settings": ("runs/config.html#sort_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.to_number": ("runs/config.html#to_number", "crackseg_nb/runs/config.py"),
         },
         "crackseg_nb.runs.experiment": {
@@ -4610,10 +4625,6 @@ d = {
             ),
             "crackseg_nb.training.weights.load_weights": (
                 "training/weights.html#load_weights",
-                "crackseg_nb/training/weights.py",
-            ),
-            "crackseg_nb.training.weights.locate_weights": (
-                "training/weights.html#locate_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.plan_transfer": (

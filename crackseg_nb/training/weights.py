@@ -10,7 +10,6 @@ __all__ = [
     "find_weights",
     "LoadReport",
     "load_weights",
-    "locate_weights",
     "find_source",
     "read_source",
     "split_source",
@@ -41,8 +40,6 @@ from torch import nn
 
 # %% ../../nbs/training/09_weights.ipynb #77b09062
 from ..core.checks import CrackSegError
-from ..core.files import find_path
-from ..core.run_folder import find_run_folder
 from ..models.encoders import Encoder
 from ..models.pretrained import known_names, plain_name
 from .checkpoint import latest_checkpoint, load_checkpoint, load_torch
@@ -130,20 +127,6 @@ def load_weights(
         )
     model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
     return report
-
-
-# %% ../../nbs/training/09_weights.ipynb #97419b3d
-def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
-    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
-    path = find_path(where)
-    if path.is_file() or (path / "best.json").is_file():
-        return path
-    folder = find_run_folder(parameter, str(where), outputs)
-    if (folder / "checkpoints" / "best.json").is_file():
-        return folder / "checkpoints"
-    raise CrackSegError(
-        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
-    )
 
 
 # %% ../../nbs/training/09_weights.ipynb #5f43cd18
