@@ -128,6 +128,10 @@ d = {
                 "core/run_folder.html#find_run_folder",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.locate_weights": (
+                "core/run_folder.html#locate_weights",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.process_is_gone": (
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
@@ -1569,10 +1573,6 @@ d = {
                 "models/deeplab_lite.html#deeplaboptimized.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOptimizedConfig": (
-                "models/deeplab_lite.html#deeplaboptimizedconfig",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal": (
                 "models/deeplab_lite.html#deeplaboriginal",
                 "crackseg_nb/models/deeplab_lite.py",
@@ -1583,14 +1583,6 @@ d = {
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal.decode": (
                 "models/deeplab_lite.html#deeplaboriginal.decode",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig": (
-                "models/deeplab_lite.html#deeplaboriginalconfig",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.DeepLabOriginalConfig.__post_init__": (
-                "models/deeplab_lite.html#deeplaboriginalconfig.__post_init__",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.enlarge": (
@@ -1609,10 +1601,6 @@ d = {
             ),
             "crackseg_nb.models.encoders.AnySizeBias.set_window_size": (
                 "models/encoders.html#anysizebias.set_window_size",
-                "crackseg_nb/models/encoders.py",
-            ),
-            "crackseg_nb.models.encoders.Architecture": (
-                "models/encoders.html#architecture",
                 "crackseg_nb/models/encoders.py",
             ),
             "crackseg_nb.models.encoders.BatchNormAct2d": (
@@ -1767,10 +1755,6 @@ d = {
             ),
         },
         "crackseg_nb.models.pretrained": {
-            "crackseg_nb.models.pretrained.check_pretrained": (
-                "models/pretrained.html#check_pretrained",
-                "crackseg_nb/models/pretrained.py",
-            ),
             "crackseg_nb.models.pretrained.hub_reason": (
                 "models/pretrained.html#hub_reason",
                 "crackseg_nb/models/pretrained.py",
@@ -1818,6 +1802,88 @@ d = {
                 "crackseg_nb/models/registry.py",
             ),
         },
+        "crackseg_nb.models.settings": {
+            "crackseg_nb.models.settings.Architecture": (
+                "models/settings.html#architecture",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOptimizedConfig": (
+                "models/settings.html#deeplaboptimizedconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOriginalConfig": (
+                "models/settings.html#deeplaboriginalconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.DeepLabOriginalConfig.__post_init__": (
+                "models/settings.html#deeplaboriginalconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig": (
+                "models/settings.html#swinclassifierconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig.__post_init__": (
+                "models/settings.html#swinclassifierconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinClassifierConfig.layout": (
+                "models/settings.html#swinclassifierconfig.layout",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinV2HybridConfig": (
+                "models/settings.html#swinv2hybridconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.SwinV2HybridConfig.__post_init__": (
+                "models/settings.html#swinv2hybridconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.UnetConfig": (
+                "models/settings.html#unetconfig",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.UnetConfig.__post_init__": (
+                "models/settings.html#unetconfig.__post_init__",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_common": (
+                "models/settings.html#check_common",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_each": (
+                "models/settings.html#check_each",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_encoder": (
+                "models/settings.html#check_encoder",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_heads": (
+                "models/settings.html#check_heads",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_pretrained": (
+                "models/settings.html#check_pretrained",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_prior": (
+                "models/settings.html#check_prior",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.check_rates": (
+                "models/settings.html#check_rates",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.per_stage": (
+                "models/settings.html#per_stage",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.swin_layout": (
+                "models/settings.html#swin_layout",
+                "crackseg_nb/models/settings.py",
+            ),
+        },
         "crackseg_nb.models.swin_classifier": {
             "crackseg_nb.models.swin_classifier.SwinClassifier": (
                 "models/swin_classifier.html#swinclassifier",
@@ -1833,30 +1899,6 @@ d = {
             ),
             "crackseg_nb.models.swin_classifier.SwinClassifier.set_grad_checkpointing": (
                 "models/swin_classifier.html#swinclassifier.set_grad_checkpointing",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig": (
-                "models/swin_classifier.html#swinclassifierconfig",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig.__post_init__": (
-                "models/swin_classifier.html#swinclassifierconfig.__post_init__",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.SwinClassifierConfig.layout": (
-                "models/swin_classifier.html#swinclassifierconfig.layout",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.check_heads": (
-                "models/swin_classifier.html#check_heads",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.per_stage": (
-                "models/swin_classifier.html#per_stage",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
-            "crackseg_nb.models.swin_classifier.swin_layout": (
-                "models/swin_classifier.html#swin_layout",
                 "crackseg_nb/models/swin_classifier.py",
             ),
         },
@@ -1889,14 +1931,6 @@ d = {
                 "models/swinv2_hybrid.html#swinv2hybrid.set_grad_checkpointing",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig": (
-                "models/swinv2_hybrid.html#swinv2hybridconfig",
-                "crackseg_nb/models/swinv2_hybrid.py",
-            ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2HybridConfig.__post_init__": (
-                "models/swinv2_hybrid.html#swinv2hybridconfig.__post_init__",
-                "crackseg_nb/models/swinv2_hybrid.py",
-            ),
         },
         "crackseg_nb.models.unet": {
             "crackseg_nb.models.unet.Unet": ("models/unet.html#unet", "crackseg_nb/models/unet.py"),
@@ -1904,11 +1938,6 @@ d = {
             "crackseg_nb.models.unet.Unet.forward": ("models/unet.html#unet.forward", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.set_grad_checkpointing": (
                 "models/unet.html#unet.set_grad_checkpointing",
-                "crackseg_nb/models/unet.py",
-            ),
-            "crackseg_nb.models.unet.UnetConfig": ("models/unet.html#unetconfig", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.UnetConfig.__post_init__": (
-                "models/unet.html#unetconfig.__post_init__",
                 "crackseg_nb/models/unet.py",
             ),
         },
@@ -1967,10 +1996,20 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.build_config": ("runs/config.html#build_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_class_weights": (
+                "runs/config.html#check_class_weights",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_settings": ("runs/config.html#check_settings", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_weighted_loss": (
+                "runs/config.html#check_weighted_loss",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.choose_model": ("runs/config.html#choose_model", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.coerce": ("runs/config.html#coerce", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.coerce_tuple": ("runs/config.html#coerce_tuple", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.config_to_dict": ("runs/config.html#config_to_dict", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.configure": ("runs/config.html#configure", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.configure_resumed": (
@@ -2003,6 +2042,7 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.read_config": ("runs/config.html#read_config", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.sort_settings": ("runs/config.html#sort_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.to_number": ("runs/config.html#to_number", "crackseg_nb/runs/config.py"),
         },
         "crackseg_nb.runs.experiment": {
@@ -3999,14 +4039,6 @@ d = {
                 "training/losses.html#loss.terms",
                 "crackseg_nb/training/losses.py",
             ),
-            "crackseg_nb.training.losses.LossConfig": (
-                "training/losses.html#lossconfig",
-                "crackseg_nb/training/losses.py",
-            ),
-            "crackseg_nb.training.losses.LossConfig.__post_init__": (
-                "training/losses.html#lossconfig.__post_init__",
-                "crackseg_nb/training/losses.py",
-            ),
             "crackseg_nb.training.losses.LossConfig.create": (
                 "training/losses.html#lossconfig.create",
                 "crackseg_nb/training/losses.py",
@@ -4084,14 +4116,6 @@ d = {
                 "crackseg_nb/training/losses.py",
             ),
             "crackseg_nb.training.losses.log_true": ("training/losses.html#log_true", "crackseg_nb/training/losses.py"),
-            "crackseg_nb.training.losses.loss_settings": (
-                "training/losses.html#loss_settings",
-                "crackseg_nb/training/losses.py",
-            ),
-            "crackseg_nb.training.losses.losses_for": (
-                "training/losses.html#losses_for",
-                "crackseg_nb/training/losses.py",
-            ),
             "crackseg_nb.training.losses.masked_sum": (
                 "training/losses.html#masked_sum",
                 "crackseg_nb/training/losses.py",
@@ -4222,26 +4246,6 @@ d = {
             ),
         },
         "crackseg_nb.training.optim": {
-            "crackseg_nb.training.optim.OptimConfig": (
-                "training/optim.html#optimconfig",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.__post_init__": (
-                "training/optim.html#optimconfig.__post_init__",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.for_batch": (
-                "training/optim.html#optimconfig.for_batch",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.OptimConfig.warmup": (
-                "training/optim.html#optimconfig.warmup",
-                "crackseg_nb/training/optim.py",
-            ),
-            "crackseg_nb.training.optim.check_betas": (
-                "training/optim.html#check_betas",
-                "crackseg_nb/training/optim.py",
-            ),
             "crackseg_nb.training.optim.cosine_between": (
                 "training/optim.html#cosine_between",
                 "crackseg_nb/training/optim.py",
@@ -4355,6 +4359,68 @@ d = {
                 "crackseg_nb/training/processes.py",
             ),
         },
+        "crackseg_nb.training.settings": {
+            "crackseg_nb.training.settings.LossConfig": (
+                "training/settings.html#lossconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.LossConfig.__post_init__": (
+                "training/settings.html#lossconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig": (
+                "training/settings.html#optimconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.__post_init__": (
+                "training/settings.html#optimconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.for_batch": (
+                "training/settings.html#optimconfig.for_batch",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.OptimConfig.warmup": (
+                "training/settings.html#optimconfig.warmup",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.TrainConfig": (
+                "training/settings.html#trainconfig",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.TrainConfig.__post_init__": (
+                "training/settings.html#trainconfig.__post_init__",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_betas": (
+                "training/settings.html#check_betas",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_factors": (
+                "training/settings.html#check_factors",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_loss": (
+                "training/settings.html#check_loss",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_loss_number": (
+                "training/settings.html#check_loss_number",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.check_smooth": (
+                "training/settings.html#check_smooth",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.loss_settings": (
+                "training/settings.html#loss_settings",
+                "crackseg_nb/training/settings.py",
+            ),
+            "crackseg_nb.training.settings.losses_for": (
+                "training/settings.html#losses_for",
+                "crackseg_nb/training/settings.py",
+            ),
+        },
         "crackseg_nb.training.trainer": {
             "crackseg_nb.training.trainer.BestSoFar": (
                 "training/trainer.html#bestsofar",
@@ -4366,14 +4432,6 @@ d = {
             ),
             "crackseg_nb.training.trainer.BestSoFar.update": (
                 "training/trainer.html#bestsofar.update",
-                "crackseg_nb/training/trainer.py",
-            ),
-            "crackseg_nb.training.trainer.TrainConfig": (
-                "training/trainer.html#trainconfig",
-                "crackseg_nb/training/trainer.py",
-            ),
-            "crackseg_nb.training.trainer.TrainConfig.__post_init__": (
-                "training/trainer.html#trainconfig.__post_init__",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.Trainer": (
@@ -4570,10 +4628,6 @@ d = {
             ),
             "crackseg_nb.training.weights.load_weights": (
                 "training/weights.html#load_weights",
-                "crackseg_nb/training/weights.py",
-            ),
-            "crackseg_nb.training.weights.locate_weights": (
-                "training/weights.html#locate_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.plan_transfer": (

@@ -10,9 +10,8 @@ from torch import nn
 from crackseg_nb.data.augment import AUGMENTATIONS
 from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS
 from crackseg_nb.models.registry import MODELS, create_model
-from crackseg_nb.training.losses import LOSSES, loss_settings
-from crackseg_nb.training.optim import WARMUP_FRACTIONS, OptimConfig
-from crackseg_nb.training.trainer import TrainConfig
+from crackseg_nb.training.losses import LOSSES
+from crackseg_nb.training.settings import WARMUP_FRACTIONS, OptimConfig, TrainConfig, loss_settings
 
 REFERENCES = Path(__file__).with_name("reference_defaults.json")
 

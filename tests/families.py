@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crackseg_nb.models.encoders import ENCODERS, Architecture
 from crackseg_nb.models.registry import create_model
+from crackseg_nb.models.settings import ENCODERS, Architecture
 
 REFERENCES = Path(__file__).with_name("reference_outputs.json")
 TINY_SWIN = dict(depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 2, 4))

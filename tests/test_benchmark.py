@@ -22,8 +22,7 @@ from crackseg_nb.studies.race import Contest, Contestant, enter_all, enter_resid
 from crackseg_nb.studies.training_speed import BenchmarkConfig, time_first_step
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.losses import create_loss
-from crackseg_nb.training.optim import OptimConfig
-from crackseg_nb.training.trainer import TrainConfig
+from crackseg_nb.training.settings import OptimConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "benchmark_training.ipynb"

@@ -13,7 +13,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.evidence.uncertainty import show_uncertainty, tta_probabilities, turn, turn_back, uncertainty_maps
 from crackseg_nb.metrics.calibration import Calibration, show_reliability
-from crackseg_nb.models.unet import Unet, UnetConfig
+from crackseg_nb.models.settings import UnetConfig
+from crackseg_nb.models.unet import Unet
 from crackseg_nb.synthetic.cracks import synthesize
 
 NAMES = ("ece", "brier", "near_ece", "near_brier")

@@ -118,13 +118,13 @@ def test_a_chapter_that_cannot_be_read_is_never_skipped(project, checksum_of):
 
 
 def test_a_chapter_is_skipped_until_it_changes(project):
-    def outcome(*options, **environment):
+    def outcome(*options):
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", os.devnull, f"--rootdir={project}", "--nbval-lax"]
         clean = {name: value for name, value in os.environ.items() if name != "CI" and "PYTEST" not in name}
         done = subprocess.run(
             [*command, "--nbval-current-env", *options, "nbs/training/01_chapter.ipynb"],
             cwd=project,
-            env={**clean, "PYTHONPATH": str(project), **environment},
+            env={**clean, "PYTHONPATH": os.pathsep.join([str(project), clean["PYTHONPATH"]])},
             capture_output=True,
             text=True,
         )

@@ -39,8 +39,8 @@ from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint
 from crackseg_nb.training.evaluation import evaluate
 from crackseg_nb.training.losses import create_loss
-from crackseg_nb.training.optim import OptimConfig
-from crackseg_nb.training.trainer import TrainConfig, Trainer, fit
+from crackseg_nb.training.settings import OptimConfig, TrainConfig
+from crackseg_nb.training.trainer import Trainer, fit
 from crackseg_nb.training.weights import load_weights
 from crackseg_nb.training.window import create_accelerator
 

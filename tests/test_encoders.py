@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.models import encoders
-from crackseg_nb.models.encoders import ENCODERS, create_encoder, find_encoder
+from crackseg_nb.models import encoders, pretrained
+from crackseg_nb.models.encoders import create_encoder, find_encoder
 from crackseg_nb.models.layers import BatchNorm2d
-from crackseg_nb.models.pretrained import load_pretrained, load_weights_file
+from crackseg_nb.models.pretrained import load_pretrained, load_weights_file, plain_name
 from crackseg_nb.models.registry import MODELS, count_flops, create_model
-from crackseg_nb.models.unet import Unet, UnetConfig
+from crackseg_nb.models.settings import ENCODERS, UnetConfig
+from crackseg_nb.models.unet import Unet
+from crackseg_nb.runs.config import configure
 from crackseg_nb.training.memory import enable_gradient_checkpointing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,11 +184,9 @@ def test_state_goes_into_another_model(name, tmp_path):
 def test_at_its_built_size_an_encoder_is_timms_network(name):
     encoder = create_encoder(name, 96)
     expected = timm.create_model(name, **encoders.size_options(name, 96), num_classes=0).eval()
-    found = {encoders.plain_name(key): value for key, value in encoder.body.state_dict().items()}
+    found = {plain_name(key): value for key, value in encoder.body.state_dict().items()}
     state = expected.state_dict()
-    expected.load_state_dict(
-        {**state, **{key: found[encoders.plain_name(key)] for key in state if encoders.plain_name(key) in found}}
-    )
+    expected.load_state_dict({**state, **{key: found[plain_name(key)] for key in state if plain_name(key) in found}})
     images = photos(96, 96, batch=2)
     with torch.no_grad():
         ours = encoder.eval()(images)
@@ -347,18 +347,18 @@ def test_tables_of_another_size_are_refused(tmp_path):
 def test_published_weights_come_through_timm(name, monkeypatch):
     torch.manual_seed(1)
     published = timm.create_model(find_encoder(name).name)
-    monkeypatch.setattr(encoders, "hub_reason", lambda *_: None)
+    monkeypatch.setattr(pretrained, "hub_reason", lambda *_: None)
     monkeypatch.setattr(
         timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: copy.deepcopy(published.state_dict())
     )
     encoder = create_encoder(name, 96)
     report = load_pretrained(encoder, "true")
     assert report["loaded"].startswith("timm/")
-    expected = {encoders.plain_name(key): value for key, value in published.state_dict().items()}
+    expected = {plain_name(key): value for key, value in published.state_dict().items()}
     same = [
-        torch.equal(value, expected[encoders.plain_name(key)])
+        torch.equal(value, expected[plain_name(key)])
         for key, value in encoder.body.state_dict().items()
-        if value.shape == expected[encoders.plain_name(key)].shape
+        if value.shape == expected[plain_name(key)].shape
     ]
     assert all(same) and len(same) > 0.8 * len(encoder.body.state_dict())  # timm fits position tables to the size
 
@@ -369,7 +369,7 @@ def test_published_weights_of_segformer_come_through_smp(monkeypatch, tmp_path):
         {**published, "head.weight": torch.zeros(1000, 256), "head.bias": torch.zeros(1000)},
         tmp_path / "model.safetensors",
     )
-    monkeypatch.setattr(encoders, "hub_reason", lambda *_: None)
+    monkeypatch.setattr(pretrained, "hub_reason", lambda *_: None)
     monkeypatch.setattr(
         segmentation_models_pytorch.encoders, "hf_hub_download", lambda *_, filename, **__: tmp_path / filename
     )
@@ -382,7 +382,7 @@ def test_published_weights_of_segformer_come_through_smp(monkeypatch, tmp_path):
 
 
 def test_without_a_hub_auto_says_so_and_true_fails(monkeypatch, caplog):
-    monkeypatch.setattr(encoders, "hub_reason", lambda *_: "the moon is in the way")
+    monkeypatch.setattr(pretrained, "hub_reason", lambda *_: "the moon is in the way")
     monkeypatch.setattr(encoders.logger, "propagate", True)
     for name in ("coatnet", "mit_b0", "resnet18"):
         with pytest.raises(CrackSegError, match=r"^pretrained: the weights [^\n]*can't be had: the moon[^\n]*$"):
@@ -413,7 +413,7 @@ def test_without_a_hub_auto_says_so_and_true_fails(monkeypatch, caplog):
     ],
 )
 def test_wrong_encoders_are_refused_in_one_line(name, message):
-    for function in (create_encoder, lambda name: UnetConfig(encoder=name)):
+    for function in (create_encoder, lambda name: configure(encoder=name)):
         with pytest.raises(CrackSegError) as error:
             function(name)
         assert (

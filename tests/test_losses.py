@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss
 
 from crackseg_nb.core.checks import VOID, CrackSegError
-from crackseg_nb.training.losses import LOSSES, LossConfig, create_loss, loss_settings, losses_for
+from crackseg_nb.training.losses import LOSSES, create_loss
+from crackseg_nb.training.settings import LossConfig, loss_settings, losses_for
 
 ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]
 WEIGHTED = [(name, num_channels) for name, num_channels in ALL if "class_weights" in loss_settings(name)]
@@ -496,6 +497,28 @@ def test_wrong_input_gets_one_line():
         with pytest.raises(CrackSegError) as error:
             call()
         assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def refusal(call):
+    "Return the text of the error that a call raises, None if it raises none."
+    try:
+        call()
+    except CrackSegError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_settings_refuse_what_the_losses_refuse_in_the_same_words(name):
+    numbers = (-1, -0.5, 0, 0.5, 1.5, "two", float("nan"), None)
+    for key in loss_settings(name):
+        for value in ([0, 0], [-1, 2], ["x"], [1, 2], None) if key == "class_weights" else numbers:
+            expected = refusal(lambda: LOSSES[name](**{key: value}))
+            assert refusal(lambda: LossConfig(name, {key: value})) == expected
+    if "smooth" in loss_settings(name):
+        assert "smooth: found 0" in refusal(lambda: LossConfig(name, dict(smooth=0, count_absent=True)))
+    weights = {key: 0 for key in loss_settings(name) if key.endswith("_weight") and key != "pos_weight"}
+    if weights:
+        assert "weights: found only zeros" in refusal(lambda: LossConfig(name, weights))
 
 
 def test_class_weights_from_the_data_replace_those_of_the_settings():

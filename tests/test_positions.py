@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, SEGMENTERS, build
 
-from crackseg_nb.models.registry import CLASSIFIER, MODELS
+from crackseg_nb.models.registry import MODELS
+from crackseg_nb.models.settings import CLASSIFIER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ((33, 47), (65, 95), (97, 64))

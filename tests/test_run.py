@@ -151,34 +151,34 @@ def test_a_run_that_another_process_carries_is_refused(launch):
 
 
 def test_the_command_stops_and_resumes_a_real_run(tmp_path):
-    words = f"-p outputs {tmp_path} -p run_name real -p synthetic_images 12 -p image_size 32 -p epochs 6 -p batch_size 4 -p device cpu -p amp off -p model unet -p encoder test_resnet"
+    words = f"-p outputs {tmp_path} -p run_name real -p synthetic_images 12 -p image_size 32 -p epochs 30 -p batch_size 4 -p device cpu -p amp off -p model unet -p encoder test_resnet"
     process = subprocess.Popen(
         [BIN / "crackseg_run", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     folder = RunFolder(tmp_path / "real")
-    wait_for(lambda: has_trained(folder), "the first epoch", 120)
+    wait_for(lambda: has_trained(folder), "the first epoch", 300)
     process.terminate()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == RESUME_CODE and folder.state == "stopped" and "epoch 1/6" in out, (
+    assert process.returncode == RESUME_CODE and folder.state == "stopped" and "epoch 1/30" in out, (
         out[-2000:] + err[-2000:]
     )
     resume = re.search(r"resume it with: (crackseg_run .*)", out)[1]
     done = subprocess.run(
-        [BIN / "crackseg_run", *shlex.split(resume)[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [BIN / "crackseg_run", *shlex.split(resume)[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
-    assert done.returncode == 0 and "epoch 6/6" in done.stdout and "epoch 1/6" not in done.stdout, (
+    assert done.returncode == 0 and "epoch 30/30" in done.stdout and "epoch 1/30" not in done.stdout, (
         done.stdout[-2000:] + done.stderr[-2000:]
     )
     assert (
         folder.state == "done"
-        and len((folder / "history.csv").read_text().splitlines()) == 7
+        and len((folder / "history.csv").read_text().splitlines()) == 31
         and (folder / "result.ipynb").is_file()
     )
 
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path):
     done = subprocess.run(
-        [BIN / "crackseg_run", "-p", "resume", "nowhere"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [BIN / "crackseg_run", "-p", "resume", "nowhere"], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert (
         done.returncode == 1

@@ -9,12 +9,19 @@ from images import photos
 from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.models.encoders import SWINV2_ENCODERS, create_encoder
+from crackseg_nb.models.encoders import create_encoder
 from crackseg_nb.models.pretrained import plain_name
-from crackseg_nb.models.swin_classifier import SWIN_ENCODERS, SwinClassifier, SwinClassifierConfig, swin_layout
-from crackseg_nb.models.swinv2_hybrid import SwinV2HybridConfig
+from crackseg_nb.models.settings import (
+    SWIN_ENCODERS,
+    SWINV2_ENCODERS,
+    SwinClassifierConfig,
+    SwinV2HybridConfig,
+    swin_layout,
+)
+from crackseg_nb.models.swin_classifier import SwinClassifier
 from crackseg_nb.training.memory import enable_gradient_checkpointing
-from crackseg_nb.training.optim import OptimConfig, parameter_groups, undecayed_names
+from crackseg_nb.training.optim import parameter_groups, undecayed_names
+from crackseg_nb.training.settings import OptimConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

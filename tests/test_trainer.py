@@ -12,8 +12,9 @@ from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.training.checkpoint import load_checkpoint
 from crackseg_nb.training.losses import create_loss
-from crackseg_nb.training.optim import OptimConfig, learning_rate_curve
-from crackseg_nb.training.trainer import TrainConfig, Trainer, fit
+from crackseg_nb.training.optim import learning_rate_curve
+from crackseg_nb.training.settings import OptimConfig, TrainConfig
+from crackseg_nb.training.trainer import Trainer, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

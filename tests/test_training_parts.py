@@ -38,14 +38,13 @@ from crackseg_nb.training.memory import (
     saved_bytes,
 )
 from crackseg_nb.training.optim import (
-    SCHEDULERS,
-    OptimConfig,
     create_optimizer,
     create_scheduler,
     learning_rate_curve,
     parameter_groups,
     undecayed_names,
 )
+from crackseg_nb.training.settings import SCHEDULERS, OptimConfig
 from crackseg_nb.training.weights import load_weights
 
 

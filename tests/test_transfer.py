@@ -16,9 +16,10 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_yaml
 from crackseg_nb.models.encoders import create_encoder
 from crackseg_nb.models.pretrained import plain_name
-from crackseg_nb.models.swin_classifier import SwinClassifier, SwinClassifierConfig
-from crackseg_nb.models.swinv2_hybrid import SwinV2Hybrid, SwinV2HybridConfig
-from crackseg_nb.models.unet import Unet, UnetConfig
+from crackseg_nb.models.settings import SwinClassifierConfig, SwinV2HybridConfig, UnetConfig
+from crackseg_nb.models.swin_classifier import SwinClassifier
+from crackseg_nb.models.swinv2_hybrid import SwinV2Hybrid
+from crackseg_nb.models.unet import Unet
 from crackseg_nb.training.checkpoint import save_checkpoint
 from crackseg_nb.training.weights import load_encoder_weights, load_model_weights, resize_table
 

@@ -9,6 +9,7 @@ __all__ = [
     "create_run_folder",
     "find_run_folder",
     "find_finished_run",
+    "locate_weights",
     "Claimed",
     "try_lock",
     "claim",
@@ -126,6 +127,21 @@ def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
     if folder.state != "done":
         raise CrackSegError(f"{parameter}: {folder.run_id} is {folder.state}, expected a run that is done")
     return folder
+
+
+# %% ../../nbs/core/05_run_folder.ipynb #97419b3d
+def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
+    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if absent."
+    path = find_path(where)
+    if path.is_file() or (path / "best.json").is_file():
+        return path
+    folder = find_run_folder(parameter, str(where), outputs)
+    if (folder / "checkpoints" / "best.json").is_file():
+        return folder / "checkpoints"
+    raise CrackSegError(
+        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; "
+        "expected a run that kept its best epoch, or a file of weights"
+    )
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #48c1e20c

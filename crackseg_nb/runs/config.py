@@ -5,6 +5,11 @@
 # %% auto #0
 __all__ = [
     "SYNTHETIC",
+    "DATA_CHOICES",
+    "DATA_BOUNDS",
+    "CRITERIA",
+    "RUN_CHOICES",
+    "RUN_BOUNDS",
     "FIRST_WEIGHTS",
     "SECTIONS",
     "DERIVED",
@@ -12,23 +17,28 @@ __all__ = [
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
     "CARRIED",
-    "check_place",
+    "check_settings",
     "DataConfig",
+    "check_place",
     "is_labelled",
-    "check_model_of",
     "RunConfig",
     "ExperimentConfig",
+    "check_model_of",
+    "check_class_weights",
+    "check_weighted_loss",
     "default_of",
     "model_settings",
     "loss_parameters",
     "known_parameters",
-    "coerce",
     "to_number",
+    "coerce_tuple",
+    "coerce",
     "configure",
     "find_run",
     "configure_resumed",
     "choose_model",
     "inherit",
+    "sort_settings",
     "build_config",
     "config_to_dict",
     "read_config",
@@ -38,7 +48,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/02_config.ipynb #32bb7fe3
-import inspect
 import os
 import types
 import typing
@@ -53,13 +62,12 @@ from fastcore.basics import patch
 from ..core.checks import PLAIN, CrackSegError, check_folder_name, check_number, choose, plain_variables
 from ..core.files import find_path, read_yaml
 from ..core.machine import get_device
-from ..core.run_folder import RunFolder, find_run_folder
+from ..core.run_folder import RunFolder, find_run_folder, locate_weights
 from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
-from ..models.encoders import SWINV2_ENCODERS
-from ..models.registry import CLASSIFIER, MODELS
+from ..models.settings import CLASSIFIER, ENCODERS, MODEL_SETTINGS, SWINV2_ENCODERS
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, choose_classes, label_classes
@@ -67,16 +75,73 @@ from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
 from ..synthetic.textures import TEXTURES
-from ..training.losses import LOSSES, LossConfig, loss_settings, losses_for
-from ..training.optim import OptimConfig
-from ..training.precision import choose_precision
-from ..training.trainer import TrainConfig
-from ..training.weights import locate_weights
+from ..training.settings import LOSS_SETTINGS, LossConfig, OptimConfig, TrainConfig, loss_settings, losses_for
 
 # %% ../../nbs/runs/02_config.ipynb #d2ef3a10
 SYNTHETIC = ("synthetic", "synthetic_damage", "synthetic_textures")  # images that the study makes itself
 
 
+# %% ../../nbs/runs/02_config.ipynb #e51f9448
+def check_settings(
+    settings,  # a dataclass, whose numbers are brought to their kind
+    choices: dict[str, Any],  # valid names by setting
+    bounds: dict[str, tuple[type, float]],  # kind and lowest value by setting
+) -> None:
+    "Raise CrackSegError unless each setting is one of its `choices`, or a number within its `bounds`."
+    for name, valid in choices.items():
+        choose(name, getattr(settings, name), valid)
+    for name, (kind, low) in bounds.items():
+        setattr(settings, name, check_number(name, getattr(settings, name), kind, low=low))
+
+
+# %% ../../nbs/runs/02_config.ipynb #db7e5849
+DATA_CHOICES = {
+    "data": (*SYNTHETIC, *SOURCES),
+    "fit": ("crop", "resize"),
+    "eval_fit": ("native", "resize"),
+    "train_set": ("train", "trainval"),
+    "mask_encoding": ("auto", *ENCODINGS),
+    "preload": ("auto", "true", "disk", "false"),
+}
+DATA_BOUNDS = {
+    "image_size": (int, 32),
+    "num_workers": (int, 0),
+    "loader_timeout": (float, 0),
+    "synthetic_images": (int, 4),
+}
+
+
+@dataclass
+class DataConfig:
+    "Describe the images of a run and how they are prepared."
+
+    data: str = "synthetic"  # a name of SYNTHETIC or of SOURCES, the published layouts
+    data_dir: str = ""  # the data's folder; not needed for synthetic images
+    class_names: tuple[str, ...] = ()  # classes of folder in the order of their ids; empty: background, crack
+    mask_encoding: str = "auto"  # of mask values: auto (read off the masks), ids, class_ids, 0/255 or threshold
+    group_pattern: str = ""  # folder only: regular expression whose first group names an image's photo
+    image_size: int = 360  # pixels on a side of a training image
+    fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
+    eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # train, val, test; a published split is kept
+    train_set: str = "train"  # images that are learned: train, or trainval (nothing is chosen on val then)
+    augmentation: str = "crack"  # none, mirror, basic, enhanced, crack; of labelled images none, basic, advanced
+    preload: str = "auto"  # decoded images in memory (true), in a mapped file (disk), in either (auto), or false
+    num_workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
+    loader_timeout: float = 300.0  # seconds to wait for a batch from them before the run stops; 0 waits for ever
+    synthetic_images: int = 240  # how many synthetic images to make, in all
+    synthetic_width: tuple[float, float] = (1.0, 12.0)  # narrowest and widest synthetic crack, in pixels
+
+    def __post_init__(self):
+        check_settings(self, DATA_CHOICES, DATA_BOUNDS)
+        choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
+        check_fractions(self.fractions)
+        SyntheticConfig(crack_width=self.synthetic_width)  # raises for a width that cannot be drawn
+        check_place(self.data, self.data_dir, self.class_names)
+        self.classes  # raises if the names are none of this layout  # noqa: B018
+
+
+# %% ../../nbs/runs/02_config.ipynb #9d85a7f2
 def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
     "Raise CrackSegError unless `data_dir` and `class_names` belong to this kind of data."
     if data in SYNTHETIC and data_dir:
@@ -91,74 +156,16 @@ def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
         raise CrackSegError(f"data_dir: found none, expected the folder of {data}: {SOURCES[data].layout}")
 
 
-# %% ../../nbs/runs/02_config.ipynb #db7e5849
-@dataclass
-class DataConfig:
-    "Describe the images of a run and how they are prepared."
-
-    data: str = "synthetic"  # a name of SYNTHETIC or of SOURCES, the published layouts
-    data_dir: str = ""  # the data's folder; not needed for synthetic images
-    class_names: tuple[
-        str, ...
-    ] = ()  # the classes of folder, in the order of the ids in its masks; empty: background and crack
-    mask_encoding: str = "auto"  # what mask values mean: auto (told from all masks), ids, class_ids, 0/255, or threshold (grey masks at 128)
-    group_pattern: str = ""  # folder only: regular expression whose first group names an image's photo
-    image_size: int = 360  # pixels on a side of a training image
-    fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
-    eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize
-    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # train, val, test; a published split is kept
-    train_set: str = "train"  # images that are learned: train, or trainval (validation too; then no epoch and no threshold is chosen)
-    augmentation: str = "crack"  # none, mirror, basic, enhanced or crack; of labelled images none, basic or advanced
-    preload: str = "auto"  # decoded images in memory (true), in a memory-mapped file (disk), the first of them that can be had (auto), or not at all (false)
-    num_workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
-    loader_timeout: float = 300.0  # seconds to wait for a batch from them before the run stops; 0 waits for ever
-    synthetic_images: int = 240  # how many synthetic images to make, in all
-    synthetic_width: tuple[float, float] = (1.0, 12.0)  # narrowest and widest synthetic crack, in pixels
-
-    def __post_init__(self):
-        choose("data", self.data, (*SYNTHETIC, *SOURCES))
-        for name, choices in dict(
-            fit=("crop", "resize"),
-            eval_fit=("native", "resize"),
-            train_set=("train", "trainval"),
-            augmentation=LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS,
-            mask_encoding=("auto", *ENCODINGS),
-            preload=("auto", "true", "disk", "false"),
-        ).items():
-            choose(name, getattr(self, name), choices)
-        for name, low in dict(image_size=32, num_workers=0, synthetic_images=4).items():
-            setattr(self, name, check_number(name, getattr(self, name), int, low=low))
-        self.loader_timeout = check_number("loader_timeout", self.loader_timeout, float, low=0)
-        check_fractions(self.fractions)
-        SyntheticConfig(crack_width=self.synthetic_width)
-        check_place(self.data, self.data_dir, self.class_names)
-        self.classes  # raises if the names are none of this layout
-
-
 # %% ../../nbs/runs/02_config.ipynb #be7ef1c2
 def is_labelled(data: str) -> bool:
     "Return whether images of this kind carry one label each, in place of a mask."
     return data == "synthetic_textures" or data in SOURCES and SOURCES[data].labels is not None
 
 
-def check_model_of(model: str, data: str) -> None:
-    "Raise CrackSegError unless labelled images go with the classifier, and masks with a model that segments."
-    if is_labelled(data) == (model == CLASSIFIER):
-        return
-    fitting = f"{CLASSIFIER}, as of -p recipe {CLASSIFIER}" if is_labelled(data) else "a model that segments"
-    raise CrackSegError(f"model: found {model} with data {data}, expected {fitting}")
-
-
 @patch(as_prop=True)
 def labelled(self: DataConfig) -> bool:
     "Whether images carry one label each, in place of a mask."
     return is_labelled(self.data)
-
-
-@patch(as_prop=True)
-def num_channels(self: DataConfig) -> int:
-    "Channels of the logits."
-    return len(self.classes) if self.labelled else self.classes.num_channels
 
 
 @patch(as_prop=True)
@@ -175,7 +182,18 @@ def classes(self: DataConfig) -> Classes:
     return choose_classes(self.data, self.class_names, self.mask_encoding)[0]
 
 
+@patch(as_prop=True)
+def num_channels(self: DataConfig) -> int:
+    "Channels of the logits."
+    return len(self.classes) if self.labelled else self.classes.num_channels
+
+
 # %% ../../nbs/runs/02_config.ipynb #49759b9a
+CRITERIA = tuple(f"{kind}_{score}" for kind in ("pooled", "per_image") for score in ("iou", "f1"))
+RUN_CHOICES = {"threshold_criterion": CRITERIA}
+RUN_BOUNDS = {"seed": (int, 0), "devices": (int, 1), "time_limit": (float, 0)}
+
+
 @dataclass
 class RunConfig:
     "Describe what belongs to the run as a whole."
@@ -187,23 +205,15 @@ class RunConfig:
     devices: int = 1  # processes that share the training, each with a GPU of its own or a part of the CPU
     time_limit: float = 0.0  # minutes after which the run writes its state and stops, to be resumed; 0 for none
     outputs: str = ""  # folder of all runs; empty: outputs/ of the project
-    threshold_criterion: str = (
-        "pooled_f1"  # what the threshold of a binary segmentation maximises on the validation images
-    )
+    threshold_criterion: str = "pooled_f1"  # score that the threshold maximises on the validation images
     test_epoch: bool = False  # one epoch to see that everything works; its scores are marked as such
 
     def __post_init__(self):
-        self.seed = check_number("seed", self.seed, int, low=0)
-        self.devices = check_number("devices", self.devices, int, low=1)
-        self.time_limit = check_number("time_limit", self.time_limit, float, low=0)
-        get_device(self.device)
+        check_settings(self, RUN_CHOICES, RUN_BOUNDS)
+        if self.device not in ("auto", "cpu"):  # these two are always there: torch need not be asked
+            get_device(self.device)
         if self.run_name:
             check_folder_name("run_name", self.run_name)
-        choose(
-            "threshold_criterion",
-            self.threshold_criterion,
-            [f"{kind}_{score}" for kind in ("pooled", "per_image") for score in ("iou", "f1")],
-        )
 
 
 # %% ../../nbs/runs/02_config.ipynb #ba55bcc7
@@ -217,12 +227,10 @@ class ExperimentConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: str = "swinv2_hybrid"  # a name of MODELS
+    model: str = "swinv2_hybrid"  # a name of MODEL_SETTINGS
     model_settings: dict[str, Any] = field(default_factory=dict)  # of that model
     loss: LossConfig = field(default_factory=LossConfig)
-    class_weights: str = (
-        "none"  # of the loss: none, inverse_sqrt, inverse, effective, a number per class, or a class_weights.json
-    )
+    class_weights: str = "none"  # none, inverse_sqrt, inverse, effective, numbers, or a class_weights.json
     effective_beta: float = 0.99  # beta of the effective number of images
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -231,42 +239,54 @@ class ExperimentConfig:
     resume: str = ""  # folder of the run that goes on; not a setting of the run itself
 
     def __post_init__(self):
-        classes = self.data.classes
         if self.run.test_epoch:
             self.train.epochs = 1
         check_model_of(self.model, self.data.data)
-        self.model_config()
+        self.model_config()  # raises for a setting that the model cannot have
         self.check_first_weights()
-        choose_precision(self.train.amp, get_device(self.run.device))
+        if self.train.amp in ("bf16", "fp16"):  # the others go with every device: torch need not be asked
+            from crackseg_nb.training.precision import choose_precision
+
+            choose_precision(self.train.amp, get_device(self.run.device))
         choose("loss", self.loss.name, losses_for(self.data.num_channels, self.data.labelled))
         check_beta("effective_beta", self.effective_beta)
         self.class_weights = self.class_weights.strip("[]() ")
-        if not self.class_weights.endswith(".json"):  # with counts of 1, to see whether it can be understood
-            ones = np.ones(len(classes), np.int64)
-            resolve_class_weights(self.class_weights, ones, ones, classes.names, "", self.effective_beta)
-        elif not Path(self.class_weights).expanduser().is_file():
-            raise CrackSegError(
-                f"class_weights: found no file {self.class_weights}, expected the class_weights.json of a run"
-            )
-        if self.class_weights != "none" and "class_weights" not in loss_settings(self.loss.name):
-            raise CrackSegError(
-                f"class_weights: found {self.class_weights} with loss {self.loss.name}, which has none; expected none, or the loss "
-                + " or ".join(
-                    name for name in losses_for(self.data.num_channels) if "class_weights" in loss_settings(name)
-                )
-            )
+        check_class_weights(self.class_weights, self.data.classes, self.effective_beta)
+        check_weighted_loss(self.class_weights, self.loss.name, self.data.num_channels)
+
+
+# %% ../../nbs/runs/02_config.ipynb #f3ecf0df
+def check_model_of(model: str, data: str) -> None:
+    "Raise CrackSegError unless labelled images go with the classifier, and masks with a model that segments."
+    if is_labelled(data) == (model == CLASSIFIER):
+        return
+    fitting = f"{CLASSIFIER}, as of -p recipe {CLASSIFIER}" if is_labelled(data) else "a model that segments"
+    raise CrackSegError(f"model: found {model} with data {data}, expected {fitting}")
+
+
+@patch
+def model_config(self: ExperimentConfig):
+    "Return the model's typed settings; image size and number of channels follow from the data."
+    settings = dict(self.model_settings, image_size=self.data.image_size, num_classes=self.data.num_channels)
+    config = MODEL_SETTINGS[choose("model", self.model, MODEL_SETTINGS)](**settings)
+    if self.model == "unet" and config.encoder not in ENCODERS:
+        from crackseg_nb.models.encoders import find_encoder
+
+        find_encoder(config.encoder)  # a network of timm may lack what a U-Net needs; better said before training
+    return config
 
 
 # %% ../../nbs/runs/02_config.ipynb #59cb160e
 @patch
 def check_first_weights(self: ExperimentConfig) -> None:
-    "Raise CrackSegError unless the weights that training begins with are asked for once; none stands for nothing."
+    "Raise CrackSegError if both `fine_tune` and `encoder_weights` are set; `none` stands for random initialisation."
     for name in FIRST_WEIGHTS:
         if getattr(self, name).lower() == "none":
             setattr(self, name, "")
     if self.fine_tune and self.encoder_weights:
         raise CrackSegError(
-            f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, expected one of the two"
+            f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, "
+            "expected one of the two"
         )
     for name in FIRST_WEIGHTS:
         if not getattr(self, name):
@@ -274,23 +294,35 @@ def check_first_weights(self: ExperimentConfig) -> None:
         pretrained = str(self.model_settings.get("pretrained", "auto")).lower()
         if pretrained not in ("auto", "true", "false"):
             raise CrackSegError(f"pretrained: found {pretrained!r} beside {name}, expected one of the two")
-        self.model_settings["pretrained"] = "false"  # they would be overwritten
+        self.model_settings["pretrained"] = "false"
 
 
-@patch
-def model_config(self: ExperimentConfig):
-    "Return the model's typed settings; image size and number of channels follow from the data."
-    settings = dict(self.model_settings, image_size=self.data.image_size, num_classes=self.data.num_channels)
-    return MODELS[choose("model", self.model, MODELS)][0](**settings)
+# %% ../../nbs/runs/02_config.ipynb #8e3e74d6
+def check_class_weights(weights: str, classes: Classes, beta: float) -> None:
+    "Raise CrackSegError unless `weights` is a rule, a number for each class, or the path of a file."
+    if weights.endswith(".json"):
+        if not Path(weights).expanduser().is_file():
+            raise CrackSegError(f"class_weights: found no file {weights}, expected the class_weights.json of a run")
+        return
+    counts = np.ones(len(classes), np.int64)
+    resolve_class_weights(weights, counts, counts, classes.names, "", beta)
+
+
+def check_weighted_loss(weights: str, loss: str, num_channels: int) -> None:
+    "Raise CrackSegError if class weights are set and the loss has none."
+    if weights == "none" or "class_weights" in loss_settings(loss):
+        return
+    weighted = [name for name in losses_for(num_channels) if "class_weights" in loss_settings(name)]
+    raise CrackSegError(
+        f"class_weights: found {weights} with loss {loss}, which has none; "
+        f"expected none, or the loss {' or '.join(weighted)}"
+    )
 
 
 # %% ../../nbs/runs/02_config.ipynb #b21e2fe9
 SECTIONS = {"run": RunConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
 DERIVED = ("image_size", "num_classes")  # settings of a model that follow from the data
-WEIGHTING = (
-    "class_weights",
-    "effective_beta",
-)  # settings of the loss that are turned into numbers once the data is read
+WEIGHTING = ("class_weights", "effective_beta")  # settings of the loss that become numbers once data is read
 
 
 def default_of(item) -> Any:
@@ -302,7 +334,7 @@ def model_settings(name: str) -> dict[str, tuple[Any, Any]]:
     "Return (type, default) of each setting of a model family."
     return {
         item.name: (item.type, default_of(item))
-        for item in fields(MODELS[choose("model", name, MODELS)][0])
+        for item in fields(MODEL_SETTINGS[choose("model", name, MODEL_SETTINGS)])
         if item.name not in DERIVED
     }
 
@@ -310,8 +342,7 @@ def model_settings(name: str) -> dict[str, tuple[Any, Any]]:
 # %% ../../nbs/runs/02_config.ipynb #06f05d3a
 def loss_parameters(name: str) -> dict[str, tuple[Any, Any]]:
     "Return (type, default) of each setting of a loss, except the class weights, which follow from the data."
-    hints = {key: parameter.annotation for key, parameter in inspect.signature(LOSSES[name]).parameters.items()}
-    return {key: (hints[key], default) for key, default in loss_settings(name).items() if key != "class_weights"}
+    return {key: setting for key, setting in LOSS_SETTINGS[name].items() if key != "class_weights"}
 
 
 # %% ../../nbs/runs/02_config.ipynb #8ea78bfe
@@ -330,18 +361,36 @@ def known_parameters() -> dict[str, tuple[str, Any, Any]]:
         for name, item in ExperimentConfig.__dataclass_fields__.items()
         if name in WEIGHTING
     }
-    for name in MODELS:
+    for name in MODEL_SETTINGS:
         known |= {key: ("model", *rest) for key, rest in model_settings(name).items()}
-    for name in LOSSES:
+    for name in LOSS_SETTINGS:
         known |= {key: ("loss", *rest) for key, rest in loss_parameters(name).items() if key not in known}
     return known
 
 
 # %% ../../nbs/runs/02_config.ipynb #dce2b578
+def to_number(text) -> Any:
+    "Return a string as a number if it is one, else as it is."
+    try:
+        return float(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+def coerce_tuple(parameter: str, value, members: tuple) -> tuple:
+    "Return `value`, a sequence or text with commas, as a tuple of `members`, the last of which may be an ellipsis."
+    if isinstance(value, str):
+        value = [part for part in value.replace("(", "").replace(")", "").split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise CrackSegError(f"{parameter}: found {value!r}, expected numbers such as 1,6,12")
+    each = members if Ellipsis not in members and len(members) == len(value) else [members[0]] * len(value)
+    return tuple(coerce(parameter, part if kind is str else to_number(part), kind) for part, kind in zip(value, each))
+
+
 def coerce(parameter: str, value, kind) -> Any:
     "Return `value` as `kind`; raise CrackSegError if it is not one."
-    members = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
+        members = typing.get_args(kind)
         if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in members):
             return None
         return coerce(parameter, value, next(member for member in members if member is not types.NoneType))
@@ -355,28 +404,12 @@ def coerce(parameter: str, value, kind) -> Any:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         raise CrackSegError(f"{parameter}: found {value!r}, expected true or false")
-    parts = (
-        [part for part in value.replace("(", "").replace(")", "").split(",") if part.strip()]
-        if isinstance(value, str)
-        else value
-    )
-    if not isinstance(parts, (list, tuple)):
-        raise CrackSegError(f"{parameter}: found {value!r}, expected numbers such as 1,6,12")
-    kinds = members if Ellipsis not in members and len(members) == len(parts) else [members[0]] * len(parts)
-    return tuple(coerce(parameter, part if item is str else to_number(part), item) for part, item in zip(parts, kinds))
-
-
-def to_number(text) -> Any:
-    "Return a string as a number if it is one, else as it is."
-    try:
-        return float(text) if isinstance(text, str) else text
-    except ValueError:
-        return text
+    return coerce_tuple(parameter, value, typing.get_args(kind))
 
 
 # %% ../../nbs/runs/02_config.ipynb #d90e03b1
 def configure(
-    **parameters,  # any of `known_parameters()`; `config` with a run's config.yaml; `resume` with a run; None: as the recipe says
+    **parameters,  # of `known_parameters()`, `config` (a config.yaml), `resume` (a run); None: as the recipe says
 ) -> ExperimentConfig:
     "Return the configuration that `parameters` describe; raise CrackSegError for unknown names and wrong values."
     known = known_parameters()
@@ -397,9 +430,8 @@ def configure(
     base = base or dict(RECIPES[recipe].settings)
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
     config = build_config({**base, "recipe": recipe}, given)
-    for (
-        name
-    ) in FIRST_WEIGHTS:  # those of an earlier configuration may be gone: a run that goes on does not need them any more
+    # The weights of an earlier configuration may be gone, and a resumed run does not need them any more.
+    for name in FIRST_WEIGHTS:
         if name in given and getattr(config, name):
             locate_weights(name, getattr(config, name), config.run.outputs)
     return config
@@ -424,14 +456,14 @@ def find_run(
     run: str,  # folder of a run, or its name in the folder of all runs
     outputs: str = "",
 ) -> RunFolder:
-    "Return the run that `resume` names; raise CrackSegError unless it can be gone on with."
+    "Return the run that `resume` names; raise CrackSegError unless it can be resumed."
     folder = find_run_folder("resume", run, outputs)
     status = folder.status
     # A run of this very process is over, since its process is here: on a full disk not even its end could be written.
     if folder.state == "running" and status["pid"] != os.getpid():
         raise CrackSegError(
-            f"resume: {folder.run_id} is still running, as process {status['pid']} on {status['host']}; expected one that has ended "
-            "(if that machine is gone: write `state: stopped` into its status.yaml)"
+            f"resume: {folder.run_id} is still running, as process {status['pid']} on {status['host']}; "
+            "expected one that has ended (if that machine is gone: write `state: stopped` into its status.yaml)"
         )
     if folder.state == "done":
         raise CrackSegError(f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted")
@@ -442,13 +474,15 @@ def find_run(
     return folder
 
 
+# %% ../../nbs/runs/02_config.ipynb #5a955686
 def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
-    "Return the configuration of a run that goes on, with the changes in `given`."
+    "Return the configuration of a run that is resumed, with the changes in `given`."
     folder = find_run(str(run), str(given.get("outputs", "")))
+    allowed = SAME_NUMBERS + OTHER_NUMBERS
     for name in given:
-        if name not in SAME_NUMBERS + OTHER_NUMBERS:
+        if name not in allowed:
             raise CrackSegError(
-                f"{name}: found it beside resume, expected the run's own settings; only {', '.join(SAME_NUMBERS + OTHER_NUMBERS)} may change"
+                f"{name}: found it beside resume, expected the run's own settings; only {', '.join(allowed)} may change"
             )
     changes = {name: value for name, value in given.items() if name != "outputs"}  # it says where the run lies
     config = configure(config=str(folder / "config.yaml"), **changes)
@@ -458,73 +492,68 @@ def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
 
 # %% ../../nbs/runs/02_config.ipynb #3dd51089
 def choose_model(base: dict[str, Any], given: dict[str, Any]) -> str:
-    "Return the model's name: the given one, the U-Net for an encoder that the SwinV2 hybrid cannot have, else that of `base`."
+    "Return the given model, the U-Net for an encoder that the SwinV2 hybrid cannot have, else the model of `base`."
     model = given.get("model", base.get("model", "swinv2_hybrid"))
     if "model" not in given and model == "swinv2_hybrid" and given.get("encoder", "swinv2") not in SWINV2_ENCODERS:
         return "unet"
-    return choose("model", model, MODELS)
+    return choose("model", model, MODEL_SETTINGS)
 
 
-CARRIED = (
-    "pretrained",
-    "prior",
-    "drop_path_rate",
-)  # what another model takes over from a recipe; its architecture is its own
+CARRIED = ("pretrained", "prior", "drop_path_rate")  # what another model takes over; its architecture is its own
 
 
 def inherit(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    "Return the settings of `base` that hold beside what is `given`."
+    "Return the settings of `base` that hold beside those in `given`."
     known, model, loss = known_parameters(), choose_model(base, given), given.get("loss", base.get("loss"))
-    other = {"model": model != base.get("model", "swinv2_hybrid"), "loss": loss != base.get("loss", loss)}
+    other_model = model != base.get("model", "swinv2_hybrid")
+    other_loss = loss != base.get("loss", loss)
+    weighted = loss in LOSS_SETTINGS and "class_weights" in loss_settings(loss)
 
     def holds(name):
         section = known[name][0]
-        if section == "model" and other["model"]:
-            return name in CARRIED and name in model_settings(model) or name in FIRST_WEIGHTS
-        return (
-            section != "loss"
-            or not other["loss"]
-            or name in WEIGHTING
-            and loss in LOSSES
-            and "class_weights" in loss_settings(loss)
-        )
+        if section == "model" and other_model:
+            return name in FIRST_WEIGHTS or name in CARRIED and name in model_settings(model)
+        if section == "loss" and other_loss:
+            return name in WEIGHTING and weighted
+        return True
 
-    return (
-        {name: value for name, value in base.items() if holds(name)}
-        | {"model": model}
-        | ({"loss": loss} if loss else {})
-    )
+    kept = {name: value for name, value in base.items() if holds(name)} | {"model": model}
+    return kept | ({"loss": loss} if loss else {})
 
 
 # %% ../../nbs/runs/02_config.ipynb #ac9aa31d
-def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfig:
-    "Sort flat settings, those of `base` as far as they hold beside what is `given`, into sections."
-    known, settings = known_parameters(), {**inherit(base, given), **given}
-    model, loss = settings.pop("model"), choose("loss", settings.pop("loss", "focal_dice"), LOSSES)
-    extra = {name: value for name in (*WEIGHTING, *FIRST_WEIGHTS) if (value := settings.pop(name, None)) is not None}
-    own = {"model": model_settings(model), "loss": loss_parameters(loss)}
-    parts: dict[str, dict] = {section: {} for section in ("run", "data", "model", "loss", "optim", "train")}
+def sort_settings(settings: dict[str, Any], model: str, loss: str) -> dict[str, dict[str, Any]]:
+    "Return flat settings by section; raise CrackSegError for a setting that this model or loss does not have."
+    known, own = known_parameters(), {"model": model_settings(model), "loss": loss_parameters(loss)}
+    sections: dict[str, dict] = {section: {} for section in ("run", "data", "model", "loss", "optim", "train")}
     for name, value in settings.items():
         section = known[name][0]
         if section in own:
-            choose(f"setting of {dict(model=model, loss=loss)[section]}", name, own[section])
-        parts[section][name] = value
-    if "data" in parts["data"]:
-        check_model_of(
-            model, choose("data", parts["data"]["data"], (*SYNTHETIC, *SOURCES))
-        )  # before what follows from the pair
-    data = DataConfig(**parts["data"])
+            choose(f"setting of {model if section == 'model' else loss}", name, own[section])
+        sections[section][name] = value
+    return sections
+
+
+def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfig:
+    "Return the configuration of flat settings: `given`, and those of `base` that hold beside them."
+    settings = {**inherit(base, given), **given}
+    model, loss = settings.pop("model"), choose("loss", settings.pop("loss", "focal_dice"), LOSS_SETTINGS)
+    extra = {name: value for name in (*WEIGHTING, *FIRST_WEIGHTS) if (value := settings.pop(name, None)) is not None}
+    sections = sort_settings(settings, model, loss)
+    if "data" in sections["data"]:  # checked before the number of classes is looked up
+        check_model_of(model, choose("data", sections["data"]["data"], DATA_CHOICES["data"]))
+    data = DataConfig(**sections["data"])
     if data.num_channels > 1 and "prior" not in given:
-        parts["model"].pop("prior", None)  # a recipe's, for its cracks
+        sections["model"].pop("prior", None)  # a recipe's, for its cracks
     return ExperimentConfig(
-        RunConfig(**parts["run"]),
+        RunConfig(**sections["run"]),
         data,
         model,
-        parts["model"],
-        LossConfig(loss, parts["loss"]),
+        sections["model"],
+        LossConfig(loss, sections["loss"]),
         **extra,
-        optim=OptimConfig(**parts["optim"]),
-        train=TrainConfig(**parts["train"]),
+        optim=OptimConfig(**sections["optim"]),
+        train=TrainConfig(**sections["train"]),
     )
 
 
@@ -570,21 +599,17 @@ def notebook_settings(
     kind: type,  # a dataclass
     variables: dict[str, Any],  # the notebook's `globals()`
 ):
-    "Return a `kind` from a notebook's variables, None standing for the default; raise CrackSegError for a plain value that is no field, or a wrong one."
+    "Return a `kind` from a notebook's variables, None standing for the default; raise CrackSegError for other names."
     kinds = {item.name: item.type for item in fields(kind)}
     plain = (*PLAIN, dict) if dict in kinds.values() else PLAIN
-    found = {name: value for name, value in plain_variables(variables, kinds, plain).items() if value is not None}
-    single = {
-        name
-        for name, value in found.items()
-        if typing.get_origin(kinds[name]) is tuple and isinstance(value, (int, float))
-    }
-    return kind(
-        **{
-            name: value if kinds[name] is dict else coerce(name, [value] if name in single else value, kinds[name])
-            for name, value in found.items()
-        }
-    )
+    settings = {}
+    for name, value in plain_variables(variables, kinds, plain).items():
+        if value is None:
+            continue
+        if typing.get_origin(kinds[name]) is tuple and isinstance(value, (int, float)):
+            value = [value]
+        settings[name] = value if kinds[name] is dict else coerce(name, value, kinds[name])
+    return kind(**settings)
 
 
 # %% ../../nbs/runs/02_config.ipynb #ec9121e6

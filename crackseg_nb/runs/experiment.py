@@ -53,7 +53,7 @@ from crackseg_nb.core.files import (
     write_yaml,
 )
 from ..core.machine import describe_environment, get_device, log_to, logger, now, this_process
-from ..core.run_folder import RunFolder, create_run_folder
+from ..core.run_folder import RunFolder, create_run_folder, locate_weights
 from ..core.seeds import seed_everything, seed_for
 from ..data.audit import audit
 from ..data.augment import create_augmentation
@@ -92,7 +92,7 @@ from ..training.memory import clear_cache, enable_gradient_checkpointing, estima
 from ..training.precision import choose_precision, time_precisions
 from ..training.processes import launch
 from ..training.trainer import Trainer, fit
-from ..training.weights import find_weights, load_encoder_weights, load_model_weights, locate_weights
+from ..training.weights import find_weights, load_encoder_weights, load_model_weights
 
 
 # %% ../../nbs/runs/04_experiment.ipynb #8aeaf922

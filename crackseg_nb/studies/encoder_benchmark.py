@@ -57,8 +57,8 @@ from ..data.augment import create_augmentation
 from ..data.splits import make_splits
 from ..figures.charts import label_means
 from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
-from ..models.encoders import ENCODERS
 from ..models.registry import count_flops, count_parameters
+from ..models.settings import ENCODERS
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
 from ..runs.experiment import find_source, make_model
 from ..runs.jobs import JobConfig

@@ -71,9 +71,10 @@ from ..data.loaders import create_loader
 from ..sources.samples import Sample
 from ..training.losses import Loss
 from ..training.memory import enable_gradient_checkpointing
-from ..training.optim import OptimConfig, create_optimizer
+from ..training.optim import create_optimizer
 from ..training.precision import choose_precision, time_precisions
-from ..training.trainer import TrainConfig, Trainer, begin_epoch, train_epoch
+from ..training.settings import OptimConfig, TrainConfig
+from ..training.trainer import Trainer, begin_epoch, train_epoch
 
 
 # %% ../../nbs/studies/01_race.ipynb #b3696ce1

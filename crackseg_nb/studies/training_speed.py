@@ -64,7 +64,8 @@ from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
 from ..figures.photos import CURVE_COLOURS, DPI
-from ..models.registry import CLASSIFIER, MODELS, count_parameters, create_model
+from ..models.registry import MODELS, count_parameters, create_model
+from ..models.settings import CLASSIFIER
 from ..runs.config import configure, model_settings
 from ..runs.experiment import find_source
 from crackseg_nb.studies.race import (

@@ -1,0 +1,133 @@
+"""The dull cases of configurations: what each rule refuses, and what becomes of a recipe beside another model or loss."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import write_yaml
+from crackseg_nb.core.run_folder import create_run_folder
+from crackseg_nb.runs.config import DataConfig, coerce, config_to_dict, configure, notebook_settings
+from crackseg_nb.runs.recipes import RECIPES
+
+PHOTOS = dict(data="folder", data_dir="photos", class_names="wall,crack,rust")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(train_set="val"), "train_set: found 'val'"),
+        (dict(data="synthetic_textures", augmentation="crack"), "augmentation: found 'crack'"),
+        (dict(class_names=("wall", "rust")), "class_names: found wall, rust with data synthetic"),
+        (dict(data="folder"), "data_dir: found none, expected the folder of folder"),
+        (dict(data_dir="photos"), "data: found synthetic with data_dir 'photos'"),
+        (dict(num_workers=-1), "num_workers: found -1, expected a whole number at least 0"),
+        (dict(loader_timeout=-0.5), "loader_timeout: found -0.5, expected a number at least 0"),
+        (dict(synthetic_images=3), "synthetic_images: found 3, expected a whole number at least 4"),
+        (dict(synthetic_width=(0, 3)), "crack_width"),
+        (dict(fractions=(0.5, 0.5)), "fractions: found (0.5, 0.5)"),
+        (dict(preload="never"), "preload: found 'never'"),
+        (dict(mask_encoding="0/1"), "mask_encoding: found '0/1'"),
+    ],
+)
+def test_data_that_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(CrackSegError) as error:
+        DataConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_class_names_give_the_number_of_channels():
+    data = DataConfig(data="folder", data_dir="photos", class_names=("wall", "crack", "rust"))
+    assert data.classes.num_channels == data.num_channels == 3
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(config="config.yaml", recipe="quickstart"), "expected one of the two"),
+        (dict(recipe="deeplab_finetune"), "fine_tune: found none, expected it with recipe deeplab_finetune"),
+        (dict(class_weights="lost.json"), "class_weights: found no file lost.json"),
+        (dict(class_weights="inverse", loss="dice"), "class_weights: found inverse with loss dice, which has none"),
+        (dict(effective_beta=2), "effective_beta"),
+        (dict(amp="half"), "amp"),
+        (dict(seed=-1), "seed: found -1, expected a whole number at least 0"),
+        (dict(devices=0), "devices: found 0, expected a whole number at least 1"),
+        (dict(time_limit=-1), "time_limit: found -1.0, expected a number at least 0"),
+        (dict(threshold_criterion="f1"), "threshold_criterion: found 'f1'"),
+        (dict(resume="nigth"), "did you mean 'night'?"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(settings, message, tmp_path):
+    create_run_folder(tmp_path, "night")
+    with pytest.raises(CrackSegError) as error:
+        configure(**settings, outputs=str(tmp_path))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parameter, value, kind, expected",
+    [
+        ("class_names", "wall, 2nd wall", tuple[str, ...], ("wall", "2nd wall")),
+        ("class_weights", [0.5, 2], str, "0.5,2"),
+        ("betas", "(0.9, 0.99)", tuple[float, float], (0.9, 0.99)),
+        ("lr", "1e-3", float, CrackSegError),
+        ("image_size", "huge", int, CrackSegError),
+        ("aspp_rates", "1,many", tuple[int, ...], CrackSegError),
+        ("aspp_rates", 6, tuple[int, ...], CrackSegError),
+    ],
+)
+def test_values_are_brought_to_the_declared_type(parameter, value, kind, expected):
+    if expected is CrackSegError:
+        with pytest.raises(CrackSegError, match=f"^{parameter}: found "):
+            coerce(parameter, value, kind)
+    else:
+        assert coerce(parameter, value, kind) == expected
+
+
+def test_a_recipe_beside_another_loss_keeps_no_setting_of_its_own_loss():
+    assert configure(recipe="swinv2_hybrid_360", loss="tversky").loss.settings == {}  # alpha means something else there
+    assert configure(recipe="heritage_dicefocal", loss="ce").class_weights == "inverse_sqrt"  # which has weights too
+    assert configure(recipe="heritage_dicefocal", loss="dice").class_weights == "none"
+
+
+def test_a_recipe_beside_an_encoder_of_another_model_asks_for_that_model():
+    config = configure(encoder="convnext")
+    assert (config.model, config.model_settings["pretrained"], config.loss.name) == ("unet", "false", "focal_dice")
+
+
+def test_a_recipe_on_other_classes_keeps_its_loss_and_rule_of_weights():
+    config = configure(recipe="heritage_dicefocal", **PHOTOS)
+    found = config.model_config().num_classes, config.class_weights, config.loss.settings["alpha"]
+    assert found == (3, "inverse_sqrt", 0.25)
+    assert "prior" not in configure(recipe="quickstart", loss="ce", **PHOTOS).model_settings  # that of its cracks
+
+
+def test_a_test_epoch_is_one_epoch():
+    assert configure(recipe="heritage_unet", test_epoch=True).train.epochs == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_repeated_from_its_own_configuration(recipe, tmp_path):
+    if RECIPES[recipe].needs:
+        (tmp_path / "weights.safetensors").write_bytes(b"")
+    given = {name: str(tmp_path / "weights.safetensors") for name in RECIPES[recipe].needs}
+    config = configure(recipe=recipe, **given)
+    write_yaml(tmp_path / "config.yaml", config_to_dict(config))
+    assert config_to_dict(configure(config=tmp_path / "config.yaml")) == config_to_dict(config)
+    flat = {name: value for section in config_to_dict(config).values() for name, value in section.items()}
+    for name, value in RECIPES[recipe].settings.items():
+        if name != "pretrained" or not given:  # which other weights replace
+            assert flat[name] == value, name
+
+
+@dataclass
+class Study:
+    seeds: tuple[int, ...] = (1, 2)
+    name: str = "study"
+
+
+def test_one_number_stands_for_a_sequence_of_one_in_a_notebook():
+    assert notebook_settings(Study, {"seeds": 3, "name": None}) == Study((3,))
+    assert notebook_settings(Study, {"seeds": "3,4", "name": "other"}) == Study((3, 4), "other")
+    with pytest.raises(CrackSegError, match="seeds: found 'one'"):
+        notebook_settings(Study, {"seeds": "one"})
