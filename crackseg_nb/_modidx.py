@@ -18,13 +18,13 @@ d = {
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.plain_variables": (
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
-            "crackseg_nb.core.checks.some": ("core/checks.html#some", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
@@ -2475,8 +2475,8 @@ d = {
                 "sources/duplicates.html#describe_tile",
                 "crackseg_nb/sources/duplicates.py",
             ),
-            "crackseg_nb.sources.duplicates.detail": (
-                "sources/duplicates.html#detail",
+            "crackseg_nb.sources.duplicates.fine_detail": (
+                "sources/duplicates.html#fine_detail",
                 "crackseg_nb/sources/duplicates.py",
             ),
             "crackseg_nb.sources.duplicates.orientations": (
@@ -2495,6 +2495,10 @@ d = {
                 "sources/duplicates.html#same_photos",
                 "crackseg_nb/sources/duplicates.py",
             ),
+            "crackseg_nb.sources.duplicates.share_border": (
+                "sources/duplicates.html#share_border",
+                "crackseg_nb/sources/duplicates.py",
+            ),
             "crackseg_nb.sources.duplicates.similar": (
                 "sources/duplicates.html#similar",
                 "crackseg_nb/sources/duplicates.py",
@@ -2503,16 +2507,12 @@ d = {
                 "sources/duplicates.html#thumbnail",
                 "crackseg_nb/sources/duplicates.py",
             ),
-            "crackseg_nb.sources.duplicates.touch": (
-                "sources/duplicates.html#touch",
-                "crackseg_nb/sources/duplicates.py",
-            ),
-            "crackseg_nb.sources.duplicates.unit": (
-                "sources/duplicates.html#unit",
-                "crackseg_nb/sources/duplicates.py",
-            ),
             "crackseg_nb.sources.duplicates.unit_thumbnail": (
                 "sources/duplicates.html#unit_thumbnail",
+                "crackseg_nb/sources/duplicates.py",
+            ),
+            "crackseg_nb.sources.duplicates.unit_vector": (
+                "sources/duplicates.html#unit_vector",
                 "crackseg_nb/sources/duplicates.py",
             ),
         },
@@ -2564,6 +2564,10 @@ d = {
                 "sources/images.html#colour_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.decide_encoding": (
+                "sources/images.html#decide_encoding",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.denormalize": (
                 "sources/images.html#denormalize",
                 "crackseg_nb/sources/images.py",
@@ -2573,7 +2577,6 @@ d = {
                 "sources/images.html#image_size",
                 "crackseg_nb/sources/images.py",
             ),
-            "crackseg_nb.sources.images.look_at": ("sources/images.html#look_at", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.mask_values": (
                 "sources/images.html#mask_values",
                 "crackseg_nb/sources/images.py",
@@ -2604,12 +2607,12 @@ d = {
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.read_mask": ("sources/images.html#read_mask", "crackseg_nb/sources/images.py"),
-            "crackseg_nb.sources.images.scan_masks": (
-                "sources/images.html#scan_masks",
+            "crackseg_nb.sources.images.read_mask_facts": (
+                "sources/images.html#read_mask_facts",
                 "crackseg_nb/sources/images.py",
             ),
-            "crackseg_nb.sources.images.tell_encoding": (
-                "sources/images.html#tell_encoding",
+            "crackseg_nb.sources.images.scan_masks": (
+                "sources/images.html#scan_masks",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.to_rgb": ("sources/images.html#to_rgb", "crackseg_nb/sources/images.py"),

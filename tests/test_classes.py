@@ -1,4 +1,4 @@
-"""Several classes from reading to the audit, every reader of them on small data in its true layout, and augmented sets."""
+"""Several classes from reading to the audit, every reader of them in its true layout, and augmented sets."""
 
 import io
 import re
@@ -15,14 +15,13 @@ from test_sources import CRACK, one_line, palette, write_folder
 from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.audit import audit
 from crackseg_nb.data.splits import make_splits
-from crackseg_nb.sources import registry as sources
 from crackseg_nb.sources.artefact import ARTEFACT, unpack
 from crackseg_nb.sources.duplicates import same_photos
 from crackseg_nb.sources.folders import source_name
-from crackseg_nb.sources.images import ENCODINGS, read_mask
+from crackseg_nb.sources.images import ENCODINGS, UNKNOWN, read_mask
 from crackseg_nb.sources.published import NEU_SEG, VOC_NAMES
-from crackseg_nb.sources.registry import read_source
-from crackseg_nb.sources.samples import Classes, Sample, voc_colours
+from crackseg_nb.sources.registry import SOURCES, read_source
+from crackseg_nb.sources.samples import Classes, Sample, Source, voc_colours
 
 NAMES = ("background", "inclusion", "patches", "scratches")
 RANDOM = np.random.default_rng(0)
@@ -189,7 +188,7 @@ def test_smeared_ids_are_refused(tmp_path):
 def test_cracks_of_0_and_255_are_not_taken_for_void(tmp_path):
     write_folder(tmp_path, [CRACK * 255] * 3)
     for names in (NAMES, NAMES[:2]):
-        one_line(lambda: read_ids(tmp_path, class_names=names), "found only 0 and 255 in all masks")
+        one_line(lambda names=names: read_ids(tmp_path, class_names=names), "found only 0 and 255 in all masks")
     source = read_ids(tmp_path, class_names=("wall", "crack"), mask_encoding="0/255")
     assert source.classes.names == ("wall", "crack") and (read_mask(source.samples[0].mask, "0/255") == CRACK).all()
     one_line(
@@ -208,15 +207,13 @@ def test_ids_without_names_hint_at_them(tmp_path):
 
 def test_other_encodings_know_two_classes():
     assert all(
-        set(np.unique(table)) <= {0, 1, sources.UNKNOWN, VOID}
-        for name, table in ENCODINGS.items()
-        if name != "class_ids"
+        set(np.unique(table)) <= {0, 1, UNKNOWN, VOID} for name, table in ENCODINGS.items() if name != "class_ids"
     )
 
 
-@pytest.mark.parametrize("name", [name for name, reader in sources.SOURCES.items() if reader.classes])
+@pytest.mark.parametrize("name", [name for name, reader in SOURCES.items() if reader.classes])
 def test_a_list_of_another_length(name, tmp_path):
-    own = len(sources.SOURCES[name].classes)
+    own = len(SOURCES[name].classes)
     names = [f"class {index}" for index in range(own + 1)]
     one_line(
         lambda: read_source(name, tmp_path, class_names=names), f"found {own + 1} names", repr(name), f"expected {own} "
@@ -329,8 +326,8 @@ def test_same_photos_are_found_along_chains(tmp_path):
 def test_photos_linked_by_a_third_are_one(monkeypatch, tmp_path):
     for index in range(4):
         Image.new("L", (8, 8)).save(tmp_path / f"{index}.png")
-    monkeypatch.setattr(sources, "similar", lambda *_: [(0, 3, 1.0), (1, 3, 1.0)])
-    monkeypatch.setattr(sources, "same_detail", lambda *_: True)
+    monkeypatch.setattr("crackseg_nb.sources.duplicates.similar", lambda *_: [(0, 3, 1.0), (1, 3, 1.0)])
+    monkeypatch.setattr("crackseg_nb.sources.duplicates.same_detail", lambda *_: True)
     assert same_photos([tmp_path / f"{index}.png" for index in range(4)]) == [0, 0, 2, 0]
 
 
@@ -553,7 +550,8 @@ def test_another_process_may_be_faster(tmp_path):
 
 
 def test_pictures_that_are_too_large_are_stored_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_PIXELS", 2000)
+    for module in ("artefact", "images"):
+        monkeypatch.setattr(f"crackseg_nb.sources.{module}.MAX_PIXELS", 2000)
     rows = works(2, (64, 96))
     unpack(rows, tmp_path / "unpacked")
     source = read_source("ARTeFACT", tmp_path / "unpacked")  # refuses what exceeds MAX_PIXELS, and sizes that differ
@@ -683,5 +681,5 @@ def test_samples_without_folders_are_families_too():
     own = [Sample(name, None, None, name) for index in range(9) for name in (f"site/{index}", f"site/{index}_aug1")]
     from crackseg_nb.data.audit import crossing_families
 
-    found, published = crossing_families(make_splits(sources.Source("own", own)))
+    found, published = crossing_families(make_splits(Source("own", own)))
     assert found and published == {} and all(len(names) == 2 for names in found.values())

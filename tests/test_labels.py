@@ -1,4 +1,4 @@
-"Labelled images: folders and Tiny-ImageNet as published, their splits and audit, synthetic textures, and views that one seed decides."
+"Labelled images: folders and Tiny-ImageNet as published, their splits and audit, textures, and views by one seed."
 
 import hashlib
 import random
@@ -17,9 +17,8 @@ from crackseg_nb.data.dataset import LabelDataset
 from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, create_label_augmentation
 from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.data.splits import make_splits
-from crackseg_nb.sources import registry as sources
-from crackseg_nb.sources.images import read_image
-from crackseg_nb.sources.registry import label_classes, read_source
+from crackseg_nb.sources.images import read_image, read_mask
+from crackseg_nb.sources.registry import SOURCES, label_classes, read_source
 from crackseg_nb.sources.samples import LABELS, Classes, Sample, Source
 from crackseg_nb.synthetic.textures import TEXTURES, synthesize_texture, write_textures
 
@@ -143,10 +142,10 @@ def test_names_of_classes(tmp_path):
     one_line(lambda: read("cat", "cat", "dog"), "class_names: found 'cat' more than once")
 
 
-@pytest.mark.parametrize("name", [name for name, reader in sources.SOURCES.items() if reader.labels])
+@pytest.mark.parametrize("name", [name for name, reader in SOURCES.items() if reader.labels])
 def test_masks_are_no_matter_of_labelled_sets(name, tmp_path):
     one_line(lambda: read_source(name, tmp_path, "class_ids"), "mask_encoding", "expected one of auto, labels")
-    one_line(lambda: label_classes(name, tmp_path / "gone"), "data_dir", "gone", sources.SOURCES[name].layout)
+    one_line(lambda: label_classes(name, tmp_path / "gone"), "data_dir", "gone", SOURCES[name].layout)
 
 
 def test_groups_by_a_pattern(tmp_path):
@@ -591,7 +590,7 @@ def test_cifar10(data_folder, one_thread):
 def test_sources_of_masks_are_as_they_were():
     assert repr(Source("x", [Sample("a", "a.png", "b.png", "a")])) == "Source('x', 1 images, 1 groups, masks 'ids')"
     assert Sample("a", "a.png", "b.png", "a") == Sample("a", "a.png", "b.png", "a", None, None)
-    one_line(lambda: sources.read_mask("a.png", LABELS), "mask_encoding: found 'labels'")
+    one_line(lambda: read_mask("a.png", LABELS), "mask_encoding: found 'labels'")
 
 
 def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch):
@@ -600,7 +599,7 @@ def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch):
     def refuse(place):
         raise PermissionError(13, "Permission denied", str(place))
 
-    monkeypatch.setattr("crackseg_nb.sources.registry.subfolders", refuse)
+    monkeypatch.setattr("crackseg_nb.sources.labelled.subfolders", refuse)
     for read in (read_source, label_classes):
         one_line(
             lambda read=read: read("ImageFolder", tmp_path),

@@ -1,4 +1,4 @@
-"The synthetic folder under kills, concurrency and foreign files; determinism across processes and threads; odd settings."
+"The synthetic folder under kills, concurrency and foreign files; the same pixels in every process; odd settings."
 
 import dataclasses
 import hashlib

@@ -9,8 +9,10 @@ __all__ = [
     "to_plain",
     "write_yaml",
     "read_yaml",
+    "read_if_there",
     "sha256_file",
     "fingerprint_of",
+    "manifest_sum",
     "project_root",
     "outputs_folder",
     "display_path",
@@ -20,8 +22,6 @@ __all__ = [
     "in_threads",
     "raise_first",
     "in_order",
-    "manifest_sum",
-    "read_if_there",
 ]
 
 # %% ../../nbs/core/02_files.ipynb #9f6e8f1d
@@ -103,6 +103,12 @@ def read_yaml(path):
         raise CrackSegError(f"{path}: found no readable YAML ({reason}); expected plain YAML without tags") from error
 
 
+# %% ../../nbs/core/02_files.ipynb #32667c5a
+def read_if_there(path: Path):
+    "Return a YAML file's content, or an empty dictionary before it is written."
+    return read_yaml(path) if path.is_file() else {}
+
+
 # %% ../../nbs/core/02_files.ipynb #25f75fc1
 def sha256_file(path) -> str:
     "Return the SHA-256 of a file's bytes as 64 hexadecimal digits."
@@ -119,6 +125,13 @@ def fingerprint_of(items) -> str:
     return digest.hexdigest()
 
 
+# %% ../../nbs/core/02_files.ipynb #7f809d9f
+def manifest_sum(manifest: dict) -> str:
+    "Return the SHA-256 of a manifest's content, without its own `sum`."
+    content = {key: value for key, value in manifest.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 # %% ../../nbs/core/02_files.ipynb #81f7f0c4
 def project_root() -> Path | None:
     "Return the folder of the project's checkout that this package runs from, or None when it is installed elsewhere."
@@ -131,7 +144,7 @@ def project_root() -> Path | None:
 
 # %% ../../nbs/core/02_files.ipynb #dfaad838
 def outputs_folder(outputs: str = "") -> Path:
-    "Return where run folders go: `outputs` if given, else the checkout's `outputs/`, else `outputs/` of the working directory."
+    "Return where run folders go: `outputs` if given, else `outputs/` of the checkout or of the working directory."
     if outputs:
         return Path(outputs).expanduser().resolve()
     return (project_root() or Path.cwd()) / "outputs"
@@ -192,7 +205,7 @@ def in_threads(
     items: list,
     title: str,  # of the progress bar, shown from 100 items on
 ) -> list:
-    "Map `function` over `items` in threads; return results in order, a CrackSegError in the place of each that raised one."
+    "Map `function` over `items` in threads; return the results in order, or a CrackSegError where one was raised."
 
     def guarded(item):
         try:
@@ -224,16 +237,3 @@ def in_order(function, items, title: str, progress: bool) -> Iterator:
             )
         finally:
             pool.shutdown(cancel_futures=True)  # after an error the remaining files are not read
-
-
-# %% ../../nbs/core/02_files.ipynb #7f809d9f
-def manifest_sum(manifest: dict) -> str:
-    "Return the SHA-256 of a manifest's content, without its own `sum`."
-    content = {key: value for key, value in manifest.items() if key != "sum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# %% ../../nbs/core/02_files.ipynb #32667c5a
-def read_if_there(path: Path):
-    "Return a YAML file's content, or an empty dictionary before it is written."
-    return read_yaml(path) if path.is_file() else {}

@@ -38,9 +38,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/core/03_machine.ipynb #e700f78f
 from .checks import CrackSegError, choose
@@ -48,8 +51,10 @@ from .files import project_root
 
 
 # %% ../../nbs/core/03_machine.ipynb #1148b0c8
-def get_device(name: str = "auto") -> torch.device:
+def get_device(name: str = "auto") -> "torch.device":
     "Return the torch device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU."
+    import torch
+
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, found in available.items() if found))
@@ -119,6 +124,8 @@ def cores() -> int:
 # %% ../../nbs/core/03_machine.ipynb #a68e5450
 def describe_environment() -> dict:
     "Return versions, hardware and code commit as a plain dictionary for `environment.yaml`."
+    import torch
+
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -142,14 +149,15 @@ def now() -> str:
 
 # %% ../../nbs/core/03_machine.ipynb #ac06e32f
 def this_process() -> dict:
-    "Return what tells this process from every other."
+    "Return an identifier of this process (host, pid, start time)."
     process = psutil.Process()
     job = "_".join(filter(None, (os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID"))))
     return {"pid": process.pid, "born": process.create_time(), "host": platform.node(), **({"job": job} if job else {})}
 
 
+# %% ../../nbs/core/03_machine.ipynb #7d70764c
 def is_alive(noted: dict) -> bool:
-    "Tell whether a process of this machine that was noted with its number and birth still works."
+    "Return whether the process of `this_process()`, noted on this machine, is still running."
     try:
         process = psutil.Process(noted["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - noted.get("born", 0)) <= 2
@@ -184,7 +192,7 @@ def quiet_loggers(
     level: int,  # logging.ERROR, say
     *names: str,
 ) -> Iterator[None]:
-    "Keep the loggers called `names` from writing what is below `level`."
+    "Silence the loggers called `names` below `level` inside the `with` block."
     loggers = [logging.getLogger(name) for name in names]
     before = [found.level for found in loggers]
     for found in loggers:
@@ -201,7 +209,7 @@ def quiet_loggers(
 def signal_handlers(
     handlers: dict[int, Callable | signal.Handlers | None],  # by signal; None leaves the present one
 ) -> Iterator[None]:
-    "Set handlers of signals, and in the end put back those that were there. Python lets only the main thread do so; in others nothing happens."
+    "Set handlers of signals, and put the former ones back in the end; outside the main thread do nothing."
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in handlers} if main else {}
     try:
@@ -218,8 +226,8 @@ def signal_handlers(
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GROUP_FILES = {
     "": ("memory.max", "anon", "shmem"),  # version 2: the limit, and what of memory.stat counts
-    "memory": ("memory.limit_in_bytes", "total_rss", "total_shmem"),
-}  # version 1
+    "memory": ("memory.limit_in_bytes", "total_rss", "total_shmem"),  # the same in version 1
+}
 
 
 def group_rooms() -> Iterator[int]:
@@ -240,6 +248,7 @@ def group_rooms() -> Iterator[int]:
                 pass  # no limit: the file is absent or says "max"
 
 
+# %% ../../nbs/core/03_machine.ipynb #82a1c6cc
 def free_memory() -> int:
     "Return the bytes of memory that this process can still take."
     return min([psutil.virtual_memory().available, *group_rooms()])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = [
-    "RunFolder",
     "process_is_gone",
+    "RunFolder",
     "create_run_folder",
     "find_run_folder",
     "find_finished_run",
@@ -17,6 +17,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
+import contextlib
+import errno
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -28,6 +32,15 @@ except ImportError:
 from .checks import CrackSegError, check_folder_name, choose, nearest
 from .files import check_writable, find_path, outputs_folder, read_yaml, write_yaml
 from .machine import is_alive, now, this_process
+
+
+# %% ../../nbs/core/05_run_folder.ipynb #68e0b6bc
+def process_is_gone(status: dict) -> bool:
+    "Tell whether the process of a `status.yaml` is known to have ended."
+    own = this_process()
+    if status["host"] != own["host"]:
+        return "job" in own and status.get("job") == own["job"]
+    return not is_alive(status)
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #b58377b0
@@ -56,7 +69,7 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        "One of `running`, `stopped` (on request, to be resumed), `done`, `failed`, or `interrupted` when its process is gone."
+        "One of `running`, `stopped` (on request), `done`, `failed`, and `interrupted` when its process is gone."
         status = self.status
         return "interrupted" if status["state"] == "running" and process_is_gone(status) else status["state"]
 
@@ -64,15 +77,6 @@ class RunFolder:
         "Write `status.yaml`: the new state, when, by which process, and `details` such as the error."
         choose("state", state, ("running", "stopped", "done", "failed"))
         write_yaml(self / "status.yaml", {"state": state, "time": now(), **this_process(), **details})
-
-
-# %% ../../nbs/core/05_run_folder.ipynb #68e0b6bc
-def process_is_gone(status: dict) -> bool:
-    "Tell whether the process of a `status.yaml` is known to have ended."
-    own = this_process()
-    if status["host"] != own["host"]:
-        return "job" in own and status.get("job") == own["job"]
-    return not is_alive(status)
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #82c6d54e
@@ -98,14 +102,6 @@ def create_run_folder(
     raise CrackSegError(f"run_id: found 999 runs named {run_id!r} in {outputs}, expected a free name")
 
 
-# %% ../../nbs/core/05_run_folder.ipynb #1f3f0672
-import contextlib
-import errno
-import time
-from collections.abc import Iterator
-from pathlib import Path
-
-
 # %% ../../nbs/core/05_run_folder.ipynb #5208e984
 def find_run_folder(
     parameter: str,
@@ -113,25 +109,18 @@ def find_run_folder(
     outputs: str = "",
 ) -> RunFolder:
     "Return the folder of `run`; raise CrackSegError with the nearest name."
-    folder = next(
-        (
-            RunFolder(path)
-            for path in (find_path(run), outputs_folder(outputs) / run)
-            if (path / "status.yaml").is_file()
-        ),
-        None,
-    )
-    if folder:
-        return folder
+    for path in (find_path(run), outputs_folder(outputs) / run):
+        if (path / "status.yaml").is_file():
+            return RunFolder(path)
     close = nearest(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
+    hint = f" (did you mean {close!r}?)" if close else ""
     raise CrackSegError(
-        f"{parameter}: found no run {run!r}"
-        + (f" (did you mean {close!r}?)" if close else "")
-        + ", expected the folder of a run, "
+        f"{parameter}: found no run {run!r}{hint}, expected the folder of a run, "
         f"or its name in {outputs_folder(outputs)}"
     )
 
 
+# %% ../../nbs/core/05_run_folder.ipynb #7e1b3c53
 def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
     "Return the folder of a run that is done; raise CrackSegError otherwise."
     folder = find_run_folder(parameter, run, outputs)
@@ -142,7 +131,7 @@ def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
 
 # %% ../../nbs/core/05_run_folder.ipynb #97419b3d
 def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
-    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
+    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if absent."
     path = find_path(where)
     if path.is_file() or (path / "best.json").is_file():
         return path
@@ -150,15 +139,17 @@ def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
     if (folder / "checkpoints" / "best.json").is_file():
         return folder / "checkpoints"
     raise CrackSegError(
-        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
+        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; "
+        "expected a run that kept its best epoch, or a file of weights"
     )
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #48c1e20c
 class Claimed(CrackSegError):
-    "Say that another process carries the run."
+    "Say that another process works on the run."
 
 
+# %% ../../nbs/core/05_run_folder.ipynb #4920b0e2
 def try_lock(handle) -> bool:
     "Lock an open file unless another process has; a file system without locks grants everything."
     if fcntl is None:
@@ -173,6 +164,7 @@ def try_lock(handle) -> bool:
     return True
 
 
+# %% ../../nbs/core/05_run_folder.ipynb #b8832dd0
 @contextlib.contextmanager
 def claim(
     folder: Path,  # the run's folder; need not exist
@@ -194,7 +186,7 @@ def claim(
 # %% ../../nbs/core/05_run_folder.ipynb #0e9f66e5
 @contextlib.contextmanager
 def claim_new(outputs: Path, name: str) -> Iterator[tuple[Path, int]]:
-    "Hold a folder name in `outputs` that no run has; yield the path and the lock. A number is added to a name that is taken."
+    "Claim a folder in `outputs` that no run has, and yield its path and lock; number a name that is taken."
     for number in range(1, 1000):
         folder = outputs / (name if number == 1 else f"{name}-{number}")
         with contextlib.ExitStack() as stack:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
+
+# %% ../../nbs/core/04_seeds.ipynb #2a9dd974
+from .machine import logger
 
 
 # %% ../../nbs/core/04_seeds.ipynb #ec349944
@@ -29,6 +31,8 @@ def seed_for(*keys: int | str) -> int:
 # %% ../../nbs/core/04_seeds.ipynb #4c76a7a9
 def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and torch, and ask torch for kernels that repeat bit for bit."
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -43,6 +47,8 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def lent_generator(seed: int) -> Iterator[None]:
     "Seed torch's generator for the CPU, and in the end put its state back."
+    import torch
+
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -51,13 +57,11 @@ def lent_generator(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-# %% ../../nbs/core/04_seeds.ipynb #2a9dd974
-from .machine import logger
-
-
 # %% ../../nbs/core/04_seeds.ipynb #51c6eaf6
 def capture_rng_state() -> dict:
-    "Return the states of Python's, NumPy's and torch's random numbers (CPU and every CUDA device) as plain containers and tensors."
+    "Return the states of Python's, NumPy's and torch's generators (CPU and every CUDA device)."
+    import torch
+
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return dict(
@@ -70,7 +74,9 @@ def capture_rng_state() -> dict:
 
 # %% ../../nbs/core/04_seeds.ipynb #4d4d9ed3
 def restore_rng_state(state: dict) -> None:
-    "Continue all random numbers from `capture_rng_state()`; warn when the number of CUDA devices is another one."
+    "Continue all random numbers from `capture_rng_state()`; warn when the number of CUDA devices differs."
+    import torch
+
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -27,8 +27,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -72,10 +70,8 @@ def store_picture(
     mask: bool,
 ) -> None:
     "Write a picture that lies in a row of parquet to a file, smaller where it exceeds MAX_PIXELS."
-    limit, Image.MAX_IMAGE_PIXELS = (
-        Image.MAX_IMAGE_PIXELS,
-        2 * MAX_PIXELS,
-    )  # Pillow refuses what exceeds twice its limit
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # Pillow refuses what exceeds twice its limit
     try:
         with Image.open(io.BytesIO(stored["bytes"])) as picture:
             factor = int(np.ceil(np.sqrt(picture.width * picture.height / MAX_PIXELS)))
@@ -104,6 +100,8 @@ def unpack(
     folder: Path,  # made by this; one that is there already is kept
 ) -> Path:
     "Write rows as `images/`, `annotations/` and `metadata.csv` into `folder`, which appears when all is written."
+    import pandas as pd  # here: no other source needs it
+
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         kinds = {"image": part / "images", "annotation": part / "annotations"}
@@ -184,6 +182,8 @@ def metadata_notes(path: Path) -> list[str]:
     "Return how many works there are of each material and content, where a metadata.csv tells."
     if not path.is_file():
         return []
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, dtype=str)
     except ValueError as error:
@@ -195,6 +195,7 @@ def metadata_notes(path: Path) -> list[str]:
     ]
 
 
+# %% ../../nbs/sources/06_artefact.ipynb #ea71a19a
 def read_artefact(root: Path) -> tuple[list[Sample], list[str]]:
     "Read ARTeFACT from parquet files or from folders of pictures; copies made by augmentation share a group."
     root = artefact_folder(root)
@@ -205,7 +206,9 @@ def read_artefact(root: Path) -> tuple[list[Sample], list[str]]:
 
 # %% ../../nbs/sources/06_artefact.ipynb #7a50243f
 def fetch_artefact() -> Path:
-    "Download ARTeFACT into the cache of huggingface_hub, 4 GB unless it is there; raise CrackSegError where it can't be had."
+    "Download ARTeFACT, 4 GB, into the cache of huggingface_hub; raise CrackSegError where that fails."
+    from huggingface_hub import snapshot_download
+
     logger.info("ARTeFACT: looking for %s, 4 GB, in the cache and on the hub", ARTEFACT_HUB)
     try:
         return Path(snapshot_download(ARTEFACT_HUB, repo_type="dataset", allow_patterns="data/*.parquet"))
@@ -216,6 +219,7 @@ def fetch_artefact() -> Path:
         ) from error
 
 
+# %% ../../nbs/sources/06_artefact.ipynb #6edc5970
 ARTEFACT_READER = Reader(
     read_artefact,
     "images/ and annotations/ of equal names, or data/*.parquet as on the Hugging Face hub",

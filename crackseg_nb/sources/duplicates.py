@@ -7,15 +7,15 @@ __all__ = [
     "REACH",
     "COLOUR_JUMP",
     "Tile",
-    "unit",
+    "unit_vector",
     "describe_tile",
-    "touch",
+    "share_border",
     "photo_numbers",
     "thumbnail",
     "unit_thumbnail",
     "orientations",
     "similar",
-    "detail",
+    "fine_detail",
     "same_detail",
     "same_photos",
 ]
@@ -42,13 +42,15 @@ class Tile:
     borders: dict[str, np.ndarray]  # left, right, top, bottom: normalised to unit length
 
 
-def unit(values: np.ndarray) -> np.ndarray:
+# %% ../../nbs/sources/04_duplicates.ipynb #428ba77c
+def unit_vector(values: np.ndarray) -> np.ndarray:
     "Return values as one vector of mean 0 and length 1 (zeros if they are constant)."
     vector = values.astype(np.float32).ravel()
     vector = vector - vector.mean()
     return vector / max(float(np.linalg.norm(vector)), 1e-6)
 
 
+# %% ../../nbs/sources/04_duplicates.ipynb #a1820ce0
 def describe_tile(path) -> Tile:
     "Read a tile at half its size and describe it."
 
@@ -58,13 +60,12 @@ def describe_tile(path) -> Tile:
 
     pixels = open_picture(path, look)
     borders = {"left": pixels[:, 0], "right": pixels[:, -1], "top": pixels[0], "bottom": pixels[-1]}
-    return Tile(
-        np.concatenate([pixels.mean((0, 1)), pixels.std((0, 1))]), {side: unit(row) for side, row in borders.items()}
-    )
+    colours = np.concatenate([pixels.mean((0, 1)), pixels.std((0, 1))])
+    return Tile(colours, {side: unit_vector(row) for side, row in borders.items()})
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #5543d0ba
-def touch(one: Tile, other: Tile, threshold: float = 0.6) -> bool:
+def share_border(one: Tile, other: Tile, threshold: float = 0.6) -> bool:
     "Tell whether two tiles continue each other across a border."
     sides = (("right", "left"), ("left", "right"), ("bottom", "top"), ("top", "bottom"))
     return any(float(one.borders[here] @ other.borders[there]) > threshold for here, there in sides)
@@ -84,13 +85,13 @@ def photo_numbers(
     def near(first, second):
         return second < len(tiles) and numbers[second] - numbers[first] <= REACH
 
-    joined = [
-        near(index, index + 1) and np.linalg.norm(tiles[index].colours - tiles[index + 1].colours) < COLOUR_JUMP
-        for index in range(len(tiles))
-    ]
+    def alike(first, second):
+        return np.linalg.norm(tiles[first].colours - tiles[second].colours) < COLOUR_JUMP
+
+    joined = [near(index, index + 1) and alike(index, index + 1) for index in range(len(tiles))]
     for first in range(len(tiles)):
         for second in range(first + 1, min(first + REACH + 1, len(tiles))):
-            if near(first, second) and touch(tiles[first], tiles[second]):
+            if near(first, second) and share_border(tiles[first], tiles[second]):
                 joined[first:second] = [True] * (second - first)
     photos = numbers[:1]
     for index in range(1, len(tiles)):
@@ -112,9 +113,10 @@ def thumbnail(path, side: int) -> np.ndarray:
 
 def unit_thumbnail(path) -> np.ndarray:
     "Return an image as a grey thumbnail (32, 32) that is a unit vector."
-    return unit(thumbnail(path, 32)).reshape(32, 32)
+    return unit_vector(thumbnail(path, 32)).reshape(32, 32)
 
 
+# %% ../../nbs/sources/04_duplicates.ipynb #08a5e251
 def orientations(square: np.ndarray) -> list[np.ndarray]:
     "Return the eight orientations of square pictures (..., side, side)."
     turned = [np.rot90(square, quarter, axes=(-2, -1)) for quarter in range(4)]
@@ -140,16 +142,16 @@ def similar(
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #ff67207f
-def detail(path) -> np.ndarray:
+def fine_detail(path) -> np.ndarray:
     "Return what a thumbnail of 128x128 holds beyond its means over 8x8 pixels, as a unit vector."
     blocks = thumbnail(path, 128).reshape(16, 8, 16, 8)
-    return unit(blocks - blocks.mean((1, 3), keepdims=True)).reshape(128, 128)
+    return unit_vector(blocks - blocks.mean((1, 3), keepdims=True)).reshape(128, 128)
 
 
 def same_detail(one, other, threshold: float = 0.5) -> bool:
     "Tell whether two image files agree in detail, in any orientation."
-    ours = detail(one).ravel()
-    return max(float(ours @ view.ravel()) for view in orientations(detail(other))) > threshold
+    ours = fine_detail(one).ravel()
+    return max(float(ours @ view.ravel()) for view in orientations(fine_detail(other))) > threshold
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #cb89e4f2

@@ -32,7 +32,7 @@ import re
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
-from ..core.checks import CrackSegError, some
+from ..core.checks import CrackSegError, first_few
 from .samples import Reader, Sample
 
 # %% ../../nbs/sources/03_folders.ipynb #83c7719e
@@ -68,7 +68,7 @@ def pair_files(
     for key, image in images.items():
         candidates = [masks[key]] if key in masks else bare.get(key, [])
         if len(candidates) > 1:
-            names = some([path.name for path in candidates])
+            names = first_few([path.name for path in candidates])
             raise CrackSegError(f"{image}: found {len(candidates)} masks ({names}), expected one")
         if candidates:
             pairs[key] = (image, candidates[0])
@@ -92,12 +92,12 @@ def pair_folders(
     pairs, no_mask, no_image = pair_files(images, masks)
     if no_mask and not (unlabelled and pairs):
         raise CrackSegError(
-            f"{mask_folder}: found no mask for {len(no_mask)} of {len(images)} images ({some(no_mask)}), "
+            f"{mask_folder}: found no mask for {len(no_mask)} of {len(images)} images ({first_few(no_mask)}), "
             "expected one of the same name for each"
         )
-    notes = [f"{len(no_mask)} images without a label were skipped ({some(no_mask, 5)})"] if no_mask else []
+    notes = [f"{len(no_mask)} images without a label were skipped ({first_few(no_mask, 5)})"] if no_mask else []
     if no_image:
-        notes.append(f"{len(no_image)} masks without an image were skipped ({some(no_image)})")
+        notes.append(f"{len(no_image)} masks without an image were skipped ({first_few(no_image)})")
     return pairs, notes
 
 
@@ -185,7 +185,7 @@ def group_notes(samples: list[Sample], pattern: str | None) -> list[str]:
 
 # %% ../../nbs/sources/03_folders.ipynb #dd206539
 def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
-    "Return (prefix, image folder, mask folder) for `root`, or for each of its split folders; empty where there are none."
+    "Return (prefix, image folder, mask folder) for `root` or for each of its split folders."
     places = [
         ("", root),
         *(

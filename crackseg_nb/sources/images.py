@@ -25,11 +25,11 @@ __all__ = [
     "matlab_values",
     "raw_values",
     "read_mask",
-    "MaskFacts",
     "image_size",
     "value_counts",
-    "look_at",
-    "tell_encoding",
+    "MaskFacts",
+    "read_mask_facts",
+    "decide_encoding",
     "check_ids",
     "scan_masks",
     "normalize",
@@ -41,14 +41,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from scipy.io import loadmat
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, some
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, first_few
 from ..core.files import in_threads, raise_first
 from .samples import Classes, Sample
 
@@ -113,7 +115,7 @@ def colour_values(
     picture: Image.Image,
     expected: str = "one plane of values, a palette, or RGB with equal channels",  # for the error
 ) -> np.ndarray:
-    "Return the grey plane of an RGB or grey picture with or without alpha; raise CrackSegError where colour or alpha vary."
+    "Return the grey plane of an RGB or grey picture; raise CrackSegError where its colour or its alpha varies."
     planes = np.asarray(picture.convert("RGBA"))
     tolerance = 32 if picture.format == "JPEG" else 0  # JPEG's ringing is coloured
     spread = planes[..., :3].max(-1).astype(int) - planes[..., :3].min(-1)
@@ -188,14 +190,15 @@ def value_table(classes: dict[int, int]) -> np.ndarray:
     return table
 
 
+# %% ../../nbs/sources/02_images.ipynb #f3e16e91
 ENCODINGS = {
     "ids": value_table({0: 0, 1: 1, VOID: VOID}),
     "0/255": value_table({0: 0, 255: 1}),
     "threshold": (np.arange(256) >= 128).astype(np.uint8),
     # 1 background, 2 crack, 3 hole enclosed by cracks, 4 crack inside a hole
     "CrackForest": value_table({1: 0, 2: 1, 3: 0, 4: 1}),
-    "class_ids": np.arange(256, dtype=np.uint8),
-}  # of any number of classes
+    "class_ids": np.arange(256, dtype=np.uint8),  # of any number of classes
+}
 EXPECTED = {
     "ids": "0, 1 and 255 (void)",
     "0/255": "0 and 255",
@@ -208,6 +211,8 @@ EXPECTED = {
 # %% ../../nbs/sources/02_images.ipynb #0a7502af
 def matlab_values(path) -> np.ndarray:
     "Read the segmentation of a CrackForest `groundTruth/*.mat` file as uint8 (H, W)."
+    from scipy.io import loadmat  # scipy takes longer to start than all the rest of this chapter
+
     try:
         values = loadmat(path, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
         if values.ndim == 2 and values.size and values.max() <= 255:
@@ -236,25 +241,18 @@ def read_mask(
     path,  # mask file
     encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS
 ) -> np.ndarray:
-    "Read a mask as uint8 (H, W): class ids (0 background, 1 crack) and 255 void; raise CrackSegError on values the encoding lacks."
+    "Read a mask as uint8 (H, W) of class ids and 255 (void); raise CrackSegError on values that the encoding lacks."
     table = ENCODINGS[choose("mask_encoding", encoding, ENCODINGS)]
     values = raw_values(path, encoding)
     mask = table[values]
     if (unknown := values[mask == UNKNOWN]).size:
-        raise CrackSegError(f"{path}: found mask values {some(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}")
+        raise CrackSegError(
+            f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}"
+        )
     return mask
 
 
 # %% ../../nbs/sources/02_images.ipynb #c716c99a
-@dataclass(frozen=True)
-class MaskFacts:
-    "Hold what one look at a mask and its image's header tells."
-
-    values: frozenset[int]  # raw values that occur
-    is_jpeg: bool
-    turned: bool  # the image carries an EXIF orientation
-
-
 def image_size(path) -> tuple[tuple[int, int], bool]:
     "Return an image's upright (width, height) from its header, and whether its EXIF orientation turns it."
 
@@ -272,8 +270,18 @@ def value_counts(values: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(values).histogram(), np.int64)
 
 
+# %% ../../nbs/sources/02_images.ipynb #2354763a
+@dataclass(frozen=True)
+class MaskFacts:
+    "Hold what one look at a mask and its image's header tells."
+
+    values: frozenset[int]  # raw values that occur
+    is_jpeg: bool
+    turned: bool  # the image carries an EXIF orientation
+
+
 # %% ../../nbs/sources/02_images.ipynb #a67e6623
-def look_at(sample: Sample, encoding: str) -> MaskFacts:
+def read_mask_facts(sample: Sample, encoding: str) -> MaskFacts:
     "Read a sample's mask and its image's header; raise CrackSegError if their sizes differ."
     size, turned = image_size(sample.image)
     values = raw_values(sample.mask, encoding)
@@ -289,7 +297,7 @@ def look_at(sample: Sample, encoding: str) -> MaskFacts:
 
 
 # %% ../../nbs/sources/02_images.ipynb #82206b5a
-def tell_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
+def decide_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
     "Return the encoding that explains the masks of all samples; raise CrackSegError naming a file that fits none."
     if any(fact.is_jpeg for fact in facts):
         highest = max(max(fact.values) for fact in facts if fact.is_jpeg)
@@ -304,7 +312,7 @@ def tell_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
         if unknown := sorted(fact.values - {0, 1, 255}):
             hint = "; several classes are read as 'folder' with class_names" if unknown[-1] < 64 else ""
             raise CrackSegError(
-                f"{sample.mask}: found mask values {some(unknown, 5)}, expected 0 and 1, 0 and 255, "
+                f"{sample.mask}: found mask values {first_few(unknown, 5)}, expected 0 and 1, 0 and 255, "
                 f"or 0, 1 and 255 (void){hint}"
             )
     ids = [sample for sample, fact in zip(samples, facts) if 1 in fact.values]
@@ -320,14 +328,14 @@ def tell_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
 # %% ../../nbs/sources/02_images.ipynb #8c0a8290
 def check_ids(samples: list[Sample], facts: list[MaskFacts], classes: Classes) -> None:
     "Raise CrackSegError naming the first mask that holds anything but ids of `classes` and void."
-    expected = f"0 to {len(classes) - 1} ({some(classes.names, 6)}) or {VOID} for void"
+    expected = f"0 to {len(classes) - 1} ({first_few(classes.names, 6)}) or {VOID} for void"
     known, errors = {*range(len(classes)), VOID}, []
     for sample, fact in zip(samples, facts):
         if fact.is_jpeg:
             errors.append(f"{sample.mask}: found a JPEG mask, which smears class ids; expected PNG")
         elif beyond := sorted(fact.values - known):
             errors.append(
-                f"{sample.mask}: found class id{'s' * (len(beyond) > 1)} {some(beyond, 5)}, expected {expected}"
+                f"{sample.mask}: found class id{'s' * (len(beyond) > 1)} {first_few(beyond, 5)}, expected {expected}"
             )
     raise_first([CrackSegError(error) for error in errors])
     if {VOID} <= frozenset().union(*(fact.values for fact in facts)) <= {0, VOID}:
@@ -345,18 +353,19 @@ def scan_masks(
 ) -> tuple[str, list[str]]:
     "Look at every mask; return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
     choose("mask_encoding", encoding, ["auto", *ENCODINGS])
-    facts = in_threads(partial(look_at, encoding=encoding), samples, "masks")
+    facts = in_threads(partial(read_mask_facts, encoding=encoding), samples, "masks")
     raise_first(facts)
     if encoding == "auto":
-        encoding = tell_encoding(samples, facts)
+        encoding = decide_encoding(samples, facts)
     if encoding == "class_ids":
         check_ids(samples, facts, classes)
     known = set(np.flatnonzero(ENCODINGS[encoding] != UNKNOWN).tolist())
     odd = [(sample.mask, sorted(fact.values - known)) for sample, fact in zip(samples, facts) if fact.values - known]
+    expected = EXPECTED[encoding]
     raise_first(
         [
-            CrackSegError(f"{mask}: found mask values {some(values, 5)}, expected {EXPECTED[encoding]}")
-            for mask, values in odd
+            CrackSegError(f"{mask}: found mask values {first_few(odd_values, 5)}, expected {expected}")
+            for mask, odd_values in odd
         ]
     )
     notes = []
@@ -376,14 +385,16 @@ NORMALIZED = (np.arange(256, dtype=np.float32) / 255 - MEAN) / DEVIATION  # (3, 
 
 def normalize(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
-) -> torch.Tensor:
+) -> "torch.Tensor":
     "Return the image as float32 (3, H, W), normalised with ImageNet's mean and standard deviation."
+    import torch  # here: whoever only reads masks need not wait for it
+
     return torch.from_numpy(np.stack([NORMALIZED[channel][image[..., channel]] for channel in range(3)]))
 
 
 # %% ../../nbs/sources/02_images.ipynb #4b42e5bf
 def denormalize(
-    image: torch.Tensor,  # float (3, H, W) or (B, 3, H, W)
+    image: "torch.Tensor",  # float (3, H, W) or (B, 3, H, W)
 ) -> np.ndarray:
     "Return normalised images as uint8 RGB, channels last, for pictures."
     planes = image.detach().float().cpu().numpy() * DEVIATION[..., None] + MEAN[..., None]

@@ -22,7 +22,7 @@ __all__ = [
 from pathlib import Path
 
 # %% ../../nbs/sources/07_labelled.ipynb #b7e374b5
-from ..core.checks import CrackSegError, nearest, some
+from ..core.checks import CrackSegError, first_few, nearest
 from .folders import PICTURES, SPLIT_WORDS, files_below, group_notes, group_of, subfolders
 from .samples import LABELS, Reader, Sample
 
@@ -36,14 +36,14 @@ def label_places(root: Path) -> dict[str | None, Path]:
     others = [name for name in subfolders(root) if root / name not in parts]
     if others:
         raise CrackSegError(
-            f"{root}: found {some(others)} beside {parts[0].name}/, expected splits or classes in it, not both"
+            f"{root}: found {first_few(others)} beside {parts[0].name}/, expected splits or classes in it, not both"
         )
     places = {SPLIT_WORDS[part.name.lower()]: part for part in parts}
     if len(places) < len(parts):
-        raise CrackSegError(f"{root}: found {some([part.name for part in parts], 6)}, expected each split once")
+        raise CrackSegError(f"{root}: found {first_few([part.name for part in parts], 6)}, expected each split once")
     if "train" not in places:
         raise CrackSegError(
-            f"{root}: found {some([part.name for part in parts])} but no train/ in it; "
+            f"{root}: found {first_few([part.name for part in parts])} but no train/ in it; "
             f"expected {IMAGE_FOLDER_READER.layout}"
         )
     return places
@@ -105,6 +105,7 @@ def read_rows(path: Path, columns: int) -> list[list[str]]:
     return [[value.strip() for value in row] for row in rows]
 
 
+# %% ../../nbs/sources/07_labelled.ipynb #79684d06
 def tiny_folder(root: Path) -> Path:
     "Return the folder that holds wnids.txt: `root`, or tiny-imagenet-200 in it."
     inside = root / "tiny-imagenet-200"
@@ -133,7 +134,7 @@ def tiny_train(folder: Path, names: list[str]) -> list[Sample]:
         absent = [file for file in listed if Path(file).stem not in images]
         if absent:
             raise CrackSegError(
-                f"{boxes}: found {len(absent)} images that are not in images/ ({some(absent)}), expected all"
+                f"{boxes}: found {len(absent)} images that are not in images/ ({first_few(absent)}), expected all"
             )
         if not images:
             raise CrackSegError(f"{place}: found no images of class {name}, expected {TINY_IMAGENET_READER.layout}")
@@ -146,7 +147,7 @@ def tiny_train(folder: Path, names: list[str]) -> list[Sample]:
 
 # %% ../../nbs/sources/07_labelled.ipynb #4a585ae6
 def tiny_validation(folder: Path, names: list[str]) -> tuple[list[Sample], list[str]]:
-    "Return the published validation images as test split, and notes; raise CrackSegError where labels and images differ."
+    "Return the published validation images as test split, and notes; raise CrackSegError where labels do not fit."
     path, images = folder / "val/val_annotations.txt", files_below(folder / "val/images")
     rows, samples = read_rows(path, 2), {}
     for file, name, *_ in rows:
@@ -163,9 +164,8 @@ def tiny_validation(folder: Path, names: list[str]) -> tuple[list[Sample], list[
             raise CrackSegError(f"{path}: found {file}, which is not in val/images; expected all images that it names")
         samples[key] = Sample(f"val/{key}", images[key], None, f"val/{key}", "test", names.index(name))
     unnamed = [key for key in images if key not in samples]
-    return [*samples.values()], [
-        f"{len(unnamed)} images of val/ without a label were skipped ({some(unnamed)})"
-    ] if unnamed else []
+    notes = [f"{len(unnamed)} images of val/ without a label were skipped ({first_few(unnamed)})"] if unnamed else []
+    return [*samples.values()], notes
 
 
 # %% ../../nbs/sources/07_labelled.ipynb #ded0546b
@@ -173,14 +173,12 @@ def read_tiny_imagenet(root: Path) -> tuple[list[Sample], list[str]]:
     "Read Tiny-ImageNet as published: train/ for training, val/ as test split; test/ carries no labels and is left out."
     folder, names, words = tiny_folder(root), tiny_classes(root), tiny_words(root)
     tested, notes = tiny_validation(folder, names)
-    notes.insert(
-        0,
-        "the published validation images, on which papers report, are the test split; validation is carved from training",
-    )
+    tested_on = "the published validation images, on which papers report, are the test split"
+    notes.insert(0, f"{tested_on}; validation is carved from training")
     if unlabelled := len(files_below(folder / "test")):
         notes.append(f"{unlabelled} images of test/ carry no labels and were left out")
     if words:
-        notes.append("classes: " + some([f"{name} {word}" for name, word in sorted(words.items())]))
+        notes.append("classes: " + first_few([f"{name} {word}" for name, word in sorted(words.items())]))
     return tiny_train(folder, names) + tested, notes
 
 

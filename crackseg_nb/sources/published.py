@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # %% ../../nbs/sources/05_published.ipynb #def6ca7f
-from ..core.checks import CrackSegError, some
+from ..core.checks import CrackSegError, first_few
 from ..core.files import in_threads, raise_first
 from .duplicates import describe_tile, photo_numbers, same_photos
 from .folders import IMAGE_FOLDERS, MASK_FOLDERS, pair_folders, subfolder
@@ -44,9 +44,8 @@ def read_deepcrack(root: Path) -> tuple[list[Sample], list[str]]:
     for split in ("train", "test"):
         image_folder, mask_folder = root / f"{split}_img", root / f"{split}_lab"
         for folder in (image_folder, mask_folder):
-            layout = DEEPCRACK_READER.layout
             if not folder.is_dir():
-                raise CrackSegError(f"{folder}: no such folder; expected {layout}")
+                raise CrackSegError(f"{folder}: no such folder; expected {DEEPCRACK_READER.layout}")
         pairs, more = pair_folders(image_folder, mask_folder)
         samples += [Sample(f"{split}/{key}", *paths, CROP_NUMBER.sub("", key), split) for key, paths in pairs.items()]
         notes += more
@@ -58,7 +57,7 @@ DEEPCRACK_READER = Reader(read_deepcrack, "train_img/ train_lab/ test_img/ test_
 
 # %% ../../nbs/sources/05_published.ipynb #ceb41581
 def read_crackforest(root: Path) -> tuple[list[Sample], list[str]]:
-    "Read CrackForest as published: `image/*.jpg` and `groundTruth/*.mat`; images without a label are skipped and noted."
+    "Read CrackForest as published: `image/*.jpg` and `groundTruth/*.mat`; skip and note images without a label."
     image_folder, mask_folder = subfolder(root, ("image", "images")), subfolder(root, ("groundtruth",))
     if not image_folder or not mask_folder:
         lacking = "groundTruth/" if image_folder else "image/"
@@ -107,9 +106,8 @@ def read_neu_seg(root: Path) -> tuple[list[Sample], list[str]]:
         samples += [Sample(f"{folder}/{key}", *paths, f"{folder}/{key}", split) for key, paths in pairs.items()]
         notes += more
     firsts = same_photos([sample.image for sample in samples])
-    notes.append(
-        f"names do not tell turned copies: {len(set(firsts))} groups of {len(samples)} images were told from the pictures"
-    )
+    groups = f"{len(set(firsts))} groups of {len(samples)} images were told from the pictures"
+    notes.append(f"names do not tell turned copies: {groups}")
     return [replace(sample, group=samples[index].name) for sample, index in zip(samples, firsts)], notes
 
 
@@ -124,6 +122,7 @@ VOC_NAMES = tuple(
 )
 
 
+# %% ../../nbs/sources/05_published.ipynb #b345a5b0
 def voc_folder(root: Path) -> Path:
     "Return the year's folder: `root` itself or one inside; raise CrackSegError where there is none or more than one."
     if (root / "SegmentationClass").is_dir():
@@ -133,10 +132,13 @@ def voc_folder(root: Path) -> Path:
     )
     if len(years) == 1:
         return years[0]
-    found = f"{len(years)} years ({some([year.name for year in years])})" if years else "no SegmentationClass/ in it"
+    found = (
+        f"{len(years)} years ({first_few([year.name for year in years])})" if years else "no SegmentationClass/ in it"
+    )
     raise CrackSegError(f"{root}: found {found}; expected {'one' if years else VOC_READER.layout}")
 
 
+# %% ../../nbs/sources/05_published.ipynb #06fdda65
 def voc_lists(folder: Path) -> dict[str | None, list[str]]:
     "Return the names in a year's lists by split; 'trainval' counts only where train and val are not told apart."
     paths = {

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/sources/01_samples.ipynb #0ed5581f
-from ..core.checks import CrackSegError, some
+from ..core.checks import CrackSegError, first_few
 
 
 # %% ../../nbs/sources/01_samples.ipynb #180f2008
@@ -46,7 +46,8 @@ def check_names(names) -> tuple[str, ...]:
         raise CrackSegError(f"class_names: found {names!r}, expected a list of names, the first for id 0")
     if not 2 <= len(names) <= MAX_CLASSES:
         raise CrackSegError(
-            f"class_names: found {len(names)} ({some(names)}), expected 2 to {MAX_CLASSES} names, the first for id 0"
+            f"class_names: found {len(names)} ({first_few(names)}), "
+            f"expected 2 to {MAX_CLASSES} names, the first for id 0"
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise CrackSegError(f"class_names: found {twice[0]!r} more than once, expected different names")
@@ -97,7 +98,7 @@ class Classes:
 # %% ../../nbs/sources/01_samples.ipynb #ce02e02e
 @dataclass(frozen=True)
 class Sample:
-    "Name one image with its mask or its label, the group it may not be separated from, and the split its authors put it in."
+    "Name one image with its mask or label, the group that it may not leave, and its published split."
 
     name: str  # unique within its source
     image: Path
@@ -144,6 +145,4 @@ class Reader:
     encoding: str = "auto"  # a fixed mask encoding, or 'auto' to scan for it
     classes: Classes | None = Classes()  # of the published masks; None: any that the user names, or those of `labels`
     fetch: Callable | None = None  # () -> root, for a set that can be downloaded
-    labels: Callable | None = (
-        None  # (root) -> names of the classes, for a set whose images carry a label instead of a mask
-    )
+    labels: Callable | None = None  # (root) -> names of the classes, where images carry labels and no masks

@@ -19,6 +19,7 @@ __all__ = [
     "wander",
     "check_range",
     "check_names",
+    "check_size",
     "paint",
     "crossing",
     "even_stroke",
@@ -36,7 +37,6 @@ __all__ = [
     "stain",
     "shadow",
     "photograph",
-    "check_size",
 ]
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #698d8fd4
@@ -146,7 +146,7 @@ def random_line(
     count: int,  # number of values
     spacing: float,  # pixels between independent values
 ) -> np.ndarray:
-    "Return `count` values, `STEP` pixels apart, of a piecewise linear random function with unit deviation at its knots."
+    "Return `count` values, `STEP` pixels apart, of a piecewise linear function through random knots of deviation 1."
     knots = generator.standard_normal(int(count * STEP / spacing) + 3)
     return np.interp(np.arange(count) * STEP / spacing + generator.random(), np.arange(len(knots)), knots)
 
@@ -188,8 +188,12 @@ def check_names(parameter: str, found, choices, allow_none: bool = False) -> tup
     return tuple(choose(parameter, name, choices) for name in found)
 
 
-# %% ../../nbs/synthetic/01_drawing.ipynb #c8ca5e0c
-DISTRACTOR_NAMES = ("joint", "sealant", "scratch", "marking", "tyre", "wire", "grass", "leaf")
+# %% ../../nbs/synthetic/01_drawing.ipynb #b34b244e
+def check_size(size) -> tuple[int, int]:
+    "Return `size` as (height, width); raise CrackSegError unless both are whole numbers from 32 to 4096."
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
+        raise CrackSegError(f"size: found {size!r}, expected two numbers, height and width")
+    return tuple(check_number("size", number, int, 32, 4096) for number in size)
 
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #22de1ecd
@@ -202,7 +206,7 @@ def paint(image: np.ndarray, alpha: np.ndarray, colour) -> np.ndarray:
 def crossing(
     generator: np.random.Generator,
     size: tuple[int, int],
-    bend: float = 0.0,  # sideways bulge, as a share of the length
+    bend: float = 0.0,  # sideways bulge, as a fraction of the length
 ) -> np.ndarray:
     "Return the points (32, 2) of a quadratic Bezier curve across the image."
     height, width = size
@@ -221,10 +225,11 @@ def even_stroke(points: np.ndarray, width: float, strength: float = 1.0) -> Stro
     return Stroke(points, np.full(len(points), width), np.full(len(points), strength))
 
 
-def worn(generator: np.random.Generator, size: tuple[int, int], amount: float) -> np.ndarray:
-    "Return a patchy factor (H, W) in 0..1 for paint and marks that have worn off; `amount` 0 leaves all."
+# %% ../../nbs/synthetic/01_drawing.ipynb #5ecedf17
+def worn(generator: np.random.Generator, size: tuple[int, int], wear: float) -> np.ndarray:
+    "Return a patchy factor (H, W) in 0..1 for paint and marks that have worn off; `wear` 0 leaves all."
     noise = 0.6 * smooth_noise(generator, size, 20) + 0.6 * smooth_noise(generator, size, 3)
-    return np.clip(1.3 - amount * (1.2 + noise), 0, 1)
+    return np.clip(1.3 - wear * (1.2 + noise), 0, 1)
 
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #fdd3c683
@@ -238,6 +243,7 @@ def joint(image: np.ndarray, generator: np.random.Generator):
     ), None
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #4e0efc82
 def sealant(image: np.ndarray, generator: np.random.Generator):
     "Pour a band of bitumen: as crooked as the crack below it, but smooth, even and wide."
     size, (height, width) = image.shape[:2], image.shape[:2]
@@ -249,6 +255,7 @@ def sealant(image: np.ndarray, generator: np.random.Generator):
     return paint(image, band * np.float32(generator.uniform(0.7, 0.9)), np.full(3, generator.uniform(0.1, 0.2))), None
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #0500ee36
 def scratch(image: np.ndarray, generator: np.random.Generator):
     "Scratch the surface: thin, straight and bright."
     size, strokes = image.shape[:2], []
@@ -269,6 +276,7 @@ def marking(image: np.ndarray, generator: np.random.Generator):
     return paint(image, band * worn(generator, size, generator.uniform(0.3, 0.9)) * np.float32(0.85), colour), None
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #b5cca766
 def tyre(image: np.ndarray, generator: np.random.Generator):
     "Leave a tyre mark: a broad, soft, dark band with ribs along it."
     size, points = image.shape[:2], crossing(generator, image.shape[:2], 0.08)
@@ -296,6 +304,7 @@ def lay(
     return paint(image * (1 - 0.4 * shadow)[..., None], alpha, colour), coverage
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #e7c00fa5
 def wire(image: np.ndarray, generator: np.random.Generator):
     "Lay a wire or a string: smooth, of constant width."
     colour = [[0.06, 0.06, 0.07], [0.1, 0.07, 0.05], [0.5, 0.12, 0.08], [0.1, 0.15, 0.4]][
@@ -322,6 +331,7 @@ def blade(
     return Stroke(points, np.maximum(width * profile, 0.5), np.full(16, 0.95))
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #d8b70d39
 def grass(image: np.ndarray, generator: np.random.Generator):
     "Scatter blades of grass and needles, dry or green."
     strokes = [
@@ -333,6 +343,7 @@ def grass(image: np.ndarray, generator: np.random.Generator):
     )
 
 
+# %% ../../nbs/synthetic/01_drawing.ipynb #961a0c64
 def leaf(image: np.ndarray, generator: np.random.Generator):
     "Drop one to three leaves, dark or autumnal, each with its midrib."
     blades = [
@@ -346,6 +357,9 @@ def leaf(image: np.ndarray, generator: np.random.Generator):
     ribs = [even_stroke(one.points, 0.9) for one in blades]
     return paint(image, 0.6 * draw_strokes(image.shape[:2], ribs)[0], colour * 1.6), coverage
 
+
+# %% ../../nbs/synthetic/01_drawing.ipynb #c8ca5e0c
+DISTRACTOR_NAMES = ("joint", "sealant", "scratch", "marking", "tyre", "wire", "grass", "leaf")
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #3a95593a
 GROUND_MARKS: dict[str, Callable] = {
@@ -399,7 +413,7 @@ def photograph(
     generator: np.random.Generator,
     shadow_probability: float,
 ) -> np.ndarray:
-    "Light the scene from one side, and return what a camera makes of it: slightly blurred, with noise, uint8 (H, W, 3)."
+    "Light the scene from one side and photograph it: slightly blurred, with noise, uint8 (H, W, 3)."
     height, width = scene.shape[:2]
     heading, slope = generator.uniform(0, 2 * math.pi), generator.uniform(0, 0.28)
     across, down = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
@@ -412,11 +426,3 @@ def photograph(
     scene = cv2.GaussianBlur(scene.astype(np.float32), (0, 0), float(generator.uniform(0.35, 0.8)))
     noise = generator.standard_normal(scene.shape, dtype=np.float32) * np.float32(generator.uniform(0.006, 0.025))
     return np.clip(np.rint(255 * (scene + noise)), 0, 255).astype(np.uint8)
-
-
-# %% ../../nbs/synthetic/01_drawing.ipynb #b34b244e
-def check_size(size) -> tuple[int, int]:
-    "Return `size` as (height, width); raise CrackSegError unless both are whole numbers from 32 to 4096."
-    if not isinstance(size, (list, tuple)) or len(size) != 2:
-        raise CrackSegError(f"size: found {size!r}, expected two numbers, height and width")
-    return tuple(check_number("size", number, int, 32, 4096) for number in size)

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from ..core.checks import CrackSegError, check_number, choose
@@ -50,7 +49,7 @@ def courses(
     bond: float,  # shift of each course against the one before, in parts
     tilt: float = 0.04,  # usual turn of the whole, in radians
 ) -> tuple[np.ndarray, np.ndarray]:
-    "Return the number of each pixel's part (H, W), from 0, and its distance in pixels from the edge of the part (H, W)."
+    "Return the number of each pixel's part (H, W), from 0, and its distance from the part's edge (H, W)."
     angle, (rows, columns) = tilt * generator.normal(), np.mgrid[: size[0], : size[1]]
     down = rows * math.cos(angle) + columns * math.sin(angle) + generator.uniform(0, 100 * height)
     along = columns * math.cos(angle) - rows * math.sin(angle) + generator.uniform(0, 100 * length)
@@ -70,6 +69,8 @@ def stones(
     spacing: float,  # pixels between neighbours, about
 ) -> tuple[np.ndarray, np.ndarray]:
     "Return the number of each pixel's stone (H, W) and its distance from the border to the next stone (H, W)."
+    from scipy.spatial import cKDTree  # here: it takes longer to start than all other textures to draw
+
     room = np.array(size) + 4 * spacing
     centres = generator.uniform(-2 * spacing, room - 2 * spacing, (int(room.prod() / spacing**2), 2))
     pixels = np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
@@ -83,12 +84,14 @@ def tone(generator: np.random.Generator, parts: np.ndarray, spread: float) -> np
     return np.exp(spread * generator.standard_normal(parts.max() + 1, dtype=np.float32))[parts][..., None]
 
 
+# %% ../../nbs/synthetic/04_textures.ipynb #25f55591
 def relief(generator: np.random.Generator, height: np.ndarray) -> np.ndarray:
     "Return a factor (H, W, 1) for the light on a surface of `height` (H, W), in pixels, from some side."
     angle, (down, across) = generator.uniform(0, 2 * math.pi), np.gradient(height)
     return np.clip(1 + across * np.float32(math.cos(angle)) + down * np.float32(math.sin(angle)), 0.4, 1.5)[..., None]
 
 
+# %% ../../nbs/synthetic/04_textures.ipynb #4e25a04c
 def pick(generator: np.random.Generator, *colours: tuple[float, float, float]) -> np.ndarray:
     "Return one of `colours`, brighter or darker by a little, as float32 (3,)."
     return np.float32(colours[generator.integers(len(colours))]) * np.float32(generator.uniform(0.85, 1.1))
@@ -107,6 +110,7 @@ def brick(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return image * relief(generator, 0.35 * soften(face, 0.8))
 
 
+# %% ../../nbs/synthetic/04_textures.ipynb #6ace1c08
 def tiles(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     "Return glazed tiles (H, W, 3), float32 reflectance 0..1."
     side = min(size) * generator.uniform(0.18, 0.4)
@@ -147,6 +151,7 @@ def wood(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     return image.transpose(1, 0, 2) if upright else image
 
 
+# %% ../../nbs/synthetic/04_textures.ipynb #e672edc7
 def gravel(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     "Return gravel (H, W, 3), float32 reflectance 0..1."
     numbers, edge = stones(generator, size, generator.uniform(4, 10))
@@ -170,6 +175,7 @@ def plaster(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray
     return colour * (1 + 0.04 * smooth_noise(generator, size, 40))[..., None] * relief(generator, height)
 
 
+# %% ../../nbs/synthetic/04_textures.ipynb #81a02bb2
 def rusted_metal(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     "Return painted or brushed metal with rust (H, W, 3), float32 reflectance 0..1."
     coat = pick(
@@ -204,7 +210,7 @@ def synthesize_texture(
     rng: np.random.Generator,  # decides everything; two numbers are drawn from it
     shadow_probability: float = 0.3,
 ) -> np.ndarray:
-    "Return an image of a texture, uint8 RGB (H, W, 3); raise CrackSegError on an unknown name or a size that cannot be."
+    "Return an image of a texture, uint8 RGB (H, W, 3); raise CrackSegError on an unknown name or a wrong size."
     draw, size = TEXTURES[choose("texture", name, TEXTURES)], check_size(size)
     ground, camera = (np.random.default_rng(int(seed)) for seed in rng.integers(2**63, size=2))
     return photograph(draw(ground, size), camera, shadow_probability)

@@ -1,0 +1,65 @@
+"""What starts slowly is loaded where it is needed: files are read and written, and images drawn, without torch."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIGHT_PARTS = ("core", "synthetic", "sources")
+SLOW = ("torch", "torchvision", "albumentations", "timm", "matplotlib", "pandas", "scipy", "skimage")
+WITH_TENSORS = {"core/03_machine", "core/04_seeds", "sources/02_images"}  # chapters of these parts
+AT_MOST = 0.3  # seconds for the bare package
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for part in LIGHT_PARTS
+    for path in (ROOT / "crackseg_nb" / part).glob("*.py")
+    if path.name != "__init__.py"
+)
+CHAPTERS = sorted(path for part in LIGHT_PARTS for path in (ROOT / "nbs" / part).glob("[0-9]*.ipynb"))
+REPORT = f"import sys; print(*(name for name in {SLOW} if name in sys.modules))"
+
+
+def loaded_by(code):
+    "Return which of SLOW a fresh interpreter has loaded after `code`."
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{REPORT}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def imports_in(path):
+    "Return all import statements at the top level of a chapter's cells, demos included."
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    tree = ast.parse(re.sub(r"^\s*[%!].*$", "", code, flags=re.M))
+    return "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
+def test_modules_load_nothing_that_starts_slowly():
+    "One interpreter imports one after the other, so that the first to load something is the one that is named."
+    code = f"""
+import importlib, sys
+for module in {MODULES}:
+    importlib.import_module(module)
+    slow = [name for name in {SLOW} if name in sys.modules]
+    assert not slow, f"{{module}} loads {{slow}}"
+"""
+    assert len(MODULES) > 15
+    assert loaded_by(code) == []
+
+
+def test_chapters_without_tensors_load_no_torch():
+    light = [path for path in CHAPTERS if f"{path.parent.name}/{path.stem}" not in WITH_TENSORS]
+    assert len(light) == len(CHAPTERS) - len(WITH_TENSORS)
+    assert not {"torch", "torchvision"} & {*loaded_by("\n".join(map(imports_in, light)))}
+
+
+def test_the_package_itself_loads_at_once():
+    "The seconds are those of the import alone, in the interpreter that does it: the machine may be busy."
+    assert loaded_by("import crackseg_nb") == []
+    code = "import time; start = time.process_time(); import crackseg_nb; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < AT_MOST
