@@ -2225,6 +2225,7 @@ d = {
         },
         "crackseg_nb.runs.results": {
             "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.choice_rules": ("runs/results.html#choice_rules", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.class_table": ("runs/results.html#class_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.collect_results": (
                 "runs/results.html#collect_results",
@@ -2259,6 +2260,7 @@ d = {
             "crackseg_nb.runs.results.score_lines": ("runs/results.html#score_lines", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.setup_lines": ("runs/results.html#setup_lines", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_decision": (
                 "runs/results.html#show_decision",

@@ -14,6 +14,7 @@ __all__ = [
     "without_images",
     "scores_of",
     "split_scores",
+    "choice_rules",
     "protocol_of",
     "resumes",
     "performance_of",
@@ -24,6 +25,7 @@ __all__ = [
     "read_training",
     "score_lines",
     "warn_of_amounts",
+    "setup_lines",
     "write_report",
     "image_scores",
     "image_table",
@@ -103,40 +105,48 @@ def scores_of(metrics: ImageCounts, threshold: float | None) -> dict:
 
 
 def split_scores(experiment: "Experiment") -> dict[str, dict]:
-    "Return the scores on test and validation images, and on the test images that do not overlap with training, if some do."
+    "Return the scores on test and validation images, and on the test images without overlap where some overlap."
     test, threshold, names = experiment.test_metrics, experiment.threshold, experiment.audit.overlapping_test_names
-    found = {"test": scores_of(test, threshold)}
+    scores = {"test": scores_of(test, threshold)}
     if threshold is not None and experiment.val_metrics:
-        found["test_at_0.5"] = scores_of(test, 0.5)
+        scores["test_at_0.5"] = scores_of(test, 0.5)
     indices = [index for index, sample in enumerate(experiment.splits.test) if sample.name in names]
     if 0 < len(indices) < len(experiment.splits.test):
-        found["test_without_overlap"] = scores_of(without_images(test, indices), threshold)
-    validation = {"val": scores_of(experiment.val_metrics, threshold)} if experiment.val_metrics else {}
-    return found | ({"overlapping_test_images": names} if names else {}) | validation
+        scores["test_without_overlap"] = scores_of(without_images(test, indices), threshold)
+    if names:
+        scores["overlapping_test_images"] = names
+    if experiment.val_metrics:
+        scores["val"] = scores_of(experiment.val_metrics, threshold)
+    return scores
 
 
 # %% ../../nbs/runs/03_results.ipynb #4c72565b
 EPOCH_SCORES = {"IoU": "pooled IoU at threshold 0.5", "mIoU": "mean IoU over the classes", "accuracy": "top-1 accuracy"}
 
 
+def choice_rules(experiment: "Experiment") -> dict[str, str]:
+    "Return in words how the class or the threshold, and the epoch, were chosen."
+    if not experiment.binary:
+        rules = {"class_rule": "the class with the highest logit"}
+    elif experiment.val_metrics:
+        criterion = experiment.config.run.threshold_criterion
+        rules = {"threshold_rule": f"highest {criterion} on the validation images"}
+    else:
+        rules = {"threshold_rule": "0.5, not chosen"}
+    if experiment.val_metrics:
+        rules["epoch_rule"] = f"highest {EPOCH_SCORES[experiment.trainer.metrics.iou_name]} on the validation images"
+    else:
+        rules["epoch_rule"] = "the last epoch: the validation images were learned too"
+    return rules
+
+
 def protocol_of(experiment: "Experiment") -> dict:
     "Return how the scores came about."
-    config, best = experiment.config, experiment.trainer.best
-    rules = {"class_rule": "the class with the highest logit"}
-    if experiment.binary:
-        rules = {
-            "threshold_rule": f"highest {config.run.threshold_criterion} on the validation images"
-            if experiment.val_metrics
-            else "0.5, not chosen"
-        }
-    if not experiment.val_metrics:
-        rules["epoch_rule"] = "the last epoch: the validation images were learned too"
-    else:
-        rules["epoch_rule"] = f"highest {EPOCH_SCORES[experiment.trainer.metrics.iou_name]} on the validation images"
+    config = experiment.config
     return {
-        "epoch": best.epoch,
+        "epoch": experiment.trainer.best.epoch,
         "epochs_trained": experiment.trainer.epoch,
-        **rules,
+        **choice_rules(experiment),
         "evaluation": config.data.eval_fit,
         "split": experiment.splits.lengths,
         "text": " ".join(experiment.test_metrics.protocol.split()),
@@ -144,12 +154,12 @@ def protocol_of(experiment: "Experiment") -> dict:
     }
 
 
+# %% ../../nbs/runs/03_results.ipynb #fcf198d1
 def resumes(folder: RunFolder) -> list[dict]:
-    "Return how often and how a run was gone on with."
+    "Return when and how the run was resumed."
     return read_yaml(folder / "resumes.yaml") if (folder / "resumes.yaml").is_file() else []
 
 
-# %% ../../nbs/runs/03_results.ipynb #fcf198d1
 def performance_of(experiment: "Experiment") -> dict:
     "Return seconds, images per second and memory of a run."
     trainer, timings, table = experiment.trainer, experiment.timings, pd.DataFrame(experiment.trainer.performance)
@@ -168,6 +178,7 @@ def performance_of(experiment: "Experiment") -> dict:
     }
 
 
+# %% ../../nbs/runs/03_results.ipynb #93fe5c40
 def collect_results(experiment: "Experiment") -> dict:
     "Return what goes to final_results.yaml."
     return {
@@ -206,34 +217,40 @@ def read_losses(history: pd.DataFrame) -> str:
     lowest, tail = int(val.argmin()), max(1, len(history) // 5)
     if val[-1] > 1.1 * val[lowest] and train[-1] < train[lowest]:
         return (
-            f"The validation loss rose by more than 10 % after epoch {lowest + 1} while the training loss fell: the model overfits; "
-            "more augmentation, weight decay or images may help."
+            f"The validation loss rose by more than 10 % after epoch {lowest + 1} while the training loss fell: "
+            "the model overfits; more augmentation, weight decay or images may help."
         )
     falls = [1 - loss[-1] / loss[-1 - tail] if loss[-1 - tail] > 0 else 0.0 for loss in (train, val)]
     if min(falls) > 0.02:
-        return f"Both losses still fall (by {100 * falls[0]:.0f} and {100 * falls[1]:.0f} % over the last {tail} epochs): the model is not fitted yet (underfitting)."
-    below = (
-        " The validation loss lies below the training loss, since augmentation and dropout make training images harder."
-        if val[-1] < train[-1]
-        else ""
+        return (
+            f"Both losses still fall (by {100 * falls[0]:.0f} and {100 * falls[1]:.0f} % over the last {tail} epochs): "
+            "the model is not fitted yet (underfitting)."
+        )
+    verdict = (
+        "The validation loss does not end more than 10 % above its lowest value while the training loss falls: "
+        "no strong overfitting is seen."
     )
-    return (
-        "The validation loss does not end more than 10 % above its lowest value while the training loss falls: no strong overfitting is seen."
-        + below
-    )
+    if val[-1] < train[-1]:
+        verdict += (
+            " The validation loss lies below the training loss, "
+            "since augmentation and dropout make training images harder."
+        )
+    return verdict
 
 
+# %% ../../nbs/runs/03_results.ipynb #b79af536
 def read_training(history: pd.DataFrame) -> list[str]:
     "Return sentences on convergence, over- and underfitting from a history."
     if len(history) < 2:
         return ["Too few epochs to say how training went."]
     if "val_loss" not in history:
         return [
-            f"The last of {len(history)} epochs is kept. No image was left for validation: whether the model overfits cannot be seen here."
+            f"The last of {len(history)} epochs is kept. No image was left for validation: "
+            "whether the model overfits cannot be seen here."
         ]
-    score, label = (
-        ("val_accuracy", "validation accuracy") if "val_accuracy" in history else ("val_iou", "validation IoU")
-    )
+    score, label = "val_iou", "validation IoU"
+    if "val_accuracy" in history:
+        score, label = "val_accuracy", "validation accuracy"
     best, last = int(history[score].idxmax()), len(history) - 1
     lines = [f"The best of {last + 1} epochs is {best + 1}, with a {label} of {history[score][best]:.4f}."]
     if last - best < max(1, len(history) // 10):
@@ -245,33 +262,31 @@ def read_training(history: pd.DataFrame) -> list[str]:
 def score_lines(results: dict) -> list[str]:
     "Return the scores on the test images as lines of text."
     test, protocol = results["test"], results["protocol"]
-    threshold = f"threshold {test['threshold']:.2f}, " if "threshold" in test else ""
-    lines = [f"Test images: {test['num_images']}, {threshold}epoch {protocol['epoch']}."]
+    lines = []
     if protocol.get("test_epoch"):
-        lines.insert(0, "A test of one epoch: the scores say only that everything works.")
+        lines.append("A test of one epoch: the scores say only that everything works.")
+    threshold = f"threshold {test['threshold']:.2f}, " if "threshold" in test else ""
+    lines.append(f"Test images: {test['num_images']}, {threshold}epoch {protocol['epoch']}.")
     for kind in ("pooled", "pooled_without_background", "per_image"):
         if test.get(kind):
             lines.append(f"  {kind:9} " + "  ".join(f"{name} {value:.4f}" for name, value in test[kind].items()))
     score = "iou" if "iou" in test["pooled"] else "accuracy"
     for name, scores in test.get("per_class", {}).items():
-        lines.append(
-            f"  {name:14} "
-            + (f"{score} {scores[score]:.4f}" if scores[score] is not None else "none in the test images")
-        )
+        value = scores[score]
+        lines.append(f"  {name:14} " + (f"{score} {value:.4f}" if value is not None else "none in the test images"))
     if rest := results.get("test_without_overlap"):
-        numbers = ", ".join(
-            f"{kind} {score} {rest[kind][score]:.4f}" for kind in ("pooled", "per_image") if rest.get(kind)
-        )
-        lines.append(
-            f"  without {len(results['overlapping_test_images'])} test images that overlap with training: {numbers}"
-        )
+        kinds = [kind for kind in ("pooled", "per_image") if rest.get(kind)]
+        numbers = ", ".join(f"{kind} {score} {rest[kind][score]:.4f}" for kind in kinds)
+        count = len(results["overlapping_test_images"])
+        lines.append(f"  without {count} test images that overlap with training: {numbers}")
     return lines
 
 
+# %% ../../nbs/runs/03_results.ipynb #aaf989d5
 def warn_of_amounts(
     test: dict,  # the results on the test images
 ) -> list[str]:
-    "Return a warning for each class that was never found, or that far more or far fewer pixels are given than the labels have."
+    "Return a warning for each class that was never predicted rightly, or predicted far too often or too rarely."
     warnings = []
     for name, scores in (test.get("per_class") or {"crack": test["pooled"]}).items():
         precision, recall = scores.get("precision"), scores.get("recall")
@@ -285,29 +300,32 @@ def warn_of_amounts(
     return warnings
 
 
+# %% ../../nbs/runs/03_results.ipynb #d60aef79
+def setup_lines(experiment: "Experiment") -> list[str]:
+    "Return recipe, model, weights, data and choice rules of a run as lines of text."
+    results, config = experiment.results, experiment.config
+    model, protocol = results["model"], results["protocol"]
+    sizes = ", ".join(f"{split} {size}" for split, size in experiment.splits.lengths.items())
+    rules = {name.removesuffix("_rule"): rule for name, rule in protocol.items() if name.endswith("_rule")}
+    return [
+        f"Recipe {config.run.recipe}, {config.model}, {model['parameters']:,} parameters, weights: {model['weights']}.",
+        f"Data {experiment.source.name}: {sizes} images.",
+        " ".join(f"{name.capitalize()}: {rule}." for name, rule in rules.items()),
+    ]
+
+
 def write_report(experiment: "Experiment") -> str:
     "Return the text of analysis_report.txt."
-    results, config = experiment.results, experiment.config
-    sizes = ", ".join(f"{split} {size}" for split, size in experiment.splits.lengths.items())
-    lines = [
-        f"Run {experiment.folder.run_id}",
-        "",
-        f"Recipe {config.run.recipe}, {config.model}, {results['model']['parameters']:,} parameters, weights: {results['model']['weights']}.",
-        f"Data {experiment.source.name}: {sizes} images.",
-        "".join(
-            f"{name.removesuffix('_rule').capitalize()}: {rule}. "
-            for name, rule in results["protocol"].items()
-            if name.endswith("_rule")
-        ).strip(),
-        "",
-        *score_lines(results),
-        "",
-        *read_training(pd.DataFrame(experiment.trainer.history)),
-        "",
-        *[f"Warning: {warning}" for warning in (*warn_of_amounts(results["test"]), *experiment.audit.warnings)],
-        results["protocol"]["text"],
-    ]
-    return "\n".join(lines) + "\n"
+    results = experiment.results
+    warnings = [*warn_of_amounts(results["test"]), *experiment.audit.warnings]
+    sections = (
+        [f"Run {experiment.folder.run_id}"],
+        setup_lines(experiment),
+        score_lines(results),
+        read_training(pd.DataFrame(experiment.trainer.history)),
+        [*(f"Warning: {warning}" for warning in warnings), results["protocol"]["text"]],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
 # %% ../../nbs/runs/03_results.ipynb #c9b4d8de
@@ -328,11 +346,7 @@ def image_table(
 
 # %% ../../nbs/runs/03_results.ipynb #b76988f1
 KEPT = ("*.yaml", "*.csv", "*.json", "*.txt", "predictions/*", "checkpoints/best*")  # files that hold results
-LATER = (
-    "status.yaml",
-    "manifest.yaml",
-    "final_results.yaml",
-)  # written after the manifest, which holds the results themselves
+LATER = ("status.yaml", "manifest.yaml", "final_results.yaml")  # written after the manifest, which has the results
 
 
 def kept_files(folder: RunFolder) -> dict[str, str]:
@@ -378,10 +392,8 @@ def cases(
 
 def show_answers(experiment: "Experiment", worst: bool, count: int = 6) -> Figure:
     "Return a grid of labelled test images, titled by label and answer."
-    samples, rows = (
-        experiment.splits.test,
-        experiment.per_image.sort_values(["rank", "name"], ascending=[not worst, True]).head(count),
-    )
+    samples = experiment.splits.test
+    rows = experiment.per_image.sort_values(["rank", "name"], ascending=[not worst, True]).head(count)
     titles = [row.label if row.rank == 0 else f"{row.label}, called {row.answer}" for row in rows.itertuples()]
     return show_grid([as_tile(read_image(samples[index].image)) for index in rows["index"]], titles)
 
