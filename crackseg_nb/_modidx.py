@@ -2982,6 +2982,10 @@ d = {
                 "studies/encoder_benchmark.html#encoderbenchmark.run_config",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run_protocol": (
+                "studies/encoder_benchmark.html#encoderbenchmark.run_protocol",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.runs": (
                 "studies/encoder_benchmark.html#encoderbenchmark.runs",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3000,6 +3004,10 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmarkConfig.fixed": (
                 "studies/encoder_benchmark.html#encoderbenchmarkconfig.fixed",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.absent_classes": (
+                "studies/encoder_benchmark.html#absent_classes",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.bullets": (
@@ -3022,6 +3030,10 @@ d = {
                 "studies/encoder_benchmark.html#class_means",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.compare_pair": (
+                "studies/encoder_benchmark.html#compare_pair",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
                 "studies/encoder_benchmark.html#compare_pairs",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3034,8 +3046,20 @@ d = {
                 "studies/encoder_benchmark.html#finish_axis",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.initial_weights": (
+                "studies/encoder_benchmark.html#initial_weights",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.machine_of": (
                 "studies/encoder_benchmark.html#machine_of",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.missing_runs": (
+                "studies/encoder_benchmark.html#missing_runs",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.other_machines": (
+                "studies/encoder_benchmark.html#other_machines",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.read_jobs": (
@@ -3054,6 +3078,14 @@ d = {
                 "studies/encoder_benchmark.html#sentences",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.shared_machine": (
+                "studies/encoder_benchmark.html#shared_machine",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.short_budget": (
+                "studies/encoder_benchmark.html#short_budget",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.show_accuracy": (
                 "studies/encoder_benchmark.html#show_accuracy",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3068,6 +3100,10 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.summarise": (
                 "studies/encoder_benchmark.html#summarise",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.test_epochs": (
+                "studies/encoder_benchmark.html#test_epochs",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (
