@@ -2254,6 +2254,7 @@ d = {
         },
         "crackseg_nb.runs.results": {
             "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.choice_rules": ("runs/results.html#choice_rules", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.class_table": ("runs/results.html#class_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.collect_results": (
                 "runs/results.html#collect_results",
@@ -2288,6 +2289,7 @@ d = {
             "crackseg_nb.runs.results.score_lines": ("runs/results.html#score_lines", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.setup_lines": ("runs/results.html#setup_lines", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_decision": (
                 "runs/results.html#show_decision",
@@ -3012,6 +3014,10 @@ d = {
                 "studies/encoder_benchmark.html#encoderbenchmark.run_config",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run_protocol": (
+                "studies/encoder_benchmark.html#encoderbenchmark.run_protocol",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.runs": (
                 "studies/encoder_benchmark.html#encoderbenchmark.runs",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3030,6 +3036,10 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmarkConfig.fixed": (
                 "studies/encoder_benchmark.html#encoderbenchmarkconfig.fixed",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.absent_classes": (
+                "studies/encoder_benchmark.html#absent_classes",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.bullets": (
@@ -3052,6 +3062,10 @@ d = {
                 "studies/encoder_benchmark.html#class_means",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.compare_pair": (
+                "studies/encoder_benchmark.html#compare_pair",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
                 "studies/encoder_benchmark.html#compare_pairs",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3064,8 +3078,20 @@ d = {
                 "studies/encoder_benchmark.html#finish_axis",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.initial_weights": (
+                "studies/encoder_benchmark.html#initial_weights",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.machine_of": (
                 "studies/encoder_benchmark.html#machine_of",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.missing_runs": (
+                "studies/encoder_benchmark.html#missing_runs",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.other_machines": (
+                "studies/encoder_benchmark.html#other_machines",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.read_jobs": (
@@ -3084,6 +3110,14 @@ d = {
                 "studies/encoder_benchmark.html#sentences",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
+            "crackseg_nb.studies.encoder_benchmark.shared_machine": (
+                "studies/encoder_benchmark.html#shared_machine",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.short_budget": (
+                "studies/encoder_benchmark.html#short_budget",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
             "crackseg_nb.studies.encoder_benchmark.show_accuracy": (
                 "studies/encoder_benchmark.html#show_accuracy",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3098,6 +3132,10 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.summarise": (
                 "studies/encoder_benchmark.html#summarise",
+                "crackseg_nb/studies/encoder_benchmark.py",
+            ),
+            "crackseg_nb.studies.encoder_benchmark.test_epochs": (
+                "studies/encoder_benchmark.html#test_epochs",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (

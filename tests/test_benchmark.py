@@ -62,9 +62,8 @@ def assert_same_weights(contestants, **tolerance):
         found = contestants[name].model.state_dict()
         assert found.keys() == expected.keys()
         for key in expected:
-            torch.testing.assert_close(
-                found[key], expected[key], **tolerance, msg=lambda text: f"{name}: {key}: {text}"
-            )
+            place = f"{name}: {key}: "
+            torch.testing.assert_close(found[key], expected[key], **tolerance, msg=place.__add__)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Swin classifier end to end: scores agree with the kept answers, TensorBoard's names, resuming, and its encoder in the hybrid."""
+"""The Swin classifier end to end: scores agree with the kept predictions, resuming, and its encoder in the hybrid."""
 
 import numpy as np
 import pandas as pd

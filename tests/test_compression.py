@@ -1,4 +1,4 @@
-"""Compression steps on models of the study: with the real trainer, with evaluation, and INT8 on what mobile networks are made of."""
+"""Compression steps on models of the study: with trainer and evaluation, and INT8 on the layers of mobile networks."""
 
 import copy
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settle(model):
-    "Give batch norms statistics and weights as training leaves them; without, a deep fresh network answers the same everywhere."
+    "Give batch norms statistics and weights as training leaves them; a deep fresh network predicts one value."
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -59,7 +59,7 @@ def settle(model):
 
 
 class Mobile(nn.Module):
-    "What DeepLab on MobileNetV3 is made of: hard swish, squeeze-and-excitation, depthwise convolution, padding, resizing to a size."
+    "The layers of DeepLab on MobileNetV3: hard swish, squeeze-and-excitation, depthwise, padding, resizing."
 
     def __init__(self, num_classes=1):
         super().__init__()

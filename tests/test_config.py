@@ -1,4 +1,4 @@
-"""The dull cases of configurations: what each rule refuses, and what becomes of a recipe beside another model or loss."""
+"""The dull cases of configurations: what each rule refuses, and what a recipe is beside another model."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Measured costs against what is known beforehand: bytes, parameters, operations, memory; and the front against its definition."""
+"""Measured costs against known ones: bytes, parameters, operations, memory; and the front against its definition."""
 
 import itertools
 

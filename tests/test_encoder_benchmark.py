@@ -37,7 +37,7 @@ CLASSES = ("background", "crack", "spalling")
 
 @pytest.fixture
 def create(tmp_path):
-    "Return a function that makes a benchmark and folders of its runs from (encoder, seed) -> what differs; None leaves a run waiting."
+    "Return a function that makes a benchmark and run folders from (encoder, seed) -> changes; None: not run."
 
     def make(scores=None, encoders=("mobilenet", "swin"), seeds=(1, 2), **settings):
         benchmark = EncoderBenchmark(

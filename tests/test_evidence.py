@@ -1,4 +1,4 @@
-"""The evidence of a run: it belongs to the run's images, equals the run's own scores, and is fast and small on the real test images."""
+"""The evidence of a run: it belongs to the run's images, equals its scores, is fast and small on real images."""
 
 import shutil
 import subprocess
@@ -208,7 +208,8 @@ from crackseg_nb.evidence.scores import measure, open_predictions
 predictions = open_predictions('run', sys.argv[1])
 start = time.perf_counter()
 found = measure(predictions, workers=2)
-peak = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM:'))  # ru_maxrss begins with the parent's
+# Not ru_maxrss, which begins with the parent's.
+peak = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM:'))
 print(len(found.per_image), time.perf_counter() - start, int(peak.split()[1]) / 1024)
 """
 

@@ -129,7 +129,8 @@ def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
 def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
     code = (
         f"from crackseg_nb.runs.config import configure; from crackseg_nb.runs.experiment import Experiment\n"
-        f"experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise SystemExit(3)"
+        f"experiment = Experiment(configure(**{TINY!r}, outputs={str(tmp_path)!r}))\nexperiment.load_data()\nraise "
+        "SystemExit(3)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3
     folder = only_run(tmp_path)
@@ -148,7 +149,7 @@ def test_the_parameters_cell_is_the_whole_manual():
         for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
         if "parameters" in cell["metadata"].get("tags", [])
     )
-    lines = [line for line in "".join(cell["source"]).splitlines() if not line.startswith("#")]
+    lines = [line for line in "".join(cell["source"]).splitlines() if line and not line.startswith("#")]
     assert {line.split(":")[0] for line in lines} == {*known_parameters(), "config", "resume"}
     for line in lines:
         name, comment = line.split(":")[0], line.split("  # ")[1]

@@ -1,4 +1,4 @@
-"Attention, activations, gates and branches: equal to what the model computes, at any size, the model left alone. Types of errors: against a slow direct version."
+"Attention, activations, gates and branches equal what the model computes. Types of errors: against a slow version."
 
 import cv2
 import numpy as np
@@ -280,7 +280,7 @@ WITHIN_2 = [(down, right) for down in range(-2, 3) for right in range(-2, 3) if 
 
 
 def random_case(seed):
-    "Return a prediction and a mask with void: lines of many widths, or blobs, or specks; the prediction is the mask shifted and disturbed, or another one."
+    "Return a prediction and a mask with void: lines, blobs or specks; the prediction is disturbed or another."
     generator = np.random.default_rng(seed)
     size = tuple(generator.integers(24, 41, 2))
 

@@ -1,4 +1,4 @@
-"""Several classes end to end: what a run keeps agrees with masks and predictions on disk, and bad input stops in one line."""
+"""Several classes end to end: what a run keeps agrees with the files on disk, and bad input stops in one line."""
 
 import json
 

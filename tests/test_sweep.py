@@ -81,7 +81,8 @@ def check_comparison(sweep):
     assert all(run in (sweep.folder / "comparison.md").read_text() for run in sweep.runs)
 
 
-# Two by two runs, one of them killed or requeued: with the stand-in, and (slow) real ones, through the notebook here and through the command on SLURM
+# Two by two runs, one of them killed or requeued: with the stand-in, and (slow) real ones,
+# through the notebook here and through the command on SLURM
 
 both_kinds = pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 
@@ -89,7 +90,8 @@ both_kinds = pytest.mark.parametrize("real", [False, pytest.param(True, marks=py
 def start(tmp_path, real, command, **jobs):
     "Start a process that carries out the sweep `demo` and return it with the sweep, once its second run trains."
     if not real:
-        create = f'Sweep("demo", {GRID!r}, "epochs=30", {str(tmp_path)!r}, notebook={str(write_stand_in(tmp_path))!r}, **{jobs})'
+        notebook = str(write_stand_in(tmp_path))
+        create = f'Sweep("demo", {GRID!r}, "epochs=30", {str(tmp_path)!r}, notebook={notebook!r}, **{jobs})'
         command = [
             sys.executable,
             "-c",
@@ -205,7 +207,8 @@ def test_a_run_of_a_killed_job_is_taken_over(sweep, monkeypatch):
 
 
 def test_an_interrupt_stops_the_runs_and_the_same_sweep_goes_on(sweep, tmp_path):
-    create = f'Sweep("demo", "seed=1,2", "epochs=40", {str(tmp_path / "outputs")!r}, notebook={str(tmp_path / "stand_in.ipynb")!r}, parallel=2)'
+    outputs, notebook = str(tmp_path / "outputs"), str(tmp_path / "stand_in.ipynb")
+    create = f'Sweep("demo", "seed=1,2", "epochs=40", {outputs!r}, notebook={notebook!r}, parallel=2)'
     command = [
         sys.executable,
         "-c",

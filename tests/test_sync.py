@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "crackseg_nb"
@@ -177,6 +178,22 @@ def test_a_notebook_shows_no_failed_cell(path):
         output["ename"] for cell in code_cells(path) for output in cell["outputs"] if output["output_type"] == "error"
     ]
     assert not errors, f"{path.name}: {errors}"
+
+
+def test_the_sidebar_holds_every_notebook_in_reading_order():
+    "Doors first, then the parts: the index of a part, then its chapters by number."
+    sections = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text("utf-8"))["website"]["sidebar"]["contents"]
+    listed = [Path(entry) for section in sections for entry in section["contents"]]
+    doors = {Path(path.name) for path in NOTEBOOKS if path.parent == ROOT / "nbs"}
+    assert listed[0] == Path("index.ipynb") and set(listed[: len(doors)]) == doors
+    chapters = [path.relative_to(ROOT / "nbs") for path in NOTEBOOKS if path.parent != ROOT / "nbs"]
+    chapters.sort(key=lambda path: (PARTS.index(path.parent.name), path.stem != "index", path.name))
+    assert listed[len(doors) :] == chapters
+    assert [section["section"].lower() for section in sections[1:]] == list(dict.fromkeys(map(folder_of, chapters)))
+
+
+def folder_of(path):
+    return path.parent.name
 
 
 def test_readme_is_generated_from_the_index():

@@ -1,4 +1,4 @@
-"""Runs verified from their folders: whatever is changed is named, whatever is repeated is equal, and nothing is written or run on the way."""
+"""Runs verified from their folders: each change is named, each repetition equal, and nothing is written."""
 
 import json
 import re

@@ -159,7 +159,10 @@ def settle(entries: list[Entry]) -> list[Entry]:
         elif entry.evidence is None:
             continue
         if entry.reason.startswith("other test images") and entry.system == reference.system:
-            entry.reason += f"; the settings are the same, but seed {entry.seed} drew another split: only data with a published one has several seeds"
+            entry.reason += (
+                f"; the settings are the same, but seed {entry.seed} drew another split: "
+                "only data with a published one has several seeds"
+            )
         if not entry.reason and (entry.system, entry.seed) in seen:
             entry.reason = "a repetition: another run with the same settings and seed takes part"
         if not entry.reason:
@@ -280,12 +283,14 @@ class Comparison:
         )
         if len(self.tests):
             told.append(
-                "Each interval is that of a single comparison; the p-values are corrected for their number, and the verdict wants both."
+                "Each interval is that of a single comparison; "
+                "the p-values are corrected for their number, and the verdict wants both."
             )
         for test in self.tests.itertuples():
             if test.result == "can't tell" and test.corrected_rank_p <= 0.05:
                 told.append(
-                    f"{test.run} and {test.other}: the signed-rank test, in which each photo has one vote, does see a difference (corrected p = {test.corrected_rank_p:.2g}, "
+                    f"{test.run} and {test.other}: the signed-rank test, in which each photo has one vote, "
+                    f"does see a difference (corrected p = {test.corrected_rank_p:.2g}, "
                     f"{test.run if test.effect > 0 else test.other} ahead)."
                 )
         return (
@@ -309,7 +314,7 @@ def score_of(entry: Entry, statistic: str) -> float:
 
 
 def rows_for(system: System, statistic: str) -> tuple[pd.DataFrame, str]:
-    "Return the rows of a system and the name of the statistic among them: per-image scores are means over seeds, and not of mean counts."
+    "Return a system's rows and the name of the statistic among them; per-image scores are means over seeds."
     kind, name = statistic.rsplit("_", 1)
     return (system.rows[["tp", "fp", "fn"]], statistic) if kind == "pooled" else (system.rows[[name]], name)
 
@@ -374,7 +379,7 @@ def training_table(comparison: Comparison) -> pd.DataFrame:
 
 # %% ../../nbs/evidence/02_comparison.ipynb #66d522b7
 def show_width_recall(systems: dict[str, System]) -> Figure:
-    "Return a figure with the share of true crack pixels that each system finds, by the crack's width; means over seeds."
+    "Return a figure of each system's recall by the width of the crack, means over seeds."
     figure, axis = plt.subplots(figsize=(7.5, 2.6), dpi=DPI, layout="constrained")
     bar = 0.8 / len(systems)
     for number, (name, system) in enumerate(systems.items()):

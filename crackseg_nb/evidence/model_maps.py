@@ -57,7 +57,7 @@ def watched(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     parts: dict,  # modules of the model by any key
 ) -> Iterator[dict]:
-    "Run `model` over an image and yield a `Record` of each part, still in evaluation mode without gradients; then leave the model as it was."
+    "Run `model` over an image and yield a `Record` of each part; then leave the model as it was."
     check_pair(image)
     seen, handles, modes = {}, [], [(part, part.training) for part in model.modules()]
 
@@ -151,7 +151,7 @@ def activation_maps(
 
 # %% ../../nbs/evidence/04_model_maps.ipynb #ebdbe25c
 def swin_blocks(model: nn.Module) -> dict[str, tuple[int, SwinTransformerV2Block]]:
-    "Return the stride and the block of each SwinV2 block by name, first to last; raise CrackSegError if the model has none."
+    "Return stride and block of each SwinV2 block by name; raise CrackSegError if the model has none."
     stages = [part for part in model.modules() if isinstance(part, SwinTransformerV2Stage)]
     if not stages:
         raise refusal(model, "SwinV2 blocks", "swinv2_hybrid, or a unet with encoder swinv2")
@@ -163,7 +163,7 @@ def swin_blocks(model: nn.Module) -> dict[str, tuple[int, SwinTransformerV2Block
 
 
 def window_places(block: SwinTransformerV2Block, height: int, width: int) -> torch.Tensor:
-    "Return for each window and token of a block its position in the map, row * width + column, or -1 in the padding, int64 (windows, tokens)."
+    "Return the position of each window's tokens, row * width + column or -1 in padding, int64 (windows, tokens)."
     places = torch.arange(height * width).reshape(1, height, width, 1)
     shifted = torch.roll(places, [-shift for shift in block.shift_size], (1, 2))
     rows, columns = block.window_size
@@ -177,7 +177,7 @@ def window_attention(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     pixel: tuple[int, int],  # row and column
 ) -> dict[str, torch.Tensor]:
-    "Return how the position that covers `pixel` attends to each position, float32 (heads, h, w) per SwinV2 block; what lacks to 1 goes to padding."
+    "Return the attention of `pixel`'s position to each, float32 (heads, h, w) per block; the rest goes to padding."
     for name, place, side in zip(("row", "column"), pixel, image.shape):
         check_number(f"pixel, {name}", place, int, 0, side - 1)
     blocks, weights = swin_blocks(model), {}
@@ -201,7 +201,7 @@ def attention_maps(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     pixel: tuple[int, int],  # row and column
 ) -> dict[str, np.ndarray]:
-    "Return a map, float32 (H, W), of how the position that covers `pixel` attends to that of each pixel, mean over the heads, per SwinV2 block."
+    "Return a map, float32 (H, W), of the attention of `pixel` to each pixel, mean over the heads, per SwinV2 block."
     weights = window_attention(model, image, pixel)
     return {
         name: spread(weights[name].mean(0), image.shape[:2], stride) for name, (stride, _) in swin_blocks(model).items()

@@ -52,11 +52,15 @@ from ..runs.config import notebook_settings
 # %% ../../nbs/evidence/03_report.ipynb #82bb4fef
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; margin: .8rem 0; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: right; }
-th { white-space: nowrap; } th:first-child, td:first-child { text-align: left; font-weight: 600; } thead th { border-bottom: 1px solid #888; }
-img { max-width: 100%; height: auto; } pre { white-space: pre-wrap; font-size: 13px; background: #f6f6f6; padding: .8rem; }
+th { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; font-weight: 600; }
+thead th { border-bottom: 1px solid #888; }
+img { max-width: 100%; height: auto; }
+pre { white-space: pre-wrap; font-size: 13px; background: #f6f6f6; padding: .8rem; }
 """
 
 
@@ -91,7 +95,9 @@ def write_page(path: Path, title: str, parts: Sequence) -> Path:
     "Write a page of its own and return its path."
     body = "\n".join(as_html(part) for part in parts)
     page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"<title>{html.escape(title)}</title>\n"
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
     with atomic_write(path, "w") as handle:
@@ -101,7 +107,7 @@ def write_page(path: Path, title: str, parts: Sequence) -> Path:
 
 # %% ../../nbs/evidence/03_report.ipynb #4be26169
 def pictures_of(comparison: Comparison) -> dict[str, Figure]:
-    "Return the pictures of a comparison by name: intervals, curves, recall by width, reliability, and the first three pairs."
+    "Return figures by name: intervals, curves, recall by width, reliability, and the first three pairs."
     systems, first = (
         comparison.systems,
         {name: system.entries[0].evidence.metrics for name, system in comparison.systems.items()},
@@ -164,12 +170,14 @@ def comparison_page(comparison: Comparison, path: Path, title: str = "Comparison
     parts += [figure for name, figure in figures.items() if name.startswith("pair")]
     parts += [
         "## Over all thresholds",
-        "A dot marks the best threshold on the test images, a cross the run's own, chosen on validation images. One run of each system is drawn.",
+        "A dot marks the best threshold on the test images, a cross the run's own, chosen on validation images. "
+        "One run of each system is drawn.",
         figures["curves"],
         "## By width of the crack",
         figures["widths"],
         "## Can the probabilities be believed?",
-        "Near cracks, even a well calibrated model has an error, since the region depends on the truth: it serves comparison only.",
+        "Near cracks, even a well calibrated model has an error, since the region depends on the truth: "
+        "it serves comparison only.",
         figures["reliability"],
         "## How the runs were trained",
         training_table(comparison),
@@ -255,7 +263,7 @@ def begin_comparison(
 
 
 def finish_comparison(comparison: Comparison, folder: Path) -> None:
-    "Write scores.csv, tests.csv, left_out.csv, training.csv, analysis_report.txt, the pictures and comparison.html; for a single run also its report.html."
+    "Write tables, figures, analysis_report.txt and comparison.html; for a single run also its report.html."
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         "scores": comparison.scores.reset_index(),

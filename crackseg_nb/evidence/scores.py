@@ -75,7 +75,8 @@ class TestPredictions:
         probability, mask = read_prediction(self.folder / "predictions", self.names[index]), self.dataset.pair(index)[1]
         if probability.shape != mask.shape:
             raise CrackSegError(
-                f"{prediction_path(self.folder / 'predictions', self.names[index])}: found size {probability.shape}, expected that of its mask, {mask.shape}"
+                f"{prediction_path(self.folder / 'predictions', self.names[index])}: "
+                f"found size {probability.shape}, expected that of its mask, {mask.shape}"
             )
         return probability, mask
 
@@ -86,7 +87,7 @@ def open_predictions(
     outputs: str = "",
     data_dir: str = "",  # where the images lie now; empty: where they lay
 ) -> TestPredictions:
-    "Return the test images of a binary run with its predictions; raise CrackSegError if they are not those that it saw."
+    "Return a binary run's test images with its predictions; raise CrackSegError if they are not those that it saw."
     folder = find_finished_run("run", run, outputs)
     results, seen = read_yaml(folder / "final_results.yaml"), read_yaml(folder / "splits.yaml")["test"]
     if "threshold" not in results["test"]:
@@ -96,7 +97,8 @@ def open_predictions(
     missing = [name for name in seen if not prediction_path(folder / "predictions", name).is_file()]
     if missing:
         raise CrackSegError(
-            f"{folder.run_id}/predictions: found no prediction of {some(missing)}, expected one for each of {len(seen)} test images"
+            f"{folder.run_id}/predictions: found no prediction of {some(missing)}, "
+            f"expected one for each of {len(seen)} test images"
         )
     config = configure(
         config=str(folder / "config.yaml"),
@@ -109,7 +111,8 @@ def open_predictions(
     now, then = fingerprint(splits), read_yaml(folder / "environment.yaml")["data"]["fingerprint"]
     if names != seen or now != then:
         raise CrackSegError(
-            f"data: found images or masks that differ from those of {folder.run_id} (fingerprint {now[:12]}, expected {then[:12]})"
+            f"data: found images or masks that differ from those of {folder.run_id} (fingerprint {now[:12]}, "
+            f"expected {then[:12]})"
         )
     resize = (config.data.image_size,) * 2 if config.data.eval_fit == "resize" else None
     return TestPredictions(folder, config, results, CrackDataset(splits.test, splits.mask_encoding, resize=resize), now)
@@ -137,7 +140,7 @@ def digest_of(plane: np.ndarray) -> str:
 
 
 def own_counts(predictions: TestPredictions) -> pd.DataFrame:
-    "Return tp, fp, fn and the scores of each image as the run itself counted them, before its probabilities were rounded."
+    "Return tp, fp, fn and scores of each image as the run counted them, before its probabilities were rounded."
     table = (
         pd.read_csv(predictions.folder / "predictions" / "per_image.csv", dtype={"name": str})
         .set_index("name")
@@ -287,7 +290,7 @@ def measure(
 
 
 def evidence_of(run: str, outputs: str = "", data_dir: str = "", workers: int = 2) -> Evidence:
-    "Return the evidence of a run: what its folder holds, or measured and kept there; raise CrackSegError if that can't be done."
+    "Return the evidence that a run's folder holds, measured and kept there first where it is missing."
     folder = find_finished_run("run", run, outputs)
     if not (folder / "evidence" / "scores.yaml").is_file():
         measure(open_predictions(run, outputs, data_dir), workers).save(folder / "evidence")

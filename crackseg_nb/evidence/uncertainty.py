@@ -43,7 +43,7 @@ def tta_probabilities(
     model: nn.Module,  # gives logits (B, 1, H, W) for any size
     images: Tensor,  # (B, 3, H, W)
 ) -> Tensor:  # (8, B, 1, H, W)
-    "Return the crack probabilities of the images in all eight poses, turned back; the model is in evaluation mode meanwhile."
+    "Return the crack probabilities in all eight poses, turned back; the model is in evaluation mode meanwhile."
     was_training, answers = model.training, []
     model.eval()
     try:
@@ -65,7 +65,7 @@ def entropy(probability: Tensor) -> Tensor:
 def uncertainty_maps(
     probabilities: Tensor,  # (K, B, 1, H, W), of K answers: poses or members of an ensemble
 ) -> dict[str, Tensor]:  # (B, 1, H, W) each
-    "Return mean, standard_deviation (over the K, not K - 1), entropy (of the mean) and mutual_information, in double precision; raise CrackSegError for other values."
+    "Return mean, standard_deviation (over K, not K - 1), entropy (of the mean) and mutual_information, float64."
     if probabilities.ndim != 5 or not len(probabilities) or probabilities.shape[2] != 1:
         raise CrackSegError(f"probabilities: found shape {tuple(probabilities.shape)}, expected (K, B, 1, H, W)")
     if not ((probabilities >= 0) & (probabilities <= 1)).all():

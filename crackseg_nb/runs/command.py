@@ -64,7 +64,7 @@ def run_notebook(
 ) -> int:
     """Execute one run, new or resumed, and return 0 (done), RESUME_CODE (to be resumed) or 1 (failed).
 
-    Raises CrackSegError before a kernel is started: for wrong parameters, and for a run that another process carries."""
+    Raises CrackSegError before a kernel is started: for wrong parameters, or a run that another process carries."""
     from crackseg_nb.runs.config import configure
     from crackseg_nb.runs.experiment import default_run_name
 
@@ -86,7 +86,7 @@ def run_notebook(
 
 # %% ../../nbs/runs/06_command.ipynb #a6a168b8
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    "Let a command that raises CrackSegError print it in one line and return 1, or RESUME_CODE where the run can be resumed."
+    "Turn CrackSegError into one printed line and exit status 1, or RESUME_CODE where the run can be resumed."
 
     @functools.wraps(main)
     def reporting(words: list[str] | None = None) -> int:

@@ -150,7 +150,8 @@ def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
         )
     if data in SYNTHETIC and class_names:
         raise CrackSegError(
-            f"class_names: found {', '.join(class_names)} with data {data}, which has its own; expected them with folder"
+            f"class_names: found {', '.join(class_names)} with data {data}, which has its own; "
+            "expected them with folder"
         )
     if data not in SYNTHETIC and not data_dir and not SOURCES[data].fetch:
         raise CrackSegError(f"data_dir: found none, expected the folder of {data}: {SOURCES[data].layout}")

@@ -271,7 +271,7 @@ def make_datasets(
     splits,
     copies: int = 1,  # processes on this machine that hold the same images
 ) -> dict[str, CrackDataset | LabelDataset]:
-    "Return the data sets that have images: augmented windows for training, whole images otherwise; labelled images at the size of the model."
+    "Return the data sets that have images: augmented windows for training, whole or resized images otherwise."
     data, size = config.data, (config.data.image_size, config.data.image_size)
     if data.labelled:
         return {
@@ -392,7 +392,7 @@ def run_of_weights(
 
 
 def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
-    "Load the weights that `fine_tune` or `encoder_weights` name, and note it in `model.weights`; raise CrackSegError if they do not fit."
+    "Load the weights that `fine_tune` or `encoder_weights` name, and record them in `model.weights`."
     for name, load in (("fine_tune", load_model_weights), ("encoder_weights", load_encoder_weights)):
         if not getattr(config, name):
             continue
@@ -417,7 +417,7 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
 # %% ../../nbs/runs/04_experiment.ipynb #a4c7943e
 @patch
 def refuse_seen_images(self: Experiment) -> None:
-    "Raise CrackSegError if the run whose weights training begins with has seen test images of this one; warn of seen validation images, and where nothing can be told."
+    "Raise CrackSegError if the lending run has learned test images of this one; warn of validation images."
     data, warnings = self.config.data, []
     for name in FIRST_WEIGHTS:
         if not getattr(self.config, name) or data.data in SYNTHETIC:
@@ -426,7 +426,8 @@ def refuse_seen_images(self: Experiment) -> None:
         if run is None:
             if name == "fine_tune":
                 warnings.append(
-                    f"{name}: {getattr(self.config, name)} lies in no run: whether it learned test images cannot be told"
+                    f"{name}: {getattr(self.config, name)} lies in no run: "
+                    "whether it learned test images cannot be told"
                 )
             continue
         theirs, before = read_yaml(run / "splits.yaml"), read_yaml(run / "config.yaml")["data"]
@@ -434,15 +435,18 @@ def refuse_seen_images(self: Experiment) -> None:
             continue
         same = find_path(before["data_dir"]).resolve() == find_path(data.data_dir).resolve()
         seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
-        told = f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} learned or chose by ({some(seen)})"
+        told = (
+            f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} "
+            f"learned or chose by ({some(seen)})"
+        )
         if seen and same:
             raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
         if seen:
             warnings.append(told + ", if they are the same images")
         if learned := {sample.name for sample in self.splits.val} & {*theirs["train"]}:
             warnings.append(
-                f"{name}: {run.name} learned {len(learned)} of {len(self.splits.val)} validation images, by which this run chooses its epoch and threshold"
-                + ("" if same else ", if they are the same images")
+                f"{name}: {run.name} learned {len(learned)} of {len(self.splits.val)} validation images, "
+                "by which this run chooses its epoch and threshold" + ("" if same else ", if they are the same images")
             )
     for warning in warnings:
         logger.warning("data: %s", warning)
@@ -471,7 +475,8 @@ def check_same_world(old: dict, new: dict, folder: str) -> None:
     "Raise CrackSegError if a run that goes on has other data; warn of another machine, version or commit."
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
         raise CrackSegError(
-            f"data: found images or masks that differ from those {folder} began with (fingerprint {new['data']['fingerprint'][:12]}, "
+            f"data: found images or masks that differ from those {folder} began with (fingerprint "
+            f"{new['data']['fingerprint'][:12]}, "
             f"expected {old['data']['fingerprint'][:12]}); restore them, or start a new run"
         )
     names = [
@@ -552,7 +557,7 @@ def settle_precision(self: Experiment) -> None:
 
 @patch
 def fitting_batch(self: Experiment) -> int:
-    "Return how many images of a batch fit into memory at once, by a lower bound; raise CrackSegError if not even one does."
+    "Return how many images of a batch fit into memory, by a lower bound; raise CrackSegError if none does."
     train, size = self.config.train, self.config.data.image_size
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
         choose_precision(train.amp, self.device).replace("no", "")
@@ -694,7 +699,8 @@ def stop_if_asked(self: Experiment) -> None:
     "Raise Stopped when the run was asked to stop; training is over and its state is written."
     if self.stop.reason:
         raise Stopped(
-            f"stopped before the test was over ({self.stop.reason}); go on with -p resume {display_path(self.folder.path)}"
+            f"stopped before the test was over ({self.stop.reason}); "
+            f"go on with -p resume {display_path(self.folder.path)}"
         )
 
 

@@ -100,7 +100,7 @@ def attempt(
     patience: float = 0,  # seconds to wait for a process that carries the run
     notebook=None,  # None: the run notebook
 ) -> Outcome | None:
-    "Begin the run in `folder` or go on with it, once; None when it is done already. Raises Claimed when another process carries it."
+    "Begin or resume the run in `folder` once; None if it is done. Raise Claimed if another process carries it."
     with claim(folder, patience) as lock:
         given = next_parameters(folder, parameters)
         if given is None:
@@ -253,7 +253,8 @@ class JobConfig:
         for name in ("time", "mem", "partition", "extra"):
             if self.cluster != "slurm" and getattr(self, name):
                 raise CrackSegError(
-                    f"{name}: found {getattr(self, name)!r} with cluster {self.cluster}, expected it with cluster slurm only"
+                    f"{name}: found {getattr(self, name)!r} with cluster {self.cluster}, "
+                    "expected it with cluster slurm only"
                 )
 
 
@@ -329,7 +330,8 @@ def submit_local(folder: Path, jobs: list[SweepJob]) -> list[dict]:
     "Start `jobs` on this machine; return the processes that watch over them."
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=60 * 24 * 365)
-    # submitit kills a job a second after Ctrl-C. Its watching process inherits that Ctrl-C is ignored; the job stops its run by itself.
+    # submitit kills a job a second after Ctrl-C. Its watching process inherits that Ctrl-C is ignored;
+    # the job stops its run by itself.
     with signal_handlers({signal.SIGINT: signal.SIG_IGN}):
         started = [executor.submit(job).job_id for job in jobs]
     return [{"pid": int(pid), "born": psutil.Process(int(pid)).create_time()} for pid in started]

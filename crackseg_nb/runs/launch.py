@@ -30,7 +30,7 @@ LAUNCHED = (
 
 
 def run_launched(config: ExperimentConfig) -> Experiment | None:
-    "Run as one of the processes that a launcher started; return the finished experiment in the first, None in the others."
+    "Run as one of a launcher's processes; return the finished experiment in the first, None in the others."
     accelerator, experiment, share = create_accelerator(get_device(config.run.device)), None, None
     if accelerator.is_main_process:
         experiment = prepare(config)

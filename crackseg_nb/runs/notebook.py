@@ -121,7 +121,7 @@ def one_line(error: BaseException) -> str:
 
 
 def execute_notebook(notebook: Path, result: Path, parameters: dict, relay: SignalRelay, lock: int) -> tuple[str, bool]:
-    "Execute `notebook` through papermill, its printed lines shown here; return the error in one line, and whether the kernel died."
+    "Execute `notebook` through papermill and show what it prints; return its error, and whether the kernel died."
     result.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="crackseg-", ignore_cleanup_errors=True) as sockets:
         try:

@@ -152,28 +152,29 @@ class Frontier:
         self.loaders = make_loaders(own, make_datasets(own, self.splits))
 
     def check_runs(self) -> None:
-        "Raise CrackSegError unless all runs saw the same images in the same splits, judged alike, and what is compressed has its weights."
-        for name, run in self.runs.items():
-            if run.config.data.labelled:
+        "Raise CrackSegError unless all runs saw the same images, judged alike, and the compressed one has weights."
+        for name, opened in self.runs.items():
+            if opened.config.data.labelled:
                 raise CrackSegError(f"runs: found {name}, which names whole images; expected runs that segment")
 
-        def told(run):
-            return run.results["data_fingerprint"][:12], run.config.data.eval_fit, run.config.data.train_set
-
+        seen = {
+            name: (opened.results["data_fingerprint"][:12], opened.config.data.eval_fit, opened.config.data.train_set)
+            for name, opened in self.runs.items()
+        }
         first, *others = self.runs
-        for name in others:
-            if told(self.runs[name]) != told(self.runs[first]):
+        for other in others:
+            if seen[other] != seen[first]:
                 raise CrackSegError(
-                    f"runs: found {name} with other images, splits or evaluation {told(self.runs[name])} than {first} {told(self.runs[first])}, "
-                    "expected the same for all"
+                    f"runs: found {other} with other images, splits or evaluation {seen[other]} than "
+                    f"{first} {seen[first]}, expected the same for all"
                 )
         if "val" not in self.runs[first].results:
             raise CrackSegError(
                 f"runs: {first} learned the validation images, expected runs that left them to choose by"
             )
-        for name in (self.config.student, self.config.teacher):
-            if not self.runs[name].trained:
-                raise CrackSegError(f"runs: {name} has no checkpoint, expected one of student and teacher")
+        for model in (self.config.student, self.config.teacher):
+            if not self.runs[model].trained:
+                raise CrackSegError(f"runs: {model} has no checkpoint, expected one of student and teacher")
 
     def costs(self) -> pd.DataFrame:
         "Return what the models of all runs cost, beside their own test scores."
@@ -316,7 +317,8 @@ def sentences(
             f"IoU {row['iou']:.4f} ({row['iou'] - base['iou']:+.4f})",
             f"file {100 * row['file_bytes'] / base['file_bytes']:.0f} %",
             f"compressed {100 * row['compressed_bytes'] / base['compressed_bytes']:.0f} %",
-            f"latency {100 * row['ms_1'] / base['ms_1']:.0f} % on one thread, {100 * row['ms_2'] / base['ms_2']:.0f} % on two",
+            f"latency {100 * row['ms_1'] / base['ms_1']:.0f} % on one thread, "
+            f"{100 * row['ms_2'] / base['ms_2']:.0f} % on two",
             f"memory {100 * row['memory_bytes'] / base['memory_bytes']:.0f} %",
         ]
         lines.append(f"{name}: {', '.join(parts)}; {row['remark']}.")

@@ -32,7 +32,7 @@ def paired_results(sweep: Sweep) -> pd.DataFrame:
 def arms(
     results: pd.DataFrame,  # of `paired_results`
 ) -> pd.DataFrame:
-    "Return one row per seed with the scores of both arms and their difference; raise CrackSegError if the runs saw different images."
+    "Return both arms' scores and their difference by seed; raise CrackSegError if runs saw different images."
     done = results[results["state"] == "done"].assign(
         arm=np.where(results.loc[results["state"] == "done", "encoder_weights"] == "none", SCRATCH, LENT)
     )
@@ -64,7 +64,8 @@ def tell(
     difference, spread = (lent - scratch).mean(), max(np.ptp(lent), np.ptp(scratch))
     ahead = int((lent > scratch).sum())
     return (
-        f"Test IoU {lent.mean():.4f} with the lent encoder, {scratch.mean():.4f} from scratch: {difference:+.4f}, ahead on {ahead} of {len(pairs)} seeds; "
+        f"Test IoU {lent.mean():.4f} with the lent encoder, {scratch.mean():.4f} from scratch: "
+        f"{difference:+.4f}, ahead on {ahead} of {len(pairs)} seeds; "
         f"the larger range over seeds is {spread:.4f}: {verdict(difference, spread, len(pairs))}."
     )
 

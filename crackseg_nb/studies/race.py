@@ -87,7 +87,7 @@ def measure_loading(
     batch_size: int = 8,
     num_workers: int = 0,
 ) -> pd.DataFrame:
-    "Return a table of the images per second that a loader gives from files, disk and memory, with the seconds that preparing each took."
+    "Return a loader's images per second from files, disk and memory, and the seconds that preparing each took."
     check_number("rounds", rounds, int, low=1)
     with tempfile.TemporaryDirectory() as temporary:
         loaders, prepared, speeds = {}, {}, {}
@@ -137,7 +137,8 @@ class Contest:
         window = self.config.batch_size * self.config.accumulation
         if len(self.dataset) % window:
             raise CrackSegError(
-                f"dataset: found {len(self.dataset)} images, expected a multiple of {window}, batch_size times accumulation"
+                f"dataset: found {len(self.dataset)} images, expected a multiple of {window}, "
+                "batch_size times accumulation"
             )
         self.optim = replace(self.optim, scheduler="constant")
         self.precision = choose_precision(self.config.amp, self.device, self.time_precisions)
@@ -327,7 +328,7 @@ def has_lightning() -> bool:
 
 
 def lightning_parts(contest: Contest, model: nn.Module, loader):
-    "Return Lightning's module around `model`, and a callback that sets the epoch `clock.number` and takes its `clock.seconds`."
+    "Return Lightning's module around `model`, and a callback that sets `clock.number` and takes `clock.seconds`."
     import lightning.pytorch as lightning
 
     class Segmentation(lightning.LightningModule):
@@ -398,7 +399,7 @@ def enter_lightning(contest: Contest) -> Contestant:
 # %% ../../nbs/studies/01_race.ipynb #86e726df
 @contextmanager
 def hidden_bars() -> Iterator[None]:
-    "Let progress bars do their work as text, as in a terminal, where nobody sees it; a notebook would keep every bar in its file."
+    "Draw progress bars as text that nobody sees; a notebook would keep every bar in its file."
     trainer = sys.modules[train_epoch.__module__]
     before, trainer.tqdm = trainer.tqdm, tqdm
     try:
@@ -420,11 +421,12 @@ def race(
     rounds: int,
     warmup: int = 1,  # epochs of each contestant before those that count
 ) -> pd.DataFrame:
-    "Return seconds, images, steps and images_per_second of each contestant in each round; raise CrackSegError if their work differs."
+    "Return seconds, images, steps and speed by contestant and round; raise CrackSegError if their work differs."
     rows, numbers = [], range(warmup + check_number("rounds", rounds, int, low=1))
     gc.freeze()  # what is there already need not be looked through each time
     try:
-        for number, name in [(number, name) for number in numbers for name in turns(list(contestants), number)]:
+        order = [(number, name) for number in numbers for name in turns(list(contestants), number)]
+        for number, name in order:
             gc.collect()  # nobody clears away what another one left
             torch.manual_seed(seed_for("race", number))
             with unchanged_settings(name), counted(contestants[name].model) as work, hidden_bars():
@@ -485,7 +487,7 @@ def ratios(
     table: pd.DataFrame,  # of `race`
     of: str = "trainer",
 ) -> pd.DataFrame:
-    "Return the median ratio of the speed of `of` to each other contestant's, and from where to where that median is known to 95 %."
+    "Return the median ratio of the speed of `of` to each other contestant's, with its 95 % interval."
     speed = table.pivot(index="round", columns="contestant", values="images_per_second")[
         list(table["contestant"].unique())
     ]

@@ -88,7 +88,7 @@ TARGETS = {"bare": 0.97, "resident": 0.90, "lightning": 1.0}  # least speed of t
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
-    "Return the trainer's ratios with its targets, and whether the medians reach them or miss them by less than is known."
+    "Return the trainer's ratios with its targets, and whether the medians reach them as far as can be told."
     found = ratios(table)
     found["target"] = [TARGETS[name] for name in found.index]
     single = np.full(len(found), table["round"].nunique() < 2)  # one round has no interval
@@ -161,7 +161,7 @@ def measure_options(contest: Contest, rounds: int) -> pd.DataFrame:
 
 # %% ../../nbs/studies/02_training_speed.ipynb #386d7e98
 def measure_compile(contest: Contest, rounds: int) -> tuple[pd.DataFrame, dict[str, float | None]]:
-    "Race the step as written against the compiled one; return the rounds, and the cost: seconds and images until it pays."
+    "Race the step against the compiled one; return the rounds, and the seconds and images until compiling pays."
     compiled, plain = enter_resident(contest, compiled=True), enter_resident(contest)
     first = compiled.epoch(0)
     table = race({"as written": plain, "compiled": compiled}, rounds)
@@ -464,7 +464,8 @@ def describe(self: Benchmark) -> None:
     for name, contest in self.contests.items():
         config, parameters = contest.config, count_parameters(contest.model)["total"]
         print(
-            f"{name}: {parameters:,} parameters, {self.summary['precision'][name]}, {config.accumulation} batches of {config.batch_size} images "
+            f"{name}: {parameters:,} parameters, {self.summary['precision'][name]}, "
+            f"{config.accumulation} batches of {config.batch_size} images "
             f"of {contest.dataset.sizes[0][0]} pixels per step, on {contest.device}"
         )
 
@@ -575,7 +576,7 @@ def cost(
 # %% ../../nbs/studies/02_training_speed.ipynb #c4aec428
 @patch
 def first_step(self: Benchmark, **parameters) -> pd.DataFrame:  # of the run notebook; none: the quickstart
-    "Return the seconds until the first optimiser step of nbs/run_experiment.ipynb, in a new folder and again with its data."
+    "Return the seconds until the first optimiser step of a run, in a new folder and again with its data."
     if "first_step" not in self.config.parts:
         return not_measured("first_step")
     with tempfile.TemporaryDirectory(prefix="crackseg-benchmark-") as scratch:
@@ -617,7 +618,7 @@ def plain_axes(columns: int = 1, height: float = 2.4) -> tuple[Figure, list]:
 def show_ratios(
     table: pd.DataFrame,  # of Benchmark.contest()
 ) -> Figure | None:
-    "Return a figure with the trainer's speed relative to each other contestant, by family; None if it was not measured."
+    "Return a figure of the trainer's speed relative to the others, by family; None if it was not measured."
     if "not measured" in table:
         return None
     table = table.dropna(subset="median")
@@ -653,7 +654,7 @@ def show_ratios(
 def show_cost(
     table: pd.DataFrame,  # of Benchmark.cost()
 ) -> Figure | None:
-    "Return a figure with seconds per image and memory against the size of the images or of the batch, a line for each family; None if it was not measured."
+    "Return a figure of seconds per image and memory against image or batch size, by family; None if not measured."
     if "not measured" in table:
         return None
     of = table.index.names[1]
