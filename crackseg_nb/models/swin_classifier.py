@@ -10,36 +10,26 @@ import torch
 from torch import nn
 
 # %% ../../nbs/models/09_swin_classifier.ipynb #d8e3d63b
-from ..core.checks import CrackSegError
+from .base import EncoderModel, check_sides
 from .encoders import Encoder
-from .pretrained import load_pretrained
 from .settings import SWIN_ENCODERS, Architecture, SwinClassifierConfig, swin_layout
 
 
 # %% ../../nbs/models/09_swin_classifier.ipynb #5fd01f43
-class SwinClassifier(nn.Module):
+class SwinClassifier(EncoderModel):
     "Classify images `(B, 3, H, W)` of any size from 32 up; return logits `(B, num_classes)`."
 
     def __init__(self, config: SwinClassifierConfig):
-        super().__init__()
-        self.config = config
         named = swin_layout(config.encoder)
         options = {name: value for name, value in config.layout.items() if value != named[name]}
         architecture = Architecture(SWIN_ENCODERS[config.encoder], "ViT", options)
-        self.encoder = Encoder(architecture, config.image_size, config.drop_path_rate)
-        self.weights = load_pretrained(self.encoder, config.pretrained)
+        super().__init__(config, Encoder(architecture, config.image_size, config.drop_path_rate))
         self.norm = nn.LayerNorm(self.encoder.channels[-1])
         self.head = nn.Linear(self.encoder.channels[-1], config.num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        if min(height, width) < 32:
-            raise CrackSegError(f"images: found {height}x{width}, expected at least 32x32")
+        check_sides(images)
         deepest = self.encoder(images)[-1]
         return self.head(self.norm(deepest.permute(0, 2, 3, 1)).mean((1, 2)))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        "Recompute the encoder's activations in the backward pass instead of keeping them."
-        self.encoder.set_grad_checkpointing(enable)

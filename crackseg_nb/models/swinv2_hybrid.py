@@ -6,17 +6,13 @@
 __all__ = ["DecoderBlock", "SwinV2Hybrid"]
 
 # %% ../../nbs/models/06_swinv2_hybrid.ipynb #d27b02a1
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/models/06_swinv2_hybrid.ipynb #4c356cb5
-from ..core.checks import CrackSegError
-from .encoders import SwinV2Encoder, pad_to_multiple
+from .base import SegmentationModel, enlarge, start_at_prior
+from .encoders import SwinV2Encoder
 from .layers import ASPP, CBAM, conv_norm_relu
-from .pretrained import load_pretrained
 from .settings import SwinV2HybridConfig
 
 
@@ -34,19 +30,16 @@ class DecoderBlock(nn.Module):
         )
 
     def forward(self, deep: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        deep = F.interpolate(self.narrow(deep), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        deep = enlarge(self.narrow(deep), skip.shape[-2:])
         return self.refine(self.attention(torch.cat([deep, skip], dim=1)))
 
 
 # %% ../../nbs/models/06_swinv2_hybrid.ipynb #44b38ee7
-class SwinV2Hybrid(nn.Module):
-    "Segment images `(B, 3, H, W)` of any size from 32 up; return logits `(B, num_classes, H, W)`."
+class SwinV2Hybrid(SegmentationModel):
+    "Segment images with a SwinV2 encoder, an ASPP bottleneck and a decoder with CBAM on its skips."
 
     def __init__(self, config: SwinV2HybridConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = SwinV2Encoder(config.encoder, config.image_size, config.drop_path_rate)
-        self.weights = load_pretrained(self.encoder, config.pretrained)
+        super().__init__(config, SwinV2Encoder(config.encoder, config.image_size, config.drop_path_rate))
         *skips, deepest = self.encoder.channels
         width = config.aspp_channels
         self.bottleneck = (
@@ -60,21 +53,11 @@ class SwinV2Hybrid(nn.Module):
             for inside, outside, skip in zip(widths, widths[1:], reversed(skips))
         )
         self.head = nn.Conv2d(widths[-1], config.num_classes, 1)
-        if config.prior:
-            nn.init.constant_(self.head.bias, math.log(config.prior / (1 - config.prior)))
+        start_at_prior(self.head, config.prior)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        if min(height, width) < 32:
-            raise CrackSegError(f"images: found {height}x{width}, expected at least 32x32")
-        images = pad_to_multiple(images)
+    def segment(self, images: torch.Tensor) -> torch.Tensor:
         *skips, features = self.encoder(images)
         features = self.bottleneck(features)
         for block, skip in zip(self.decoder, reversed(skips)):
             features = block(features, skip)
-        logits = F.interpolate(self.head(features), size=images.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        "Recompute the encoder's activations in the backward pass instead of keeping them."
-        self.encoder.set_grad_checkpointing(enable)
+        return enlarge(self.head(features), images.shape[-2:])

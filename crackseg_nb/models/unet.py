@@ -6,50 +6,34 @@
 __all__ = ["Unet"]
 
 # %% ../../nbs/models/07_unet.ipynb #fc08581d
-import math
-
 import torch
 from segmentation_models_pytorch.base import SegmentationHead
 from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
-from torch import nn
 
 # %% ../../nbs/models/07_unet.ipynb #8d636548
-from ..core.checks import CrackSegError
-from .encoders import STRIDES, create_encoder, pad_to_multiple
-from .pretrained import load_pretrained
+from .base import SegmentationModel, start_at_prior
+from .encoders import STRIDES, create_encoder
 from .settings import UnetConfig
 
 
 # %% ../../nbs/models/07_unet.ipynb #bf0f4608
-class Unet(nn.Module):
-    "Segment images `(B, 3, H, W)` of any size from 32 up; return logits `(B, num_classes, H, W)`."
+class Unet(SegmentationModel):
+    "Segment images with any encoder below the U-Net decoder of segmentation_models_pytorch."
 
     def __init__(self, config: UnetConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = create_encoder(config.encoder, config.image_size, config.drop_path_rate)
-        self.weights = load_pretrained(self.encoder, config.pretrained)
+        super().__init__(config, create_encoder(config.encoder, config.image_size, config.drop_path_rate))
         channels = dict(zip(self.encoder.strides, self.encoder.channels))
         widths = tuple(config.unet_channels)
         self.decoder = UnetDecoder((3, *(channels.get(stride, 0) for stride in STRIDES)), widths, n_blocks=len(widths))
         self.head = SegmentationHead(widths[-1], config.num_classes)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
-        if config.prior:
-            nn.init.constant_(self.head[0].bias, math.log(config.prior / (1 - config.prior)))
+        start_at_prior(self.head[0], config.prior)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[-2:]
-        if min(height, width) < 32:
-            raise CrackSegError(f"images: found {height}x{width}, expected at least 32x32")
-        images = pad_to_multiple(images, self.encoder.multiple)
+    def segment(self, images: torch.Tensor) -> torch.Tensor:
         features = self.encoder(images)
         if len(features) < len(STRIDES):
             finest = (len(images), 0, images.shape[-2] // 2, images.shape[-1] // 2)
             features = [features[0].new_empty(finest), *features]
-        return self.head(self.decoder([images, *features]))[..., :height, :width]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        "Recompute the encoder's activations in the backward pass instead of keeping them."
-        self.encoder.set_grad_checkpointing(enable)
+        return self.head(self.decoder([images, *features]))
