@@ -1536,6 +1536,32 @@ d = {
                 "crackseg_nb/metrics/widths.py",
             ),
         },
+        "crackseg_nb.models.base": {
+            "crackseg_nb.models.base.EncoderModel": ("models/base.html#encodermodel", "crackseg_nb/models/base.py"),
+            "crackseg_nb.models.base.EncoderModel.__init__": (
+                "models/base.html#encodermodel.__init__",
+                "crackseg_nb/models/base.py",
+            ),
+            "crackseg_nb.models.base.EncoderModel.set_grad_checkpointing": (
+                "models/base.html#encodermodel.set_grad_checkpointing",
+                "crackseg_nb/models/base.py",
+            ),
+            "crackseg_nb.models.base.SegmentationModel": (
+                "models/base.html#segmentationmodel",
+                "crackseg_nb/models/base.py",
+            ),
+            "crackseg_nb.models.base.SegmentationModel.forward": (
+                "models/base.html#segmentationmodel.forward",
+                "crackseg_nb/models/base.py",
+            ),
+            "crackseg_nb.models.base.SegmentationModel.segment": (
+                "models/base.html#segmentationmodel.segment",
+                "crackseg_nb/models/base.py",
+            ),
+            "crackseg_nb.models.base.check_sides": ("models/base.html#check_sides", "crackseg_nb/models/base.py"),
+            "crackseg_nb.models.base.enlarge": ("models/base.html#enlarge", "crackseg_nb/models/base.py"),
+            "crackseg_nb.models.base.start_at_prior": ("models/base.html#start_at_prior", "crackseg_nb/models/base.py"),
+        },
         "crackseg_nb.models.deeplab_lite": {
             "crackseg_nb.models.deeplab_lite.DeepLab": (
                 "models/deeplab_lite.html#deeplab",
@@ -1553,12 +1579,8 @@ d = {
                 "models/deeplab_lite.html#deeplab.decode",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
-            "crackseg_nb.models.deeplab_lite.DeepLab.forward": (
-                "models/deeplab_lite.html#deeplab.forward",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.DeepLab.set_grad_checkpointing": (
-                "models/deeplab_lite.html#deeplab.set_grad_checkpointing",
+            "crackseg_nb.models.deeplab_lite.DeepLab.segment": (
+                "models/deeplab_lite.html#deeplab.segment",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOptimized": (
@@ -1583,10 +1605,6 @@ d = {
             ),
             "crackseg_nb.models.deeplab_lite.DeepLabOriginal.decode": (
                 "models/deeplab_lite.html#deeplaboriginal.decode",
-                "crackseg_nb/models/deeplab_lite.py",
-            ),
-            "crackseg_nb.models.deeplab_lite.enlarge": (
-                "models/deeplab_lite.html#enlarge",
                 "crackseg_nb/models/deeplab_lite.py",
             ),
         },
@@ -1897,10 +1915,6 @@ d = {
                 "models/swin_classifier.html#swinclassifier.forward",
                 "crackseg_nb/models/swin_classifier.py",
             ),
-            "crackseg_nb.models.swin_classifier.SwinClassifier.set_grad_checkpointing": (
-                "models/swin_classifier.html#swinclassifier.set_grad_checkpointing",
-                "crackseg_nb/models/swin_classifier.py",
-            ),
         },
         "crackseg_nb.models.swinv2_hybrid": {
             "crackseg_nb.models.swinv2_hybrid.DecoderBlock": (
@@ -1923,23 +1937,15 @@ d = {
                 "models/swinv2_hybrid.html#swinv2hybrid.__init__",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.forward": (
-                "models/swinv2_hybrid.html#swinv2hybrid.forward",
-                "crackseg_nb/models/swinv2_hybrid.py",
-            ),
-            "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.set_grad_checkpointing": (
-                "models/swinv2_hybrid.html#swinv2hybrid.set_grad_checkpointing",
+            "crackseg_nb.models.swinv2_hybrid.SwinV2Hybrid.segment": (
+                "models/swinv2_hybrid.html#swinv2hybrid.segment",
                 "crackseg_nb/models/swinv2_hybrid.py",
             ),
         },
         "crackseg_nb.models.unet": {
             "crackseg_nb.models.unet.Unet": ("models/unet.html#unet", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.__init__": ("models/unet.html#unet.__init__", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.Unet.forward": ("models/unet.html#unet.forward", "crackseg_nb/models/unet.py"),
-            "crackseg_nb.models.unet.Unet.set_grad_checkpointing": (
-                "models/unet.html#unet.set_grad_checkpointing",
-                "crackseg_nb/models/unet.py",
-            ),
+            "crackseg_nb.models.unet.Unet.segment": ("models/unet.html#unet.segment", "crackseg_nb/models/unet.py"),
         },
         "crackseg_nb.runs.command": {
             "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),

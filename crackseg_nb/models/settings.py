@@ -160,6 +160,7 @@ class SwinV2HybridConfig:
         check_each("decoder_channels", self.decoder_channels)
         if len(self.decoder_channels) != 3:
             raise CrackSegError(f"decoder_channels: found {self.decoder_channels!r}, expected three widths")
+        check_prior(self.prior, self.num_classes)
 
 
 # %% ../../nbs/models/01_settings.ipynb #33753471
