@@ -1962,6 +1962,18 @@ d = {
                 "crackseg_nb/runs/command.py",
             ),
         },
+        "crackseg_nb.runs.commands": {
+            "crackseg_nb.runs.commands.sweep_main": ("runs/commands.html#sweep_main", "crackseg_nb/runs/commands.py"),
+            "crackseg_nb.runs.commands.sweep_parser": (
+                "runs/commands.html#sweep_parser",
+                "crackseg_nb/runs/commands.py",
+            ),
+            "crackseg_nb.runs.commands.verify_main": ("runs/commands.html#verify_main", "crackseg_nb/runs/commands.py"),
+            "crackseg_nb.runs.commands.verify_parser": (
+                "runs/commands.html#verify_parser",
+                "crackseg_nb/runs/commands.py",
+            ),
+        },
         "crackseg_nb.runs.config": {
             "crackseg_nb.runs.config.DataConfig": ("runs/config.html#dataconfig", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.DataConfig.__post_init__": (
@@ -2023,6 +2035,10 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.default_of": ("runs/config.html#default_of", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.default_run_name": (
+                "runs/config.html#default_run_name",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.describe_config": (
                 "runs/config.html#describe_config",
                 "crackseg_nb/runs/config.py",
@@ -2130,10 +2146,6 @@ d = {
             ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.default_run_name": (
-                "runs/experiment.html#default_run_name",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.find_source": (
@@ -2352,10 +2364,8 @@ d = {
             "crackseg_nb.runs.sweep.Sweep.watch": ("runs/sweep.html#sweep.watch", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.carry_out": ("runs/sweep.html#carry_out", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.check_grid": ("runs/sweep.html#check_grid", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.command_line": ("runs/sweep.html#command_line", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.expand": ("runs/sweep.html#expand", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.look_at": ("runs/sweep.html#look_at", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.main": ("runs/sweep.html#main", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.markdown_table": ("runs/sweep.html#markdown_table", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.name_runs": ("runs/sweep.html#name_runs", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.notes_on": ("runs/sweep.html#notes_on", "crackseg_nb/runs/sweep.py"),
@@ -2414,7 +2424,6 @@ d = {
             "crackseg_nb.runs.verify.check_images": ("runs/verify.html#check_images", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.check_means": ("runs/verify.html#check_means", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.check_world": ("runs/verify.html#check_world", "crackseg_nb/runs/verify.py"),
-            "crackseg_nb.runs.verify.command_line": ("runs/verify.html#command_line", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.compare": ("runs/verify.html#compare", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.compare_scores": ("runs/verify.html#compare_scores", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.compare_training": (
@@ -2431,7 +2440,6 @@ d = {
                 "runs/verify.html#look_for_changes",
                 "crackseg_nb/runs/verify.py",
             ),
-            "crackseg_nb.runs.verify.main": ("runs/verify.html#main", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.only_scores": ("runs/verify.html#only_scores", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.open_manifest": ("runs/verify.html#open_manifest", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.read_splits": ("runs/verify.html#read_splits", "crackseg_nb/runs/verify.py"),

@@ -11,10 +11,11 @@ from PIL import Image
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, sha256_file, write_yaml
 from crackseg_nb.core.machine import describe_environment
+from crackseg_nb.runs import verify as module
+from crackseg_nb.runs.commands import verify_main
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
-from crackseg_nb.runs.verify import TOLERANCE, main, verify
-from crackseg_nb.runs.verify import verify as module
+from crackseg_nb.runs.verify import TOLERANCE, verify
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -434,12 +435,12 @@ def test_nothing_in_a_folder_is_run(copy, tmp_path):
 
 
 def test_the_command_prints_a_table_or_json(copy, capsys):
-    assert main([str(copy)]) == 0
+    assert verify_main([str(copy)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "copy: equal"
     flip(next((copy / "predictions").glob("*.png")))
-    assert main([str(copy), "--json"]) == 1
+    assert verify_main([str(copy), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["run"], told["outcome"], told["code"]) == ("copy", "different", 1)
     assert [check["name"] for check in told["checks"] if check["outcome"] == "different"] == ["files"]
-    assert main(["dome", "--outputs", str(copy.parent)]) == 2
+    assert verify_main(["dome", "--outputs", str(copy.parent)]) == 2
     assert capsys.readouterr().err.count("\n") == 1

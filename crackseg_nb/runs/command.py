@@ -65,8 +65,7 @@ def run_notebook(
     """Execute one run, new or resumed, and return 0 (done), RESUME_CODE (to be resumed) or 1 (failed).
 
     Raises CrackSegError before a kernel is started: for wrong parameters, or a run that another process carries."""
-    from crackseg_nb.runs.config import configure
-    from crackseg_nb.runs.experiment import default_run_name
+    from crackseg_nb.runs.config import configure, default_run_name
 
     parameters = {name: value for name, value in parameters.items() if value is not None}
     config = configure(**parameters)

@@ -45,6 +45,7 @@ __all__ = [
     "notebook_parameters",
     "notebook_settings",
     "describe_config",
+    "default_run_name",
 ]
 
 # %% ../../nbs/runs/02_config.ipynb #32bb7fe3
@@ -52,6 +53,7 @@ import os
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -625,3 +627,15 @@ def describe_config(config: ExperimentConfig) -> str:
         ]
         lines.append(f"{section:6} {', '.join(items)}")
     return "\n".join(lines)
+
+
+# %% ../../nbs/runs/02_config.ipynb #8aeaf922
+def default_run_name(config: ExperimentConfig) -> str:
+    "Return the time, the recipe, the data and the encoder, as a folder name."
+    parts = [
+        datetime.now().strftime("%Y%m%d-%H%M%S"),
+        config.run.recipe,
+        config.data.data,
+        config.model_settings.get("encoder", config.model),
+    ]
+    return "-".join(parts)

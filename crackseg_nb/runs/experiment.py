@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     "SPACE_TO_BEGIN",
-    "default_run_name",
     "step",
     "Experiment",
     "flat",
@@ -32,7 +31,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -70,6 +68,7 @@ from crackseg_nb.runs.config import (
     ExperimentConfig,
     config_to_dict,
     configure,
+    default_run_name,
     model_settings,
 )
 from crackseg_nb.runs.results import (
@@ -93,18 +92,6 @@ from ..training.precision import choose_precision, time_precisions
 from ..training.processes import launch
 from ..training.trainer import Trainer, fit
 from ..training.weights import find_weights, load_encoder_weights, load_model_weights
-
-
-# %% ../../nbs/runs/04_experiment.ipynb #8aeaf922
-def default_run_name(config: ExperimentConfig) -> str:
-    "Return the time, the recipe, the data and the encoder, as a folder name."
-    parts = [
-        datetime.now().strftime("%Y%m%d-%H%M%S"),
-        config.run.recipe,
-        config.data.data,
-        config.model_settings.get("encoder", config.model),
-    ]
-    return "-".join(parts)
 
 
 # %% ../../nbs/runs/04_experiment.ipynb #aa522ec4

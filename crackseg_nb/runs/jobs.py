@@ -35,10 +35,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import submitit
-import torch
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
 
 # %% ../../nbs/runs/08_jobs.ipynb #de972f79
 from ..core.checks import CrackSegError, check_number, choose
@@ -195,9 +197,11 @@ class SweepJob:
         between.received += outcome.signals
         return not outcome.signals and not self.may_try(run)
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(self) -> "DelayedSubmission":
         "Return what submitit is to start again."
-        return submitit.helpers.DelayedSubmission(self)
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
 # %% ../../nbs/runs/08_jobs.ipynb #d4f5fea7
@@ -261,6 +265,8 @@ class JobConfig:
 # %% ../../nbs/runs/08_jobs.ipynb #ede2b9ce
 def visible_gpus() -> list[str]:
     "Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
+    import torch
+
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
@@ -315,6 +321,8 @@ def slurm_options(config: JobConfig, name: str) -> dict:
 # %% ../../nbs/runs/08_jobs.ipynb #596a0e7d
 def submit_slurm(folder: Path, options: dict, jobs: list[SweepJob]) -> None:
     "Submit `jobs` as one array; raise CrackSegError with the reason if SLURM refuses."
+    import submitit
+
     try:
         executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(**options)
@@ -328,6 +336,8 @@ def submit_slurm(folder: Path, options: dict, jobs: list[SweepJob]) -> None:
 
 def submit_local(folder: Path, jobs: list[SweepJob]) -> list[dict]:
     "Start `jobs` on this machine; return the processes that watch over them."
+    import submitit
+
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     # submitit kills a job a second after Ctrl-C. Its watching process inherits that Ctrl-C is ignored;

@@ -26,12 +26,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import papermill
-from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillExecutionError
-
 # %% ../../nbs/runs/05_notebook.ipynb #f714bfbd
 from ..core.checks import RESUME_CODE, CrackSegError
 from ..core.files import door
@@ -93,6 +87,8 @@ class SignalRelay:
 # %% ../../nbs/runs/05_notebook.ipynb #43bda4fe
 def kernel_class(relay: SignalRelay, sockets: Path, lock: int) -> type:
     "Return a class of kernel managers whose kernel gets the signals of `relay` and inherits `lock`."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **settings):
@@ -111,17 +107,19 @@ def kernel_class(relay: SignalRelay, sockets: Path, lock: int) -> type:
 # %% ../../nbs/runs/05_notebook.ipynb #2048f8ab
 def one_line(error: BaseException) -> str:
     "Return an error as one line, as its class and what it says; a CrackSegError says enough by itself."
-    name, text = (
-        (error.ename, error.evalue)
-        if isinstance(error, PapermillExecutionError)
-        else (type(error).__name__, str(error))
-    )
+    # papermill's error holds that of the cell; it is told by its attributes, since importing papermill takes seconds.
+    name = getattr(error, "ename", type(error).__name__)
+    text = getattr(error, "evalue", str(error))
     text = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return text if name in ("CrackSegError", "Stopped") and text else f"{name}: {text}".removesuffix(": ")
 
 
 def execute_notebook(notebook: Path, result: Path, parameters: dict, relay: SignalRelay, lock: int) -> tuple[str, bool]:
     "Execute `notebook` through papermill and show what it prints; return its error, and whether the kernel died."
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
     result.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="crackseg-", ignore_cleanup_errors=True) as sockets:
         try:

@@ -6,7 +6,6 @@
 __all__ = [
     "SCORES",
     "RULE",
-    "JOB_HELP",
     "read_settings",
     "read_fixed",
     "read_grid",
@@ -23,13 +22,10 @@ __all__ = [
     "with_spread",
     "notes_on",
     "sweep_parameters",
-    "command_line",
     "carry_out",
-    "main",
 ]
 
 # %% ../../nbs/runs/09_sweep.ipynb #2be55daa
-import argparse
 import itertools
 import os
 import platform
@@ -37,7 +33,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 import uuid
 from dataclasses import fields
@@ -63,7 +58,7 @@ from crackseg_nb.core.files import (
 )
 from ..core.machine import is_alive, now
 from ..core.run_folder import RunFolder
-from .command import command, given_parameters, parse_value, take_parameters
+from .command import parse_value
 from crackseg_nb.runs.jobs import (
     JobConfig,
     SweepJob,
@@ -526,66 +521,6 @@ def sweep_parameters(
     return {name: read_fixed(value) if name == "extra" else value for name, value in found.items()}
 
 
-# %% ../../nbs/runs/09_sweep.ipynb #994e2a8f
-def command_line() -> argparse.ArgumentParser:
-    "Return the parser of `crackseg_sweep`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_sweep",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Execute a grid of runs, on this machine or on SLURM, and compare them.",
-        epilog=textwrap.dedent("""\
-            The same command goes on with a sweep; runs that are done are not repeated. Ctrl-C stops local runs with a
-            checkpoint.
-            examples:
-              crackseg_sweep encoders -g encoder=swinv2_tiny,swinv2_small -g seed=1,2 -p epochs 3
-              crackseg_sweep encoders -g encoder=swinv2_tiny,swinv2_small -g seed=1,2 -p epochs 100 \\
-                --cluster slurm --gpus 1 --cpus 8 --time 240
-              crackseg_sweep encoders --table"""),
-    )
-    parser.add_argument("name", help="name of the sweep, a folder in outputs/")
-    parser.add_argument(
-        "-g",
-        "--grid",
-        action="append",
-        metavar="NAME=VALUE,VALUE",
-        help="values to try of a parameter; may be repeated",
-    )
-    take_parameters(parser, "a parameter of all runs")
-    parser.add_argument(
-        "--outputs", default="", help="folder of all runs and sweeps (default: outputs/ of the project)"
-    )
-    for item in fields(JobConfig):
-        kind = {"mem": float, "cluster": str, "partition": str}.get(item.name, int)
-        if item.name != "extra":
-            parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=JOB_HELP[item.name])
-    parser.add_argument(
-        "--extra",
-        action="append",
-        metavar="NAME=VALUE",
-        help="SLURM: a further option of submitit, such as account=study",
-    )
-    for name, what in dict(
-        table="show the table",
-        compare="write and show the comparison",
-        cancel="stop the jobs, with checkpoints",
-        detach="start the jobs",
-    ).items():
-        parser.add_argument(f"--{name}", action="store_true", help=f"{what} and end")
-    return parser
-
-
-JOB_HELP = {
-    "cluster": "local, slurm or debug",
-    "parallel": "runs at once",
-    "retries": "further attempts at a run that failed",
-    "cpus": "cores of each run",
-    "gpus": "GPUs of each run",
-    "time": "SLURM: minutes",
-    "mem": "SLURM: GiB",
-    "partition": "SLURM: where jobs are queued",
-}
-
-
 # %% ../../nbs/runs/09_sweep.ipynb #1e7826d7
 def carry_out(sweep: Sweep, detach: bool) -> int:
     "Submit what is left of a sweep, watch it, and compare; return 0 if every run is done."
@@ -606,22 +541,3 @@ def carry_out(sweep: Sweep, detach: bool) -> int:
         return 1
     print(with_spread(sweep.compare()).to_string(index=False), f"\nComparison: {sweep.folder / 'comparison.md'}")
     return int(any(table["state"] != "done"))
-
-
-@command
-def main(words: list[str] | None = None) -> int:
-    "Run the command `crackseg_sweep` and return its exit status: 0 if every run is done."
-    given = command_line().parse_args(words)
-    jobs = {item.name: getattr(given, item.name) for item in fields(JobConfig) if item.name != "extra"}
-    sweep = Sweep(
-        given.name, given.grid, given_parameters(given) or None, given.outputs, extra=read_fixed(given.extra), **jobs
-    )
-    if not (given.table or given.compare or given.cancel):
-        return carry_out(sweep, given.detach)
-    if given.cancel:
-        sweep.cancel()
-    if given.compare:
-        print(with_spread(sweep.compare()).to_string(index=False), f"\nComparison: {sweep.folder / 'comparison.md'}")
-    elif given.table:
-        LiveTable().show(sweep.table())
-    return 0

@@ -40,19 +40,14 @@ __all__ = [
     "read_splits",
     "repeat",
     "verify",
-    "command_line",
-    "main",
 ]
 
 # %% ../../nbs/runs/10_verify.ipynb #e78b11a8
-import argparse
 import contextlib
-import json
 import logging
 import math
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -72,7 +67,6 @@ from ..metrics.counts import create_metrics
 from .config import SYNTHETIC, ExperimentConfig, configure, read_config
 from .experiment import Experiment, find_source, learned_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
-from .notebook import one_line
 from .results import image_scores, image_table, kept_files, resumes, split_scores
 from ..training.checkpoint import read_manifest
 from ..training.evaluation import evaluate
@@ -657,39 +651,3 @@ def verify(
         with threads_of(kept), quiet_loggers(logging.ERROR, "crackseg_nb"):
             found.checks += [check_means(kept), *repeat(kept, train, data_dir)]
     return found
-
-
-# %% ../../nbs/runs/10_verify.ipynb #05144cb5
-def command_line() -> argparse.ArgumentParser:
-    "Return the parser of `crackseg_verify`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_verify",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Repeat a finished run from its folder alone, and say what is equal and what differs.",
-        epilog=textwrap.dedent(f"""\
-            The folder is not changed. Elsewhere than on the run's own machine with its versions and code, scores may
-            differ
-            by {TOLERANCE["evaluated"]} when evaluated again, by {TOLERANCE["trained"]} when trained again.
-            exit status: 0 equal, or within tolerance; 1 different; 2 not verified.
-            examples:
-              crackseg_verify quickstart
-              crackseg_verify outputs/quickstart --train"""),
-    )
-    parser.add_argument("run", help="folder of a finished run, or its name in outputs/")
-    parser.add_argument("--train", action="store_true", help="train it again as well, in a new folder RUN-again")
-    parser.add_argument("--data-dir", default="", help="where the images lie now (default: where they lay)")
-    parser.add_argument("--outputs", default="", help="folder of all runs (default: outputs/ of the project)")
-    parser.add_argument("--json", action="store_true", help="print every difference as JSON")
-    return parser
-
-
-def main(words: list[str] | None = None) -> int:
-    "Run the command `crackseg_verify` and return its exit status."
-    given = command_line().parse_args(words)
-    try:
-        found = verify(given.run, given.train, given.data_dir, given.outputs)
-    except CrackSegError as error:
-        print(one_line(error), file=sys.stderr)
-        return CODES["not verified"]
-    print(json.dumps(found.to_dict(), indent=1) if given.json else found)
-    return found.code
