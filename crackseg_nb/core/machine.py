@@ -106,7 +106,7 @@ def git_state() -> dict:
 
 # %% ../../nbs/core/03_machine.ipynb #8d39bb5a
 def processor_name() -> str:
-    "Return the processor's model name where the system tells it."
+    "Return the processor's model name, or its architecture where the system is silent."
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

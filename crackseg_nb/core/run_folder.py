@@ -36,7 +36,7 @@ from .machine import is_alive, now, this_process
 
 # %% ../../nbs/core/05_run_folder.ipynb #68e0b6bc
 def process_is_gone(status: dict) -> bool:
-    "Tell whether the process of a `status.yaml` is known to have ended."
+    "Return whether the process of a `status.yaml` is known to have ended."
     own = this_process()
     if status["host"] != own["host"]:
         return "job" in own and status.get("job") == own["job"]

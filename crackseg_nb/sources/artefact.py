@@ -179,7 +179,7 @@ def artefact_folder(root: Path) -> Path:
 
 # %% ../../nbs/sources/06_artefact.ipynb #9fefec9c
 def metadata_notes(path: Path) -> list[str]:
-    "Return how many works there are of each material and content, where a metadata.csv tells."
+    "Return how many works there are of each material and content, as metadata.csv says."
     if not path.is_file():
         return []
     import pandas as pd

@@ -66,7 +66,7 @@ def describe_tile(path) -> Tile:
 
 # %% ../../nbs/sources/04_duplicates.ipynb #5543d0ba
 def share_border(one: Tile, other: Tile, threshold: float = 0.6) -> bool:
-    "Tell whether two tiles continue each other across a border."
+    "Return whether two tiles continue each other across a border."
     sides = (("right", "left"), ("left", "right"), ("bottom", "top"), ("top", "bottom"))
     return any(float(one.borders[here] @ other.borders[there]) > threshold for here, there in sides)
 
@@ -149,7 +149,7 @@ def fine_detail(path) -> np.ndarray:
 
 
 def same_detail(one, other, threshold: float = 0.5) -> bool:
-    "Tell whether two image files agree in detail, in any orientation."
+    "Return whether two image files agree in detail, in any orientation."
     ours = fine_detail(one).ravel()
     return max(float(ours @ view.ravel()) for view in orientations(fine_detail(other))) > threshold
 

@@ -136,7 +136,7 @@ SPLIT_WORDS = {
 
 
 def split_of(name: str) -> str | None:
-    "Return the published split that a relative name such as `training/001` tells, or None."
+    "Return the published split in a relative name such as `training/001`, or None."
     return next((SPLIT_WORDS[part.lower()] for part in Path(name).parts[:-1] if part.lower() in SPLIT_WORDS), None)
 
 
@@ -205,7 +205,7 @@ def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
 
 # %% ../../nbs/sources/03_folders.ipynb #121975dc
 def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
-    "Read a folder of `images/` and `masks/`, with the published split where sub-folders tell one."
+    "Read a folder of `images/` and `masks/`, with the published split where sub-folders name one."
     samples, notes = [], []
     for prefix, image_folder, mask_folder in folder_pairs(root):
         pairs, more = pair_folders(image_folder, mask_folder)

@@ -164,7 +164,7 @@ def mask_values(
     path,
     class_ids: bool = False,  # take values as the file stores them
 ) -> np.ndarray:
-    "Read a mask file's raw values as uint8 (H, W); raise CrackSegError naming the file where they cannot be told."
+    "Read a mask file's raw values as uint8 (H, W); raise CrackSegError naming the file where they are unclear."
 
     def read(picture):
         stored = str(picture.tile[0].args) if picture.tile else ""  # Pillow forgets it when it decodes
@@ -273,7 +273,7 @@ def value_counts(values: np.ndarray) -> np.ndarray:
 # %% ../../nbs/sources/02_images.ipynb #2354763a
 @dataclass(frozen=True)
 class MaskFacts:
-    "Hold what one look at a mask and its image's header tells."
+    "Hold the facts that a scan keeps of a mask and its image."
 
     values: frozenset[int]  # raw values that occur
     is_jpeg: bool

@@ -29,7 +29,7 @@ from .samples import LABELS, Reader, Sample
 
 # %% ../../nbs/sources/07_labelled.ipynb #92443a0e
 def label_places(root: Path) -> dict[str | None, Path]:
-    "Return the folder of each published split, or `root` under None; raise CrackSegError where it cannot be told."
+    "Return the folder of each published split, or `root` under None; raise CrackSegError where this is unclear."
     parts = [root / name for name in subfolders(root) if name.lower() in SPLIT_WORDS]
     if not any(subfolders(part) for part in parts):
         return {None: root}  # a class may be called train
@@ -68,7 +68,7 @@ def image_folder_classes(root: Path) -> list[str]:
 
 # %% ../../nbs/sources/07_labelled.ipynb #46452078
 def read_image_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
-    "Read images in folders named by their class, with the published split where folders around them tell one."
+    "Read images in folders named by their class, with the published split where folders around them name one."
     samples, loose, names = [], 0, image_folder_classes(root)
     for split, place in label_places(root).items():
         loose += sum(path.suffix.lower() in PICTURES for path in place.iterdir())
@@ -118,7 +118,7 @@ def tiny_classes(root: Path) -> list[str]:
 
 
 def tiny_words(root: Path) -> dict[str, str]:
-    "Return the first word for each class, where words.txt tells it."
+    "Return the first word for each class, where words.txt has it."
     path, names = tiny_folder(root) / "words.txt", {*tiny_classes(root)}
     return {row[0]: row[1].split(",")[0] for row in (read_rows(path, 2) if path.is_file() else []) if row[0] in names}
 

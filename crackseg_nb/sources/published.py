@@ -71,7 +71,7 @@ CRACKFOREST_READER = Reader(read_crackforest, "image/*.jpg and groundTruth/*.mat
 
 # %% ../../nbs/sources/05_published.ipynb #7eb8b28d
 def read_unified360(root: Path) -> tuple[list[Sample], list[str]]:
-    "Read the unified 360 folder: `images/*.jpg` and `masks/*.png`, grouped by photo as far as tiles tell it."
+    "Read the unified 360 folder: `images/*.jpg` and `masks/*.png`, grouped by photo where tiles reveal it."
     image_folder, mask_folder = subfolder(root, IMAGE_FOLDERS), subfolder(root, MASK_FOLDERS)
     if not image_folder or not mask_folder:
         raise CrackSegError(f"{root}: found no images/ and masks/ in it; expected {UNIFIED360_READER.layout}")
@@ -140,7 +140,7 @@ def voc_folder(root: Path) -> Path:
 
 # %% ../../nbs/sources/05_published.ipynb #06fdda65
 def voc_lists(folder: Path) -> dict[str | None, list[str]]:
-    "Return the names in a year's lists by split; 'trainval' counts only where train and val are not told apart."
+    "Return the names in a year's lists by split; 'trainval' counts only where there is no list for train."
     paths = {
         split: folder / f"ImageSets/Segmentation/{name}.txt"
         for name, split in (("train", "train"), ("val", "val"), ("test", "test"), ("trainval", None))

@@ -100,7 +100,7 @@ def label_classes(
     data_dir,
     class_names=(),  # other names, in the order of the ids
 ) -> Classes:
-    "Return the classes of a labelled set as its folder tells them; raise CrackSegError where names do not fit."
+    "Return the classes of a labelled set as its folder names them; raise CrackSegError where names do not fit."
     root = check_folder(name, data_dir)
     with readable(name, root):
         found = SOURCES[name].labels(root)

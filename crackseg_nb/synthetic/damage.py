@@ -102,7 +102,7 @@ class DamageConfig:
 
 # %% ../../nbs/synthetic/03_damage.ipynb #3305cf4e
 def largest_share(field: np.ndarray, share: float) -> np.ndarray:
-    "Return where `field` (H, W) is largest: `share` of its pixels as 1, the others 0, uint8."
+    "Return where `field` (H, W) is largest: a fraction `share` of its pixels as 1, the others 0, uint8."
     return (field > np.quantile(field, 1 - share)).astype(np.uint8)
 
 
@@ -202,7 +202,7 @@ def paint_efflorescence(
 
 # %% ../../nbs/synthetic/03_damage.ipynb #e5ecfdb1
 def break_off(generator: np.random.Generator, size: tuple[int, int], share: float) -> np.ndarray:
-    "Return the mask (H, W), uint8, of one or a few spalls that cover about `share` of the pixels."
+    "Return the mask (H, W), uint8, of one or a few spalls that cover about a fraction `share` of the pixels."
     side, count = math.sqrt(size[0] * size[1]), 1 + generator.poisson(0.4 * math.sqrt(size[0] * size[1]) / 128)
     radius = side * math.sqrt(share / count / math.pi)
     rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
@@ -291,7 +291,7 @@ def lay_bare(image: np.ndarray, spall: np.ndarray, generator: np.random.Generato
 
 # %% ../../nbs/synthetic/03_damage.ipynb #e18698ab
 def draw_share(generator: np.random.Generator, limits: tuple[float, float]) -> float:
-    "Return a share between `limits`, small ones more often."
+    "Return a fraction between `limits`, small ones more often."
     return math.exp(generator.uniform(*np.log(limits)))
 
 
