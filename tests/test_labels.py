@@ -1,4 +1,4 @@
-"Labelled images: folders and Tiny-ImageNet as published, their splits and audit, synthetic textures, and views that one seed decides."
+"Labelled images: folders and Tiny-ImageNet as published, splits and audit, textures, and views that one seed decides."
 
 import hashlib
 import random
@@ -18,7 +18,7 @@ from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS, create_label_aug
 from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.data.splits import make_splits
 from crackseg_nb.sources import registry as sources
-from crackseg_nb.sources.images import read_image
+from crackseg_nb.sources.images import read_image, read_mask
 from crackseg_nb.sources.registry import label_classes, read_source
 from crackseg_nb.sources.samples import LABELS, Classes, Sample, Source
 from crackseg_nb.synthetic.textures import TEXTURES, synthesize_texture, write_textures
@@ -591,7 +591,7 @@ def test_cifar10(data_folder, one_thread):
 def test_sources_of_masks_are_as_they_were():
     assert repr(Source("x", [Sample("a", "a.png", "b.png", "a")])) == "Source('x', 1 images, 1 groups, masks 'ids')"
     assert Sample("a", "a.png", "b.png", "a") == Sample("a", "a.png", "b.png", "a", None, None)
-    one_line(lambda: sources.read_mask("a.png", LABELS), "mask_encoding: found 'labels'")
+    one_line(lambda: read_mask("a.png", LABELS), "mask_encoding: found 'labels'")
 
 
 def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch):
@@ -600,7 +600,7 @@ def test_what_the_disk_refuses_is_named(tmp_path, monkeypatch):
     def refuse(place):
         raise PermissionError(13, "Permission denied", str(place))
 
-    monkeypatch.setattr("crackseg_nb.sources.registry.subfolders", refuse)
+    monkeypatch.setattr("crackseg_nb.sources.labelled.subfolders", refuse)
     for read in (read_source, label_classes):
         one_line(
             lambda read=read: read("ImageFolder", tmp_path),
