@@ -170,6 +170,7 @@ d = {
                 "crackseg_nb/data/audit.py",
             ),
             "crackseg_nb.data.audit.border_findings": ("data/audit.html#border_findings", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.border_warning": ("data/audit.html#border_warning", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.class_warnings": ("data/audit.html#class_warnings", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.crossing_families": (
                 "data/audit.html#crossing_families",
@@ -181,6 +182,7 @@ d = {
                 "data/audit.html#duplicate_warnings",
                 "crackseg_nb/data/audit.py",
             ),
+            "crackseg_nb.data.audit.family_problem": ("data/audit.html#family_problem", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.find_near_duplicates": (
                 "data/audit.html#find_near_duplicates",
                 "crackseg_nb/data/audit.py",
@@ -200,6 +202,7 @@ d = {
             "crackseg_nb.data.audit.read_thumbnails": ("data/audit.html#read_thumbnails", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.repeat_problems": ("data/audit.html#repeat_problems", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.summarise": ("data/audit.html#summarise", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.untold": ("data/audit.html#untold", "crackseg_nb/data/audit.py"),
         },
         "crackseg_nb.data.augment": {
             "crackseg_nb.data.augment.Augmentation": ("data/augment.html#augmentation", "crackseg_nb/data/augment.py"),
@@ -892,6 +895,10 @@ d = {
                 "figures/charts.html#row_shares",
                 "crackseg_nb/figures/charts.py",
             ),
+            "crackseg_nb.figures.charts.share_text": (
+                "figures/charts.html#share_text",
+                "crackseg_nb/figures/charts.py",
+            ),
             "crackseg_nb.figures.charts.show_class_balance": (
                 "figures/charts.html#show_class_balance",
                 "crackseg_nb/figures/charts.py",
@@ -915,6 +922,10 @@ d = {
             "crackseg_nb.figures.charts.taken_by": ("figures/charts.html#taken_by", "crackseg_nb/figures/charts.py"),
             "crackseg_nb.figures.charts.write_share": (
                 "figures/charts.html#write_share",
+                "crackseg_nb/figures/charts.py",
+            ),
+            "crackseg_nb.figures.charts.write_shares": (
+                "figures/charts.html#write_shares",
                 "crackseg_nb/figures/charts.py",
             ),
         },

@@ -1,5 +1,5 @@
-"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, decoded images in memory and on disk and what they
-cost, bad files, workers that die or hang."""
+"""Loaders beyond the chapter: many workers, resuming with workers, spawned workers, decoded images in memory and
+on disk and what they cost, bad files, workers that die or hang."""
 
 import gc
 import multiprocessing
@@ -21,15 +21,17 @@ import torch
 from messages import line_of
 from PIL import Image
 
+from crackseg_nb.core import machine
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.data import dataset as dataset_module
+from crackseg_nb.data import store
 from crackseg_nb.data.augment import AUGMENTATIONS, create_augmentation
 from crackseg_nb.data.dataset import CrackDataset
 from crackseg_nb.data.loaders import EpochSampler, Loader, SameSizeBatches, create_loader
 from crackseg_nb.data.store import ImageStore
-from crackseg_nb.sources import registry as sources_module
+from crackseg_nb.sources import images
 from crackseg_nb.sources.registry import read_source
 from crackseg_nb.sources.samples import Sample
+from crackseg_nb.studies import race
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 NUM_IMAGES = 13
@@ -193,7 +195,7 @@ class Unshared(ImageStore):
 
 
 def proportional_bytes(processes):
-    "The memory of processes, where each page counts once however many of them map it (PSS); libraries, which others map too, left out."
+    "The memory of processes, each page counted once however many map it (PSS), without the libraries."
     total = 0
     for pid in processes:
         counts = False
@@ -218,11 +220,11 @@ def large_samples(tmp_path_factory):
     ]
 
 
-def growth(samples, preload, cache, start_method, store=None):
-    "How much the memory of this process and of two workers grows while each worker reads all images, in multiples of their bytes."
+def growth(samples, preload, cache, start_method, kind=None):
+    "How much memory grows, here and in two workers that each read all images, in multiples of their bytes."
     dataset = TouchesAll(samples, "ids", create_augmentation("none", 32), preload=preload, cache=cache, progress=False)
-    if store:
-        dataset.store.__class__ = store
+    if kind:
+        dataset.store.__class__ = kind
     loader = create_loader(dataset, 20, train=True, num_workers=2)
     loader.multiprocessing_context = multiprocessing.get_context(start_method)
     list(loader)
@@ -277,15 +279,15 @@ def test_images_that_memory_cannot_hold_go_to_disk_and_then_to_the_files(source,
         return caplog.messages[-1], dataset.store and dataset.store.file.parent
 
     needed = NUM_IMAGES * 4 * 80 * 96
-    monkeypatch.setattr(dataset_module, "free_disk", lambda folder: 2 * needed)
-    monkeypatch.setattr(dataset_module, "free_memory", lambda: 2 * needed)
+    monkeypatch.setattr(store, "free_disk", lambda folder: 2 * needed)
+    monkeypatch.setattr(store, "free_memory", lambda: 2 * needed)
     line, folder = last(make_dataset(source, "auto", tmp_path))
     assert (
         line == "preload: 13 images need 0.4 MiB; 0.8 MiB of memory and 0.8 MiB of disk are available: kept in memory"
         and folder != tmp_path
     )
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(dataset_module, "free_memory", lambda: 2 * needed - 1)
+    monkeypatch.setattr(store, "free_memory", lambda: 2 * needed - 1)
     line, folder = last(make_dataset(source, "auto", tmp_path))
     assert (
         line.endswith(f"are available: more than 50 % of the memory, memory-mapped in {tmp_path}")
@@ -293,7 +295,7 @@ def test_images_that_memory_cannot_hold_go_to_disk_and_then_to_the_files(source,
     )
     assert last(make_dataset(source, "auto", tmp_path))[0].endswith(f"memory-mapped in {tmp_path}, as written before")
     for cache, found in ((tmp_path / "other", "0.4 MiB of disk"), (None, "no cache folder")):
-        monkeypatch.setattr(dataset_module, "free_disk", lambda folder: needed)
+        monkeypatch.setattr(store, "free_disk", lambda folder: needed)
         dataset = make_dataset(source, "auto", cache)
         line, folder = last(dataset)
         assert (
@@ -308,8 +310,8 @@ def test_images_that_memory_cannot_hold_go_to_disk_and_then_to_the_files(source,
 
 
 def test_preloading_that_does_not_fit_is_refused_with_all_numbers(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_module, "free_disk", lambda folder: 300_000)
-    monkeypatch.setattr(dataset_module, "free_memory", lambda: 400_000)
+    monkeypatch.setattr(store, "free_disk", lambda folder: 300_000)
+    monkeypatch.setattr(store, "free_memory", lambda: 400_000)
     room = (
         "but 13 images need 0.4 MiB; 0.4 MiB of memory and 0.3 MiB of disk are available; expected at most 90 % of the"
     )
@@ -321,7 +323,7 @@ def test_preloading_that_does_not_fit_is_refused_with_all_numbers(source, tmp_pa
         make_dataset(source, "disk")
     with pytest.raises(CrackSegError, match="in each of 3 processes"):
         make_dataset(source, True, copies=3)
-    monkeypatch.setattr(dataset_module, "free_memory", lambda: 500_000)
+    monkeypatch.setattr(store, "free_memory", lambda: 500_000)
     assert make_dataset(source, True).store
     with pytest.raises(CrackSegError, match="in each of 2 processes"):
         make_dataset(source, True, copies=2)
@@ -349,26 +351,26 @@ def test_a_limit_of_a_control_group_or_of_one_around_it_counts(tmp_path, monkeyp
         (folder / name).write_text("10000\n" if group == limited else f"{unlimited}\n")
         (folder / "memory.stat").write_text(counts)
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(dataset_module, "CONTROL_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(dataset_module, "OWN_GROUPS", tmp_path / "own")
-    assert dataset_module.free_memory() == 8500
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    assert machine.free_memory() == 8500
     (tmp_path / "groups" / controller / limited / name).write_text(f"{unlimited}\n")
-    assert dataset_module.free_memory() > 2**20
-    monkeypatch.setattr(dataset_module, "OWN_GROUPS", tmp_path / "absent")
-    assert dataset_module.free_memory() > 2**20
+    assert machine.free_memory() > 2**20
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "absent")
+    assert machine.free_memory() > 2**20
 
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from crackseg_nb.data import dataset
+from crackseg_nb.data import dataset, store
 from crackseg_nb.sources.registry import read_source
 folder, cache = map(Path, sys.argv[1:])
-read = dataset.read_pair
+read = store.read_pair
 def slow(sample, *arguments):
     if sample.name == source.samples[-1].name: (cache/'nearly').touch(); time.sleep(60)
     return read(sample, *arguments)
-source, dataset.read_pair = read_source('folder', folder), slow
+source, store.read_pair = read_source('folder', folder), slow
 dataset.CrackDataset(source.samples, source.mask_encoding, preload='disk', cache=cache, progress=False)
 """
 
@@ -389,10 +391,8 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_taken_for_a_cache(source
     assert left.name.startswith(".") and left.stat().st_size > 0
     dataset = make_dataset(source, "disk", tmp_path)
     assert_same_pairs(dataset, make_dataset(source, False))
-    assert {file.name for file in tmp_path.iterdir()} == {
-        left.name,
-        dataset.store.file.name,
-    }  # it could be at work still
+    # what is left could still be written to
+    assert {file.name for file in tmp_path.iterdir()} == {left.name, dataset.store.file.name}
     os.utime(left, (0, 0))
     (tmp_path / ".another.images.1").symlink_to("gone")  # as if its writer moved it away at this moment
     make_dataset(source, "disk", tmp_path, samples=source.samples[:2])
@@ -404,11 +404,11 @@ def test_a_cache_is_found_again_and_not_decoded_again(source, tmp_path, monkeypa
     make_dataset(source, "disk", tmp_path)
     assert "as written before" not in caplog.text
     expected = make_dataset(source, True)
-    monkeypatch.setattr(dataset_module, "read_pair", None)
+    monkeypatch.setattr(store, "read_pair", None)
     again = make_dataset(source, "disk", tmp_path)
     assert caplog.messages[-1].endswith(f"memory-mapped in {tmp_path}, as written before")
     assert_same_pairs(again, expected)
-    monkeypatch.setattr(dataset_module, "free_disk", lambda folder: 0)
+    monkeypatch.setattr(store, "free_disk", lambda folder: 0)
     assert_same_pairs(make_dataset(source, "disk", tmp_path), expected)  # what is there needs no room
 
 
@@ -443,7 +443,7 @@ def test_whatever_decides_the_content_decides_the_name(source, tmp_path, monkeyp
     if change == "order":
         settings["samples"] = own.samples[::-1]
     if change == "format":
-        monkeypatch.setattr(dataset_module, "CACHE_FORMAT", 0)
+        monkeypatch.setattr(store, "CACHE_FORMAT", 0)
     after = make_dataset(own, **settings)
     assert after.store.file != before and before.exists()
     assert_same_pairs(
@@ -477,7 +477,7 @@ def test_a_place_that_refuses_is_one_line_or_left_for_the_files(source, tmp_path
     if fault == "folder is a file":
         cache.touch()
     if fault == "no permission":
-        monkeypatch.setattr(dataset_module, "atomic_write", refuse)
+        monkeypatch.setattr(store, "atomic_write", refuse)
     if fault == "file limit":
         preloads.append(True)
     try:
@@ -486,11 +486,11 @@ def test_a_place_that_refuses_is_one_line_or_left_for_the_files(source, tmp_path
         for preload in preloads:
             with monkeypatch.context() as little:
                 if preload == "auto":
-                    little.setattr(dataset_module, "free_memory", lambda: 0)
+                    little.setattr(store, "free_memory", lambda: 0)
                 if preload != "auto":
                     with pytest.raises(
                         CrackSegError,
-                        match=f"^preload: {'memory' if preload is True else cache} cannot hold 0.4 MiB of decoded images",
+                        match=f"^preload: {'memory' if preload is True else cache} cannot hold 0.4 MiB of decoded",
                     ) as caught:
                         make_dataset(source, preload, cache)
                     line_of(caught)
@@ -526,7 +526,7 @@ def test_a_damaged_file_leaves_nothing_behind(source, tmp_path, preload):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("augmentation", [None, create_augmentation("crack", 48)])
 def test_loading_is_measured_from_every_place(source, tmp_path, num_workers, augmentation):
-    table = dataset_module.measure_loading(
+    table = race.measure_loading(
         source.samples, source.mask_encoding, augmentation, rounds=2, cache=tmp_path, num_workers=num_workers
     )
     assert list(table.index) == ["files", "disk cache", "memory"] and (table > 0).all(axis=None)
@@ -541,8 +541,8 @@ def test_the_first_pass_over_the_images_does_not_count(source, monkeypatch):
             self.append("seen")
             return iter(())
 
-    monkeypatch.setattr(dataset_module, "create_loader", lambda *arguments, **settings: SlowAtFirst())
-    table = dataset_module.measure_loading(source.samples, source.mask_encoding, rounds=1)
+    monkeypatch.setattr(race, "create_loader", lambda *arguments, **settings: SlowAtFirst())
+    table = race.measure_loading(source.samples, source.mask_encoding, rounds=1)
     assert (table["slowest"] > NUM_IMAGES / 0.4).all()
 
 
@@ -660,7 +660,7 @@ def test_a_disk_that_fails_is_one_line_naming_the_file(source, monkeypatch, num_
 
     loader = make_loader(source, num_workers, preload=False)
     loader.dataset.sizes  # reads headers
-    monkeypatch.setattr(sources_module.Image, "open", fail)
+    monkeypatch.setattr(images.Image, "open", fail)
     with pytest.raises(CrackSegError, match="^/.*Input/output error") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
@@ -683,3 +683,16 @@ def test_processes_share_windows_with_workers_and_after_a_stop(source, world):
         assert sorted(sum(seen, [])) == sorted(sum((indices(alone, step) for step in range(position, 2)), []))
         assert seen == [sum((indices(part, step) for step in range(position, 2)), []) for part in parts]
     assert make_loader(source, timeout=5).timeout == 0  # without workers there is nothing to wait for
+
+
+def test_names_of_augmentations_are_known_without_the_libraries_that_transform():
+    script = """
+import sys
+from crackseg_nb.data.augment import AUGMENTATIONS
+from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS
+from crackseg_nb.data import audit, class_weights, splits, store
+from crackseg_nb.figures import cases, charts, photos
+print(len(AUGMENTATIONS), len(LABEL_AUGMENTATIONS), *{"albumentations", "torchvision", "timm"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["5", "3"]), done.stderr

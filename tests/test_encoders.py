@@ -1,4 +1,4 @@
-"""Every encoder in a U-Net: it trains, predicts at any size, loads weights whole or not at all, and computes what timm computes."""
+"""Every encoder in a U-Net: it trains, takes any size, loads weights whole or not at all, computes what timm does."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"Pictures of several classes: void, absent classes, odd sizes, legends, ids beyond the list; and cracks drawn the same by both ways."
+"Pictures of several classes: void, absent classes, odd sizes, legends, ids beyond the list; cracks drawn both ways."
 
 import io
 

@@ -1,4 +1,4 @@
-"""The lightweight DeepLab: its parameters, its sizes and its recipes; learning from validation images; training that begins with earlier weights."""
+"""The lightweight DeepLab: parameters, sizes, recipes; validation images; training that begins with earlier weights."""
 
 import pickle
 import shutil

@@ -366,6 +366,30 @@ def test_picked_groups_are_as_close_as_can_be(seed):
     )
 
 
+def picked_by_bits(sizes, target, leave):
+    "Choose as `pick_groups` does, with the reachable sums in the bits of one number for each prefix."
+    limit, reachable = target + max(sizes), [1]
+    for size in sizes:
+        reachable.append((reachable[-1] | reachable[-1] << size) & (2 << limit) - 1)
+    sums = [total for total in range(1, limit + 1) if reachable[-1] >> total & 1]
+    best, picked = min(sums, key=lambda total: (abs(total - target), total)), []
+    for index in reversed(range(len(sizes))):
+        if best >= sizes[index] and reachable[index] >> (best - sizes[index]) & 1:
+            picked.append(index)
+            best -= sizes[index]
+    while len(sizes) - len(picked) < leave:
+        picked.remove(min(picked, key=lambda index: sizes[index]))
+    return picked
+
+
+def test_the_choice_of_groups_is_the_one_of_earlier_runs():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        sizes = random.integers(1, random.integers(2, 30), size=random.integers(3, 25)).tolist()
+        target, leave = int(random.integers(1, sum(sizes) + 10)), int(random.integers(0, 3))
+        assert pick_groups(sizes, target, leave) == picked_by_bits(sizes, target, leave)
+
+
 @pytest.mark.parametrize(
     "fractions",
     [

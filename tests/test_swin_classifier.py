@@ -1,4 +1,4 @@
-"""The Swin classifier: timm's network with any layout and at any size, and an encoder that goes under the segmentation models."""
+"""The Swin classifier: timm's network with any layout and at any size, and an encoder for the segmentation models."""
 
 import itertools
 

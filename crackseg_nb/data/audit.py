@@ -20,6 +20,9 @@ __all__ = [
     "fingerprint",
     "Audit",
     "summarise",
+    "untold",
+    "family_problem",
+    "border_warning",
     "border_findings",
     "class_warnings",
     "balance_warnings",
@@ -69,7 +72,7 @@ def crossing_groups(splits: Splits) -> tuple[dict[str, list[str]], dict[str, lis
 
 # %% ../../nbs/data/02_audit.ipynb #c3812e2b
 def crossing_families(splits: Splits) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    "Return the images whose copies, told from names, cross splits by our own doing and by the authors', as `crossing_groups` does."
+    "Return images whose copies, known by their names, cross splits by our own doing and by the authors'."
     names = [place_of(sample.name) for _, samples in splits for sample in samples]
     copied = {source_name(name) for name in names if AUGMENTATION.search(name)}
     if len({source_name(name) for name in names}) < 3:
@@ -144,7 +147,7 @@ REPEATED = 0.05  # share of validation and test images from which on a set count
 
 
 def repeat_problems(splits: Splits) -> list[str]:
-    "Return a problem if more than REPEATED, and at least three, of the images that were split here repeat a training image."
+    "Return a problem if more than REPEATED, and at least three, of the images split here repeat a training image."
     origin = {sample.name: sample.split for _, samples in splits for sample in samples}
     ours = [sample for sample in splits.val + splits.test if sample.split in {sample.split for sample in splits.train}]
     repeats = {
@@ -156,9 +159,9 @@ def repeat_problems(splits: Splits) -> list[str]:
         return []
     pairs = some([f"{name} repeats {other}" for name, other in sorted(repeats.items())])
     return [
-        f"splits: found {len(repeats)} of {len(ours)} validation and test images that nearly repeat a training image ({pairs}), "
-        "which looks like an augmented set; expected all copies of an image in one split: give group_pattern, or folders train/ "
-        "val/ test/"
+        f"splits: found {len(repeats)} of {len(ours)} validation and test images that nearly repeat a training image "
+        f"({pairs}), which looks like an augmented set; expected all copies of an image in one split: "
+        "give group_pattern, or folders train/ val/ test/"
     ]
 
 
@@ -219,7 +222,7 @@ def fingerprint_from(splits: Splits, digests: dict[str, list[tuple[str, str]]]) 
 
 
 def fingerprint(splits: Splits) -> str:
-    "Return one SHA-256 over split, name and content of all images and masks or labels; where the folder lies is irrelevant."
+    "Return one SHA-256 over split, name and content of all images and masks or labels, wherever the folder lies."
     return fingerprint_from(
         splits, {split: in_threads(digests_of, samples, f"hashing {split}") for split, samples in splits}
     )
@@ -236,13 +239,9 @@ class Audit:
     notes: list[str] = field(default_factory=list)
     overlapping_test_names: list[str] = field(default_factory=list)
     fingerprint: str = ""  # empty if a file could not be read
-    pixels: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # by split, (C,) pixels of each class, void aside; images where labelled
+    pixels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) pixels (or labels) of each class
     images: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) images that show each class
-    digests: dict[str, dict[str, tuple[str, str]]] = field(
-        default_factory=dict
-    )  # by split and sample name; see `digests_of`
+    digests: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)  # by split and name of a sample
 
     def raise_if_fatal(self) -> None:
         "Raise CrackSegError with the first problem, if there is one."
@@ -290,6 +289,35 @@ def summarise(
     return row | shown | {"void %": round(100 * void / max(int(counts.sum()) + void, 1), 2)} | without
 
 
+# %% ../../nbs/data/02_audit.ipynb #9c7eba1d
+def untold(families: dict[str, list[str]], groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    "Return the families with a member that no group names."
+    told = {name for names in groups.values() for name in names}
+    return {family: names for family, names in families.items() if not told.issuperset(names)}
+
+
+# %% ../../nbs/data/02_audit.ipynb #288d203f
+def family_problem(splits: Splits, families: dict[str, list[str]]) -> str:
+    "Return the problem that copies of an image lie in several splits, with the pattern that unites them."
+    pattern = proposed_pattern([sample.name for _, samples in splits for sample in samples])
+    copies = "; ".join(some(names, 2) for names in list(families.values())[:2])
+    return (
+        f"splits: found {len(families)} images with augmented copies in another split ({copies}), expected all copies "
+        f"of an image in one split: give group_pattern={pattern!r}, or split before augmenting"
+    )
+
+
+# %% ../../nbs/data/02_audit.ipynb #1489719a
+def border_warning(splits: Splits, what: str, crossing: dict[str, list[str]]) -> str:
+    "Return the warning that `crossing` groups or families cross the published border, with the test images concerned."
+    tested = {sample.name for sample in splits.test}
+    names = sorted(name for members in crossing.values() for name in members if name in tested)
+    return (
+        f"{len(crossing)} {what} cross the published border ({some(sorted(crossing), 10)}); test images "
+        f"concerned: {len(names)} ({some(names, 30)})"
+    )
+
+
 # %% ../../nbs/data/02_audit.ipynb #403f32a9
 def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     "Return problems and warnings about samples and groups that lie in more than one split."
@@ -297,30 +325,20 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     counts = Counter(sample.name for _, samples in splits for sample in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
         problems.append(f"splits: found {len(twice)} samples more than once ({some(twice)}), expected each once")
-    own, published = crossing_groups(splits)
-    if own:
+    own_groups, published_groups = crossing_groups(splits)
+    own_families, published_families = crossing_families(splits)
+    if own_groups:
+        names = some(list(own_groups))
         problems.append(
-            f"splits: found {len(own)} groups in more than one split ({some(list(own))}), expected each in one"
+            f"splits: found {len(own_groups)} groups in more than one split ({names}), expected each in one"
         )
-    families, copied = [
-        {family: names for family, names in part.items() if not {*names} <= {*sum(groups.values(), [])}}
-        for part, groups in zip(crossing_families(splits), (own, published))
-    ]  # what groups do not say already
-    if families:
-        pattern = proposed_pattern([sample.name for _, samples in splits for sample in samples])
-        problems.append(
-            f"splits: found {len(families)} images with augmented copies in another split "
-            f"({'; '.join(some(names, 2) for names in list(families.values())[:2])}), expected all copies of an image in "
-            f"one split: give group_pattern={pattern!r}, or split before augmenting"
-        )
-    tested, warnings = {sample.name for sample in splits.test}, []
-    for what, crossing in (("groups", published), ("images with augmented copies", copied)):
-        names = sorted(name for members in crossing.values() for name in members if name in tested)
-        if crossing:
-            warnings.append(
-                f"{len(crossing)} {what} cross the published border ({some(sorted(crossing), 10)}); test images "
-                f"concerned: {len(names)} ({some(names, 30)})"
-            )
+    if families := untold(own_families, own_groups):
+        problems.append(family_problem(splits, families))
+    warnings = []
+    if published_groups:
+        warnings.append(border_warning(splits, "groups", published_groups))
+    if families := untold(published_families, published_groups):
+        warnings.append(border_warning(splits, "images with augmented copies", families))
     return problems, warnings
 
 
@@ -336,7 +354,8 @@ def class_warnings(
         missing = [name for name, count in zip(classes.names, counts) if not count]
         if len(missing) > limit:
             lines.append(
-                f"{len(missing)} of {len(classes)} classes never occur in {split} ({some(missing)}): each {results[split]}"
+                f"{len(missing)} of {len(classes)} classes never occur in {split} ({some(missing)}): "
+                f"each {results[split]}"
             )
         else:
             lines += [f"class {name} never occurs in {split}: it {results[split]}" for name in missing]

@@ -26,12 +26,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # must stand before the import, which asks the network otherwise
-import albumentations as A
 import cv2
 import numpy as np
 
 from ..core.checks import IMAGENET_MEAN, VOID, CrackSegError, check_number, choose
+
+# albumentations is imported where a pipeline is built, since that takes seconds; this keeps it from asking the network.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 # %% ../../nbs/data/04_augment.ipynb #305bc28c
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of regions that the photo does not cover
@@ -56,6 +57,8 @@ class Recipe:
 # %% ../../nbs/data/04_augment.ipynb #0f5d2443
 def mild_warps() -> list:
     "Return small affine, perspective and bending transforms that keep a line of one pixel connected enough to learn."
+    import albumentations as A
+
     bend = [
         A.Perspective(scale=(0.02, 0.06), p=1, **VOID_OUTSIDE),
         A.GridDistortion(num_steps=5, distort_limit=0.06, p=1, **VOID_OUTSIDE),
@@ -66,6 +69,8 @@ def mild_warps() -> list:
 # %% ../../nbs/data/04_augment.ipynb #beab6d98
 def mild_colours() -> list:
     "Return changes of light, tint, noise, sharpness and shadow under which a faint crack can still be seen."
+    import albumentations as A
+
     soften = [A.GaussianBlur(blur_limit=(3, 5), sigma_limit=(0.3, 0.8), p=1), A.MotionBlur(blur_limit=(3, 3), p=1)]
     shadow = A.RandomShadow(
         shadow_roi=(0, 0, 1, 1), num_shadows_limit=(1, 1), shadow_dimension=4, shadow_intensity_range=(0.2, 0.45), p=0.2
@@ -83,9 +88,12 @@ def mild_colours() -> list:
 # %% ../../nbs/data/04_augment.ipynb #d373260f
 def strong_colours() -> list:
     "Return the change of brightness, contrast, saturation and hue that is usual for photos of everyday scenes."
+    import albumentations as A
+
     return [A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.05, 0.05), p=0.8)]
 
 
+# %% ../../nbs/data/04_augment.ipynb #1424177b
 AUGMENTATIONS = {
     "none": Recipe(random=False),
     "mirror": Recipe(mirror=True),
@@ -143,6 +151,8 @@ def zoom(image: np.ndarray, mask: np.ndarray, scale: float) -> tuple[np.ndarray,
 # %% ../../nbs/data/04_augment.ipynb #c793dde5
 def list_transforms(recipe: Recipe, size: tuple[int, int], fit: str) -> list:
     "Return albumentations' transforms that follow the window or the resizing."
+    import albumentations as A
+
     height, width = size
     quarter_turns = fit == "crop" or height == width
     flips = [A.D4(p=1)] if quarter_turns else [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
@@ -171,6 +181,8 @@ class Augmentation:
         self.recipe, self.image_size, self.fit = recipe, image_size, fit
         if image_size is None:
             return
+        import albumentations as A
+
         self.side = math.ceil(recipe.margin * max(image_size))
         # `strict` refuses misspelled settings, which are dropped with a warning otherwise.
         self.transforms = A.Compose(list_transforms(recipe, image_size, fit), strict=True)

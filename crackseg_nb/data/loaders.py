@@ -86,7 +86,8 @@ def bounds(self: EpochSampler, step: int) -> list[int]:
     "Return where this process's batches of window `step` begin in the order, and where the last one ends."
     start = step * self.window_size
     end = min(start + self.window_size, self.num_samples)
-    # With enough batches to go round none is cut, since batch normalisation sees batches; the last process may be left with none.
+    # With enough batches to go round none is cut, since batch normalisation sees batches;
+    # the last process may be left with none.
     unit = self.batch_size if self.world <= self.window_size // self.batch_size else 1
     share = -(-(end - start) // (self.world * unit)) * unit
     start, end = (min(start + share * rank, end) for rank in (self.rank, self.rank + 1))
@@ -149,7 +150,7 @@ class SameSizeBatches:
 
 # %% ../../nbs/data/08_loaders.ipynb #fd8fcccf
 def heed_parent_only() -> None:
-    "Let SIGTERM end this worker process only when the process that started it sent it, and SIGUSR1 never; end with that process."
+    "Let only the starting process end this worker by SIGTERM, and SIGUSR1 never; end when that process ends."
     if not hasattr(signal, "sigtimedwait"):
         return  # macOS and Windows cannot tell the sender
     starter = multiprocessing.parent_process()
@@ -168,7 +169,7 @@ def heed_parent_only() -> None:
 
 # %% ../../nbs/data/08_loaders.ipynb #1a2b31fd
 def start_worker(worker_id: int) -> None:
-    "Prepare a worker process: one OpenCV thread, the parent's signals only, and global generators that differ between workers."
+    "Prepare a worker process: one OpenCV thread, the parent's signals only, and generators of its own."
     heed_parent_only()
     cv2.setNumThreads(0)
     seed = torch.initial_seed() % 2**32  # torch has already mixed the loader's seed with the worker's number
@@ -189,8 +190,8 @@ def describe_fault(
     "Return one line about a worker that was ended or that stalls; None where the error is about something else."
     if stalled := re.search(r"DataLoader timed out after (\S+) seconds", message):
         return (
-            f"num_workers: no batch came for {float(stalled[1]):g} seconds, expected one sooner; the data's disk may hang: "
-            "resume when it answers, or with a longer timeout"
+            f"num_workers: no batch came for {float(stalled[1]):g} seconds, expected one sooner; "
+            "the data's disk may hang: resume when it answers, or with a longer timeout"
         )
     if not (named := re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", message)):
         return None
@@ -198,8 +199,8 @@ def describe_fault(
     reason = "no exit code" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     memory = "shared memory" if code is not None and -code == getattr(signal, "SIGBUS", None) else "memory"
     return (
-        f"num_workers: worker process {process} was ended by the system ({reason}), often for lack of {memory}; expected it to "
-        "live; resume with fewer num_workers (0 prepares batches in the training process)"
+        f"num_workers: worker process {process} was ended by the system ({reason}), often for lack of {memory}; "
+        "expected it to live; resume with fewer num_workers (0 prepares batches in the training process)"
     )
 
 
@@ -253,7 +254,7 @@ def create_loader(
     world: int = 1,  # which of how many processes this one is
     timeout: float = 0.0,  # seconds to wait for a worker's batch before giving up; 0 waits for ever
 ) -> Loader:
-    "Return a loader of dict(image (B, 3, H, W), mask (B, H, W), index (B,)); `loader.batch_sampler` sets epoch and position."
+    "Return a loader of image (B, 3, H, W), mask (B, H, W), index (B,); `batch_sampler` sets epoch and position."
     check_number("num_workers", num_workers, int, low=0)
     check_number("timeout", timeout, low=0)
     if train and check_number("batch_size", batch_size, int, low=1) > len(dataset):

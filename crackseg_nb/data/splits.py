@@ -59,14 +59,16 @@ def pick_groups(
 ) -> list[int]:
     "Return indices of groups whose sizes sum as close to `target` as can be, at least one, leaving at least `leave`."
     limit = target + max(sizes)  # no larger sum can be the nearest
-    reachable = [1]
-    for size in sizes:
-        reachable.append((reachable[-1] | reachable[-1] << size) & (2 << limit) - 1)
-    sums = (total for total in range(1, limit + 1) if reachable[-1] >> total & 1)
+    reachable = np.zeros((len(sizes) + 1, limit + 1), bool)  # [n, total]: some of the first n groups sum to total
+    reachable[0, 0] = True
+    for index, size in enumerate(sizes):
+        reachable[index + 1] = reachable[index]
+        reachable[index + 1, size:] |= reachable[index, :-size]
+    sums = np.flatnonzero(reachable[-1]).tolist()[1:]  # without the sum of no group
     best = min(sums, key=lambda total: (abs(total - target), total))
     picked = []
     for index in reversed(range(len(sizes))):
-        if best >= sizes[index] and reachable[index] >> (best - sizes[index]) & 1:
+        if best >= sizes[index] and reachable[index, best - sizes[index]]:
             picked.append(index)
             best -= sizes[index]
     while len(sizes) - len(picked) < leave:

@@ -77,15 +77,17 @@ def read_sizes(samples: list[Sample], progress: bool = True) -> list[tuple[int, 
 
 # %% ../../nbs/data/06_store.ipynb #35f1920e
 def places_of(sizes: list[tuple[int, int]]) -> list[int]:
-    "Return where each decoded image begins, its mask behind it, when they lie one behind the other; and in the end where the last one ends."
+    "Return where each decoded image begins, its mask behind it, in one row of them, and where the last one ends."
     return [0, *itertools.accumulate(4 * height * width for height, width in sizes)]
 
 
+# %% ../../nbs/data/06_store.ipynb #c27341b4
 def bytes_needed(sizes: list[tuple[int, int]]) -> int:
     "Return the bytes that decoded images (3 per pixel) and masks (1 per pixel) of these sizes take."
     return places_of(sizes)[-1]
 
 
+# %% ../../nbs/data/06_store.ipynb #7dda38da
 def amount(number: int) -> str:
     "Return a number of bytes in words."
     return f"{number / 2**30:.2f} GiB" if number >= 2**27 else f"{number / 2**20:.1f} MiB"
@@ -125,7 +127,8 @@ def decode_into(
         image, mask = read_pair(samples[index], mask_encoding, resize)
         if mask.shape != sizes[index]:
             raise CrackSegError(
-                f"{samples[index].image}: found an image of shape {mask.shape}, expected {sizes[index]} as its header says"
+                f"{samples[index].image}: found an image of shape {mask.shape}, "
+                f"expected {sizes[index]} as its header says"
             )
         with lock:
             handle.seek(places[index])
@@ -139,7 +142,7 @@ def decode_into(
 
 # %% ../../nbs/data/06_store.ipynb #2c6ffeb1
 def open_memory_file() -> tuple[BinaryIO, Path]:
-    "Open an empty file in memory; return it and the path by which this process and its workers map it while it is open."
+    "Open an empty file in memory; return it and the path by which this process and its workers map it."
     if not hasattr(os, "memfd_create"):
         handle = tempfile.NamedTemporaryFile(prefix="crackseg-")
         return handle, Path(handle.name)
@@ -147,6 +150,7 @@ def open_memory_file() -> tuple[BinaryIO, Path]:
     return handle, Path(f"/proc/{os.getpid()}/fd/{handle.fileno()}")
 
 
+# %% ../../nbs/data/06_store.ipynb #cbdf2a3b
 def hold_in_memory(
     samples: list[Sample],
     mask_encoding: str,
@@ -188,6 +192,7 @@ def is_whole(file: Path, sizes: list[tuple[int, int]]) -> bool:
     return file.is_file() and file.stat().st_size == bytes_needed(sizes)
 
 
+# %% ../../nbs/data/06_store.ipynb #121f9abb
 def remove_leftovers(folder: Path) -> None:
     "Remove what processes left that were killed while they wrote into a cache folder."
     for file in folder.glob(".*.images.*"):
@@ -198,6 +203,7 @@ def remove_leftovers(folder: Path) -> None:
             pass  # finished meanwhile, or somebody else's
 
 
+# %% ../../nbs/data/06_store.ipynb #a01f7bfd
 def hold_on_disk(
     file: Path,  # see `cache_file`
     samples: list[Sample],
@@ -235,7 +241,8 @@ class Room:
     def __str__(self):
         each = f" in each of {self.copies} processes" if self.copies > 1 else ""
         disk = "no cache folder" if self.disk is None else f"{amount(self.disk)} of disk"
-        return f"{self.images:,} images need {amount(self.needed)}{each}; {amount(self.memory)} of memory and {disk} are available"
+        available = f"{amount(self.memory)} of memory and {disk} are available"
+        return f"{self.images:,} images need {amount(self.needed)}{each}; {available}"
 
     def place(self, preload: bool | str) -> str:
         "Return memory, disk or files; raise CrackSegError where the place that `preload` names has no room."
@@ -278,7 +285,7 @@ def create_store(
     progress: bool = True,
     copies: int = 1,
 ) -> ImageStore | None:
-    "Return a store of the decoded samples where `preload` wants it, None where they stay in their files; log which and why."
+    "Return a store of the decoded samples where `preload` wants it, None where they stay in files; log why."
     file = cache and cache_file(cache, samples, mask_encoding, resize)
     written = bool(file) and is_whole(file, sizes)
     room = Room(len(samples), bytes_needed(sizes), free_memory(), file and free_disk(file.parent), written, copies)

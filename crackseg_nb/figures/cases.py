@@ -76,7 +76,7 @@ def mask_picture(mask: np.ndarray, classes: Classes = Classes()) -> np.ndarray:
 
 
 def answer_plane(case: Case | ClassCase, classes: Classes) -> tuple[str, np.ndarray]:
-    "Return the name of what the model answered, and its plane (H, W); raise CrackSegError if anything in the case does not fit."
+    "Return the name of what the model predicted, and its plane (H, W); raise CrackSegError if the case does not fit."
     name, answer = (
         ("probability", case.probability) if isinstance(case, Case) else ("prediction", np.asarray(case.prediction))
     )

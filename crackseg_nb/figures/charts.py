@@ -4,7 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "TABLE_START",
+    "TABLE_STEP",
     "show_class_balance",
+    "share_text",
+    "write_shares",
     "draw_shares",
     "draw_spread",
     "draw_curves",
@@ -45,7 +49,7 @@ from ..sources.samples import Classes
 
 # %% ../../nbs/figures/02_charts.ipynb #b5801800
 def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
-    "Return a picture of the classes' shares of pixels (or of labelled images) per split: a bar for the cracks, or a point for each of several classes."
+    "Return a figure of the classes' shares of pixels (or of labelled images) per split: bars for cracks, points else."
     if not classes.binary or "crack %" not in report.table:
         return draw_shares(report, classes) if len(classes) <= 40 else draw_spread(report)
     table = report.table
@@ -66,43 +70,54 @@ def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
 
 
 # %% ../../nbs/figures/02_charts.ipynb #5ad41d47
+TABLE_START, TABLE_STEP = 1.06, 0.11  # of the columns of numbers right of the axis, in widths of the axis
+
+
+def share_text(share: float) -> str:
+    "Return a share in per cent as it stands in a table."
+    if share == 0:
+        return "none"
+    return "<0.01" if share < 0.01 else f"{share:.2f}"
+
+
+def write_shares(axis: Axes, column: int, title: str, shares: np.ndarray) -> None:
+    "Write a column of shares, one for each row of `axis`, to the right of it."
+    place = TABLE_START + TABLE_STEP * column
+    style = dict(transform=axis.get_yaxis_transform(), ha="center", fontsize=7)
+    axis.text(place, -0.9, title, va="bottom", **style)
+    for row, share in enumerate(shares):
+        axis.text(place, row, share_text(share), va="center", color="grey" if share == 0 else "black", **style)
+
+
+# %% ../../nbs/figures/02_charts.ipynb #15f0feba
 def draw_shares(report: Audit, classes: Classes) -> Figure:
     "Return a figure with a row per class: a point for its share in each split, and the shares in figures."
-    images, shares = report.table["images"], [100 * pixels / max(pixels.sum(), 1) for pixels in report.pixels.values()]
+    shares = {split: 100 * pixels / max(pixels.sum(), 1) for split, pixels in report.pixels.items()}
+    rows = np.arange(len(classes))
     figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(classes)), dpi=DPI, layout="constrained")
-    rows, beside, present = (
-        np.arange(len(classes)),
-        axis.get_yaxis_transform(),
-        np.concatenate([share[share > 0] for share in shares]),
-    )
-    axis.hlines(rows, 0, 1, transform=beside, color="0.9", linewidth=0.8, zorder=0)
-    for number, (split, share, marker, colour) in enumerate(zip(report.pixels, shares, "os^", CURVE_COLOURS)):
-        label, place = f"{split} ({int(images[split])} images)", 1.06 + 0.11 * number
-        axis.scatter(share[share > 0], rows[share > 0], marker=marker, color=colour, s=26, alpha=0.85, label=label)
-        axis.text(place, -0.9, split, transform=beside, ha="center", va="bottom", fontsize=7)
-        for row, value in zip(rows, share):
-            text, shade = (
-                ("none", "grey") if value == 0 else ("<0.01", "black") if value < 0.01 else (f"{value:.2f}", "black")
-            )
-            axis.text(place, row, text, transform=beside, ha="center", va="center", fontsize=7, color=shade)
+    axis.hlines(rows, 0, 1, transform=axis.get_yaxis_transform(), color="0.9", linewidth=0.8, zorder=0)
+    for column, ((split, share), marker, colour) in enumerate(zip(shares.items(), "os^", CURVE_COLOURS)):
+        shown, label = share > 0, f"{split} ({int(report.table['images'][split])} images)"
+        axis.scatter(share[shown], rows[shown], marker=marker, color=colour, s=26, alpha=0.85, label=label)
+        write_shares(axis, column, split, share)
+    present = np.concatenate([share[share > 0] for share in shares.values()])
     if present.size and present.max() > 30 * present.min():
         axis.set_xscale("log")
     else:
         axis.set_xlim(0, 1.1 * present.max(initial=0.1))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_yticks(rows, [shorten(name) for name in classes.names])
-    axis.set(
-        xlabel=f"share of a class, % of {'labelled images' if 'fewest per class' in report.table else 'annotated pixels'}",
-        ylim=(len(classes) - 0.5, -0.7),
-    )
+    unit = "labelled images" if "fewest per class" in report.table else "annotated pixels"
+    axis.set(xlabel=f"share of a class, % of {unit}", ylim=(len(classes) - 0.5, -0.7))
     plain_axis(axis)
     axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     plt.close(figure)
     return figure
 
 
+# %% ../../nbs/figures/02_charts.ipynb #ba0cd885
 def draw_spread(report: Audit) -> Figure:
-    "Return a figure with the number of images that show each class, from the rarest class to the most frequent one, a line per split."
+    "Return a figure with the number of images that show each class, the rarest class first, a line per split."
     figure, axis = plt.subplots(figsize=(5.5, 2.2), dpi=DPI, layout="constrained")
     for (split, images), colour in zip(report.images.items(), CURVE_COLOURS):
         axis.plot(np.sort(images), label=split, color=colour, linewidth=1.4)
@@ -155,11 +170,12 @@ def mark_best(axis, history: pd.DataFrame, label: str) -> None:
     axis.set_title(f"best epoch {int(best['epoch'])}: {label} {best[column]:.3f}", fontsize=9)
 
 
+# %% ../../nbs/figures/02_charts.ipynb #2c938ebb
 def show_history(
     history: pd.DataFrame,
     several_classes: bool = False,  # the scores are means over classes
 ) -> Figure:
-    "Return a figure with the losses, and the validation scores (IoU and F1, or a classifier's accuracies) with the best epoch marked; any number of rows."
+    "Return a figure with the losses, and the validation scores with the best epoch marked; any number of rows."
     figure, (losses, scores) = plt.subplots(1, 2, figsize=(7, 2.4), dpi=DPI, layout="constrained")
     draw_curves(losses, history, {"train_loss": "training", "val_loss": "validation"})
     losses.set_title("loss", fontsize=9)
@@ -251,7 +267,7 @@ def show_class_scores(
 
 # %% ../../nbs/figures/02_charts.ipynb #e549098f
 def row_shares(matrix: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    "Return the matrix (C, C) in per cent of its rows, NaN where a row is empty; raise CrackSegError if it does not fit the names."
+    "Return the matrix (C, C) in per cent of its rows, NaN where empty; raise CrackSegError if it lacks names."
     matrix, size = np.asarray(matrix), len(class_names)
     if matrix.shape != (size, size):
         raise CrackSegError(
@@ -291,7 +307,7 @@ def show_confusion(
     class_names: Sequence[str],
     title: str = "",
 ) -> Figure:
-    "Return a heat map of what the pixels of each true class are taken for, in per cent; with figures for up to 12 classes."
+    "Return a heat map of what the pixels of each true class are taken for, in per cent; in figures up to 12 classes."
     shares, names = row_shares(matrix, class_names), [shorten(name) for name in class_names]
     side = len(names) * (0.42 if len(names) <= 12 else 0.26)
     figure, axis = plt.subplots(figsize=(side + 2.4, side + 1.5), dpi=DPI, layout="constrained")
@@ -321,7 +337,7 @@ def free_place(
     taken: list[Bbox],
     inside: Bbox,
 ) -> tuple[float, float]:
-    "Return the offset of a label's centre, in pixels, nearest to `point` where it lies within `inside` and on nothing that is `taken`."
+    "Return the offset of a label's centre, in pixels, that is nearest to `point`, `inside` and on nothing `taken`."
     width, height = size
     for distance, angle in product(
         range(4, 160, 4), np.radians((0, 180, 90, -90, 30, -30, 150, -150, 60, -60, 120, -120))

@@ -50,12 +50,14 @@ STRIDES = (2, 4, 8, 16, 32)  # of the levels that a decoder can take; 2 may be a
 WINDOWED = ("swin_transformer", "swin_transformer_v2")  # timm's modules
 
 
+# %% ../../nbs/models/03_encoders.ipynb #4c5f04c9
 def pad_to_multiple(images: torch.Tensor, multiple: int = PATCH) -> torch.Tensor:
     "Repeat the border of `(B, C, H, W)` at the right and bottom until both sides are multiples of `multiple`."
     right, bottom = -images.shape[-1] % multiple, -images.shape[-2] % multiple
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if right or bottom else images
 
 
+# %% ../../nbs/models/03_encoders.ipynb #4b76c3a8
 def size_options(architecture: str, image_size: int) -> dict:
     "Return what timm wants to know to build `architecture` for images of `image_size` pixels on a side."
     if is_model_in_modules(architecture, [*WINDOWED, "swin_transformer_v2_cr"]):
@@ -92,7 +94,7 @@ def follow_size(attention: Attention2d, inputs: tuple[torch.Tensor, ...]) -> Non
 
 # %% ../../nbs/models/03_encoders.ipynb #f7fa9ec0
 class BatchNormAct2d(TimmBatchNormAct2d):
-    "Normalise and activate `(B, C, H, W)` as timm does; a single value per channel is normalised with the running statistics."
+    "Normalise and activate `(B, C, H, W)` as timm does; a single value per channel with the running statistics."
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if not (self.training and features.numel() == features.shape[1]):
@@ -103,8 +105,9 @@ class BatchNormAct2d(TimmBatchNormAct2d):
         return self.act(self.drop(features))
 
 
+# %% ../../nbs/models/03_encoders.ipynb #15635901
 def accept_any_size(body: nn.Module) -> None:
-    "Let the position biases and batch norms of a timm network work on maps of any size; its parameters and their names stay."
+    "Let position biases and batch norms of a timm network work on maps of any size; its parameters stay as they are."
     norms = {nn.BatchNorm2d: BatchNorm2d, TimmBatchNormAct2d: BatchNormAct2d}
     for part in body.modules():
         if type(part) in norms:
@@ -128,6 +131,7 @@ def create_timm(architecture: str, drop_path_rate: float = 0.0, **options) -> nn
     return timm.create_model(architecture, features_only=True, **options)
 
 
+# %% ../../nbs/models/03_encoders.ipynb #7d6bd2af
 @functools.cache
 def usable_features(architecture: str) -> tuple[int, ...]:
     "Return which features of a timm network lie at STRIDES; raise CrackSegError unless 4, 8, 16 and 32 are among them."
@@ -142,8 +146,9 @@ def usable_features(architecture: str) -> tuple[int, ...]:
     index = {level["reduction"]: level["index"] for level in levels}
     if not index.keys() >= set(STRIDES[1:]):
         raise CrackSegError(
-            f"encoder: found {architecture} with features at stride {', '.join(map(str, sorted(index)))}; a U-Net joins falling "
-            "resolutions, expected strides 4, 8, 16 and 32 (and 2, if there is one), such as convnext has"
+            f"encoder: found {architecture} with features at stride {', '.join(map(str, sorted(index)))}; "
+            "a U-Net joins falling resolutions, expected strides 4, 8, 16 and 32 (and 2, if there is one), "
+            "such as convnext has"
         )
     return tuple(index[stride] for stride in STRIDES if stride in index)
 
@@ -175,14 +180,14 @@ def create_body(
 
 # %% ../../nbs/models/03_encoders.ipynb #1e65fff0
 class Encoder(nn.Module):
-    "Map images `(B, 3, H, W)` from 32 pixels up to features `(B, C_i, H/s_i, W/s_i)`, finest first, H and W padded to `multiple`."
+    "Map images `(B, 3, H, W)`, padded to `multiple`, to features `(B, C_i, H/s_i, W/s_i)`, finest first."
 
     def __init__(
         self,
         architecture: Architecture,
         image_size: int = 384,  # pixels on a side of a training image
-        drop_path_rate: float = 0.1,
-    ):  # stochastic depth, growing linearly to this value
+        drop_path_rate: float = 0.1,  # stochastic depth, growing linearly to this value
+    ):
         super().__init__()
         self.architecture, self.family, self.options = architecture.name, architecture.family, architecture.options
         self.image_size = check_number("image_size", image_size, int, low=32)
@@ -219,8 +224,8 @@ class Encoder(nn.Module):
         except (AttributeError, AssertionError, NotImplementedError) as error:  # the ways of networks to say no
             if enable:
                 raise CrackSegError(
-                    f"gradient_checkpointing: found the encoder {self.architecture}, which cannot recompute its blocks; "
-                    "expected another one, such as swinv2, or gradient_checkpointing=false"
+                    f"gradient_checkpointing: found the encoder {self.architecture}, which cannot recompute its "
+                    "blocks; expected another one, such as swinv2, or gradient_checkpointing=false"
                 ) from error
 
 

@@ -66,12 +66,14 @@ def published_at(encoder: Encoder) -> tuple[str, str | None]:
         return repository, None  # dilation changes no weight
     told = "".join(f" with {name}={value}" for name, value in encoder.options.items())
     raise CrackSegError(
-        f"pretrained: no weights of {encoder.architecture}{told} are published, expected false, or a path to a safetensors file"
+        f"pretrained: no weights of {encoder.architecture}{told} are published, "
+        "expected false, or a path to a safetensors file"
     )
 
 
+# %% ../../nbs/models/04_pretrained.ipynb #b87f7b55
 def load_hub_weights(encoder: Encoder) -> str:
-    "Load the published weights into `encoder` and return the repository's name; raise CrackSegError if they can't be had."
+    "Load the published weights into `encoder` and return the repository's name; raise CrackSegError without them."
     repository, revision = published_at(encoder)
     reason = hub_reason(repository, revision)
     if reason is None:
@@ -141,7 +143,8 @@ def load_weights_file(encoder: Encoder, path) -> None:
     strange = sorted(name for name in tensors.keys() - known_names(encoder) if not name.endswith(buffers))
     if strange:
         raise CrackSegError(
-            f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, first {strange[0]!r}; {expected}"
+            f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, "
+            f"first {strange[0]!r}; {expected}"
         )
     encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})
 
@@ -151,7 +154,7 @@ def load_pretrained(
     encoder: Encoder,
     pretrained: str | bool = "auto",  # auto, true, false, or a path to a safetensors file
 ) -> dict:
-    "Load what `pretrained` asks for and return `{requested, loaded}`; `loaded` names the source or says `from scratch`."
+    "Load what `pretrained` asks for; return `{requested, loaded}`, where `loaded` is the source or `from scratch`."
     choice = check_pretrained(pretrained)
     loaded = "from scratch"
     if choice == "true":

@@ -37,7 +37,7 @@ def create_model(
     name: str = "swinv2_hybrid",  # a name of MODELS
     **settings,  # fields of the family's settings
 ) -> nn.Module:
-    "Build a model that maps images `(B, 3, H, W)` to logits `(B, num_classes, H, W)`, a classifier `(B, num_classes)`; raise CrackSegError on unknown settings."
+    "Build a model of images `(B, 3, H, W)`; raise CrackSegError on an unknown name or setting."
     config_class, model_class = MODELS[choose("model", name, MODELS)]
     known = [field.name for field in fields(config_class)]
     for key in settings:
