@@ -21,7 +21,6 @@ __all__ = [
     "remove_strays",
     "Checkpoint",
     "read_verified",
-    "load_torch",
     "load_checkpoint",
     "latest_checkpoint",
     "prune_checkpoints",
@@ -32,7 +31,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -47,6 +45,7 @@ import torch
 from ..core.checks import CrackSegError, check_number, nearest
 from ..core.files import atomic_write, manifest_sum
 from ..core.machine import logger
+from ..core.tensors import load_torch
 
 
 # %% ../../nbs/training/08_checkpoint.ipynb #82f2cbb4
@@ -293,28 +292,6 @@ def read_verified(folder: Path, entry: dict) -> bytes:
             f"{path}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}; the file was changed or damaged"
         )
     return data
-
-
-# %% ../../nbs/training/08_checkpoint.ipynb #06904084
-def load_torch(
-    data: bytes,
-    path: Path,  # where the bytes come from, for the error message
-):
-    "Return the content of a torch file without running code from it; raise CrackSegError if that is impossible."
-    if not data.startswith((b"PK", b"\x80")):
-        raise CrackSegError(
-            f"{path}: found no readable torch file (it begins with {data[:8]!r}), expected a whole one, or a .safetensors"
-        )
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CrackSegError(
-            f"{path}: found a pickle that needs code to load, expected tensors and plain containers only; "
-            "convert it to safetensors where it was made"
-        ) from error
-    except Exception as error:  # torch raises many kinds for damaged bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CrackSegError(f"{path}: found no readable torch file ({reason}), expected a whole one") from error
 
 
 # %% ../../nbs/training/08_checkpoint.ipynb #c6ecc38a

@@ -22,6 +22,8 @@ __all__ = [
     "MemoryEstimate",
     "available_memory",
     "memory_advice",
+    "activation_bytes",
+    "room_for_training",
     "estimate_memory",
 ]
 
@@ -328,6 +330,29 @@ def memory_advice(
 
 
 # %% ../../nbs/training/04_memory.ipynb #ff0473f5
+def activation_bytes(
+    model: nn.Module,
+    image_size: tuple[int, int],  # height and width used in training
+    probe_size: tuple[int, int] | None = None,  # measure at this size and scale; None: at `image_size`
+    amp_dtype: torch.dtype | None = None,  # as in training
+) -> float:
+    "Return the bytes that one image of `image_size` keeps for the backward pass, from a pass of two images."
+    height, width = image_size
+    probe = probe_size or image_size
+    device = next(model.parameters()).device
+    pair = torch.zeros(2, 3, *probe, device=device)  # two: batch normalisation refuses a single value
+    return saved_bytes(model, pair, amp_dtype) / 2 * (height * width) / (probe[0] * probe[1])
+
+
+def room_for_training(model: nn.Module, device: torch.device | str) -> int:
+    "Return the bytes that training `model` may take on `device`, those of its own parameters there included."
+    clear_cache(device)  # the memory of trials counts as free
+    parameters = list(model.parameters())
+    there = torch.device(device).type == "cuda" and parameters[0].is_cuda
+    return available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
+
+
+# %% ../../nbs/training/04_memory.ipynb #b1dff5a2
 def estimate_memory(
     model: nn.Module,
     batch_size: int,  # images per micro-batch
@@ -338,27 +363,15 @@ def estimate_memory(
     optimizer_states: int = 2,  # running values per parameter: 2 for AdamW
     available: int | None = None,  # bytes; None: what is free now
 ) -> MemoryEstimate:
-    "Return a lower bound of the memory that training `model` takes, from a forward pass of two images on the model's own device."
+    "Return a lower bound of the memory that training `model` takes, measured on the model's own device."
     batch_size = check_number("batch_size", batch_size, int, low=1)
-    height, width = (check_number("image_size", side, int, low=1) for side in image_size)
-    probe = probe_size or (height, width)
-    parameters = list(model.parameters())
-    trainable = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    image = torch.zeros(2, 3, *probe, device=parameters[0].device)  # two: batch normalisation refuses a single value
-    activations = saved_bytes(model, image, amp_dtype) * batch_size / 2 * (height * width) / (probe[0] * probe[1])
-    fixed = sum(parameter.nbytes for parameter in parameters) + trainable * (1 + optimizer_states)
+    image_size = tuple(check_number("image_size", side, int, low=1) for side in image_size)
+    activations = batch_size * activation_bytes(model, image_size, probe_size, amp_dtype)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    states = gradients * optimizer_states
     if available is None:
-        clear_cache(device)  # the trial's memory counts as free
-        there = (
-            torch.device(device).type == "cuda" and parameters[0].is_cuda
-        )  # parameters that lie on the device need no further room
-        available = available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
+        available = room_for_training(model, device)
     checkpointed = any(module.__dict__.get("grad_checkpointing") is True for module in model.modules())
-    return MemoryEstimate(
-        (fixed - trainable * (1 + optimizer_states)) / MIB,
-        trainable / MIB,
-        trainable * optimizer_states / MIB,
-        activations / MIB,
-        available / MIB,
-        memory_advice(batch_size, activations, fixed, available, checkpointed),
-    )
+    advice = memory_advice(batch_size, activations, parameters + gradients + states, available, checkpointed)
+    return MemoryEstimate(*(size / MIB for size in (parameters, gradients, states, activations, available)), advice)

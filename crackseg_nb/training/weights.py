@@ -6,13 +6,11 @@
 __all__ = [
     "HOMELESS",
     "COMPUTED",
-    "load_tensors",
-    "find_weights",
+    "Weights",
+    "read_weights",
+    "locate_weights",
     "LoadReport",
     "load_weights",
-    "locate_weights",
-    "find_source",
-    "read_source",
     "split_source",
     "resize_table",
     "Fate",
@@ -27,14 +25,13 @@ __all__ = [
 ]
 
 # %% ../../nbs/training/09_weights.ipynb #a4340cc5
+import hashlib
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import safetensors.torch
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
@@ -43,47 +40,63 @@ from torch import nn
 from ..core.checks import CrackSegError
 from ..core.files import find_path
 from ..core.run_folder import find_run_folder
+from ..core.tensors import read_tensors
 from ..models.encoders import Encoder
 from ..models.pretrained import known_names, plain_name
-from .checkpoint import latest_checkpoint, load_checkpoint, load_torch
+from .checkpoint import latest_checkpoint, load_checkpoint, weights_to_bytes
 
 
 # %% ../../nbs/training/09_weights.ipynb #e75cf16d
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors or torch file on the CPU without running code from it."
-    if not path.is_file():
-        raise CrackSegError(f"{path}: no such file; expected .safetensors, .pt, .pth or a folder of checkpoints")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load(path.read_bytes())
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise CrackSegError(
-                f"{path}: found no readable weights ({error}), expected a whole safetensors file"
-            ) from error
-    found = load_torch(path.read_bytes(), path)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise CrackSegError(
-            f"{path}: found {type(found).__name__} with other things than tensors, expected a state dict"
-        )
-    return dict(found)
+@dataclass(frozen=True)
+class Weights:
+    "Hold the tensors of a source."
+
+    source: str
+    stored: dict[str, torch.Tensor]  # by the names that they have there
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        "The tensors by the names that a model has for them, without torch's wrapper for several processes."
+        return {str(name).removeprefix("module."): tensor for name, tensor in self.stored.items()}
+
+    @property
+    def sha256(self) -> str:
+        "The SHA-256 sum of the tensors as a checkpoint stores them."
+        return hashlib.sha256(weights_to_bytes(self.stored)).hexdigest()
 
 
 # %% ../../nbs/training/09_weights.ipynb #b000fe48
-def find_weights(path) -> dict[str, torch.Tensor]:
-    "Return the tensors behind `path`: a file, a checkpoint (`checkpoints/best`), or a folder (its `best`, else its newest)."
-    path = Path(path)
+def read_weights(source) -> Weights:  # source: path of a run, a checkpoint or a file; what was read is returned
+    "Return the weights of `source`; raise CrackSegError if it cannot be read whole."
+    if isinstance(source, Weights):
+        return source
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
     if path.is_dir():
         name = "best" if (path / "best.json").is_file() else latest_checkpoint(path, resumable=False)
         if name is None:
             raise CrackSegError(f"{path}: found no checkpoint, expected a folder with best.json or another manifest")
-        return load_checkpoint(path, name).model_state
+        return Weights(str(source), load_checkpoint(path, name).model_state)
     name = path.stem if path.suffix == ".json" else path.name
     if (path.parent / f"{name}.json").is_file():
-        return load_checkpoint(path.parent, name).model_state
-    return load_tensors(path)
+        return Weights(str(source), load_checkpoint(path.parent, name).model_state)
+    return Weights(str(source), read_tensors(path))
+
+
+# %% ../../nbs/training/09_weights.ipynb #97419b3d
+def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
+    "Return the file of weights, or the run's checkpoints, that `where` names; raise CrackSegError if there are none."
+    path = find_path(where)
+    if path.is_file() or (path / "best.json").is_file():
+        return path
+    folder = find_run_folder(parameter, str(where), outputs)
+    if (folder / "checkpoints" / "best.json").is_file():
+        return folder / "checkpoints"
+    raise CrackSegError(
+        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; "
+        "expected a run that kept its best epoch, or a file of weights"
+    )
 
 
 # %% ../../nbs/training/09_weights.ipynb #1246f069
@@ -109,12 +122,12 @@ class LoadReport:
 # %% ../../nbs/training/09_weights.ipynb #eae3581c
 def load_weights(
     model: nn.Module,
-    path,  # file, checkpoint or folder of checkpoints
+    source,  # run folder, checkpoint, file of tensors, or `Weights`
     strict: bool = True,  # every tensor must find its place
 ) -> LoadReport:
     "Load weights into `model` and report; raise CrackSegError, with the model unchanged, if they do not fit."
-    found = {name.removeprefix("module."): tensor for name, tensor in find_weights(path).items()}
-    own, report = model.state_dict(), LoadReport()
+    weights = read_weights(source)
+    found, own, report = weights.tensors, model.state_dict(), LoadReport()
     for name, tensor in own.items():
         if name not in found:
             report.missing.append(name)
@@ -126,41 +139,11 @@ def load_weights(
     fits = not (report.missing or report.unexpected or report.mismatched)
     if not report.loaded or (strict and not fits):
         raise CrackSegError(
-            f"{path}: found weights of another model: {report}; expected {len(own)} tensors of {type(model).__name__}"
+            f"{weights.source}: found weights of another model: {report}; "
+            f"expected {len(own)} tensors of {type(model).__name__}"
         )
     model.load_state_dict({name: found[name] for name in report.loaded}, strict=False)
     return report
-
-
-# %% ../../nbs/training/09_weights.ipynb #97419b3d
-def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
-    "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if there is none."
-    path = find_path(where)
-    if path.is_file() or (path / "best.json").is_file():
-        return path
-    folder = find_run_folder(parameter, str(where), outputs)
-    if (folder / "checkpoints" / "best.json").is_file():
-        return folder / "checkpoints"
-    raise CrackSegError(
-        f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; expected a run that kept its best epoch, or a file of weights"
-    )
-
-
-# %% ../../nbs/training/09_weights.ipynb #5f43cd18
-def find_source(source) -> Path:
-    "Return the path behind `source`: the checkpoints of a run folder, anything else as it is."
-    path = Path(source).expanduser()
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
-
-
-def read_source(source) -> dict[str, torch.Tensor]:
-    "Return all tensors of `source` by name; raise CrackSegError if it cannot be read whole."
-    path = find_source(source)
-    try:
-        tensors = find_weights(path)
-    except OSError as error:
-        raise CrackSegError(f"{path}: could not be read ({error.strerror or error}), expected weights") from error
-    return {str(name).removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 # %% ../../nbs/training/09_weights.ipynb #33c8be3b
@@ -181,7 +164,7 @@ def resize_table(
     table: torch.Tensor,  # (offsets, heads), or (heads, rows, columns) as MaxViT has it
     shape: tuple[int, ...],
 ) -> torch.Tensor | None:
-    "Return a table of relative position biases for another window, None where only the window cannot explain the difference."
+    "Return a table of relative position biases for another window; None if more than the window differs."
 
     def sides(shape) -> tuple[int, ...]:
         return tuple(shape[1:]) if len(shape) == 3 else (math.isqrt(shape[0]),) * 2
@@ -260,7 +243,10 @@ class TransferReport:
         first = "".join(f", first left {fate.name!r} ({fate.why})" for fate in self.of("left")[:1])
         homeless = [fate.name for fate in self.of("ignored") if fate.why == HOMELESS]
         spare = f", {len(homeless)} of them for want of a place, first {homeless[0]!r}" if homeless else ""
-        return f"encoder {self.architecture} from {self.source}: {', '.join(parts)}{first}; {len(self.of('ignored'))} of the source ignored{spare}"
+        return (
+            f"encoder {self.architecture} from {self.source}: {', '.join(parts)}{first}; "
+            f"{len(self.of('ignored'))} of the source ignored{spare}"
+        )
 
     def table(self) -> pd.DataFrame:
         "Return one row per tensor."
@@ -322,12 +308,14 @@ def check_transfer(report: TransferReport) -> None:
         return f"{fate.name!r} ({f'found {fate.found}, expected {fate.expected}' if fate.why == 'shape' else fate.why})"
 
     raise CrackSegError(
-        f"{report.source}: found weights of another network: {100 * report.share:.0f} % of the values of {report.architecture} fit"
+        f"{report.source}: found weights of another network: "
+        f"{100 * report.share:.0f} % of the values of {report.architecture} fit"
         f"{f', and not one {foreign!r}' if foreign else ''}; expected at least half, and some of every kind; "
         f"left are {len(left)} of {len(left) + len(taken)} tensors, first {', '.join(map(told, left[:3]))}"
     )
 
 
+# %% ../../nbs/training/09_weights.ipynb #78afc952
 def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
     "Raise CrackSegError naming the first tensor with a value that is no number."
     for name, tensor in tensors.items():
@@ -338,15 +326,16 @@ def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
 # %% ../../nbs/training/09_weights.ipynb #110dd725
 def load_encoder_weights(
     model: nn.Module,  # with an `encoder`, or an encoder itself
-    source,  # run folder, checkpoint, or file of tensors
+    source,  # run folder, checkpoint, file of tensors, or `Weights`
 ) -> TransferReport:
-    "Load the encoder's weights from `source` and report; raise CrackSegError, with the model unchanged, if they are another network's."
+    "Load the encoder's weights and report; raise CrackSegError, with the model unchanged, if they are another network's."
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, Encoder):
         raise CrackSegError(f"encoder: found {type(model).__name__}, expected a model of this study with an encoder")
-    report, taken = plan_transfer(encoder, read_source(source), str(source))
+    weights = read_weights(source)
+    report, taken = plan_transfer(encoder, weights.tensors, weights.source)
     check_transfer(report)
-    check_finite(taken, str(source))
+    check_finite(taken, weights.source)
     encoder.body.load_state_dict({**encoder.body.state_dict(), **taken})
     return report
 
@@ -354,16 +343,17 @@ def load_encoder_weights(
 # %% ../../nbs/training/09_weights.ipynb #bf8b4086
 def load_model_weights(
     model: nn.Module,
-    source,  # run folder, checkpoint, or file of tensors
+    source,  # run folder, checkpoint, file of tensors, or `Weights`
 ) -> LoadReport:
     "Load every tensor of `model` from `source`; raise CrackSegError, with the model unchanged, if one does not fit."
-    tensors, own = read_source(source), model.state_dict()
+    weights = read_weights(source)
+    tensors, own = weights.tensors, model.state_dict()
     others = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if tensors.keys() == own.keys() and others and all(name.startswith("head.") for name in others):
         found, expected = tensors[others[0]].shape[0], own[others[0]].shape[0]
         raise CrackSegError(
-            f"{source}: found a head for num_classes={found}, expected num_classes={expected}; "
+            f"{weights.source}: found a head for num_classes={found}, expected num_classes={expected}; "
             "encoder_weights takes over the encoder alone"
         )
-    check_finite(tensors, str(source))
-    return load_weights(model, find_source(source))
+    check_finite(tensors, weights.source)
+    return load_weights(model, weights)
