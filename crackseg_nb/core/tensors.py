@@ -11,9 +11,6 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 from .checks import CrackSegError
 
 
@@ -23,9 +20,12 @@ def load_torch(
     path: Path,  # where the bytes come from, for the error message
 ):
     "Return the content of a torch file without running code from it; raise CrackSegError if that is impossible."
+    import torch
+
     if not data.startswith((b"PK", b"\x80")):
         raise CrackSegError(
-            f"{path}: found no readable torch file (it begins with {data[:8]!r}), expected a whole one, or a .safetensors"
+            f"{path}: found no readable torch file (it begins with {data[:8]!r}), "
+            "expected a whole one, or a .safetensors"
         )
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -40,8 +40,11 @@ def load_torch(
 
 
 # %% ../../nbs/core/06_tensors.ipynb #a9242b5f
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors or torch file on the CPU; raise CrackSegError if it is not whole or needs code."
+def read_tensors(path: Path) -> dict:  # tensors by name
+    "Return the tensors of a safetensors or torch file, on the CPU; raise CrackSegError if there is more or less to it."
+    import safetensors.torch
+    import torch
+
     if not path.is_file():
         raise CrackSegError(f"{path}: no such file; expected .safetensors, .pt, .pth or a folder of checkpoints")
     try:

@@ -41,10 +41,15 @@ from .curves import highest_within
 
 # %% ../../nbs/metrics/04_widths.ipynb #a8ade5cc
 WIDTH_PROTOCOL = """\
-Void pixels (255) are cut out of both masks before anything is traced. Distances are Euclidean, between pixel centres, in pixels.
+Void pixels (255) are cut out of both masks before anything is traced. Distances are Euclidean, between pixel \
+centres, in pixels.
 Centre line: the mask thinned to one pixel (Zhang and Suen 1984, skimage.morphology.skeletonize).
-Width of a crack at a pixel of its centre line: 2 D - 1/sqrt(2), where D is the distance to the nearest pixel of the image that is no crack (or is void), taken where it is largest on a grid of half pixels, at most one row and one column away. Any other pixel takes the width of the centre-line pixel whose inscribed disc (radius D) holds it deepest: d^2 - D^2 is smallest, of equals the widest. Classes 1-2, 3-5, 6-10 and >10 px, parted at 2.5, 5.5 and 10.5.
-By width, recall = TP/(TP+FN) and f1 = 2TP/(2TP+FP+FN) of pixels, pooled over all images: TP and FN in the class of the true crack, FP in the class of the predicted one. A class without a true pixel has no score."""
+Width of a crack at a pixel of its centre line: 2 D - 1/sqrt(2), where D is the distance to the nearest pixel of the \
+image that is no crack (or is void), taken where it is largest on a grid of half pixels, at most one row and one \
+column away. Any other pixel takes the width of the centre-line pixel whose inscribed disc (radius D) holds it \
+deepest: d^2 - D^2 is smallest, of equals the widest. Classes 1-2, 3-5, 6-10 and >10 px, parted at 2.5, 5.5 and 10.5.
+By width, recall = TP/(TP+FN) and f1 = 2TP/(2TP+FP+FN) of pixels, pooled over all images: TP and FN in the class of \
+the true crack, FP in the class of the predicted one. A class without a true pixel has no score."""
 
 
 # %% ../../nbs/metrics/04_widths.ipynb #6aa44ffb
@@ -74,7 +79,7 @@ def trace(
 # %% ../../nbs/metrics/04_widths.ipynb #91727569
 @dataclass(frozen=True)
 class Pair:
-    "Hold the outlines of a true and a predicted mask, where pixels are known, and where pixels of lines and boundaries are counted."
+    "Hold the outlines of two masks, where pixels are known, and where pixels of lines and boundaries count."
 
     true: Outline
     predicted: Outline
@@ -106,7 +111,7 @@ WIDTH_LIMITS = (2.5, 5.5, 10.5)  # between the classes
 
 
 def inscribed(area: np.ndarray) -> np.ndarray:
-    "Return the squared diameter of the largest disc without foreign pixel centres whose own centre is at most one pixel away, int64 `(H, W)`."
+    "Return the squared diameter of the largest free disc whose centre is at most one pixel away, int64 `(H, W)`."
     fine = np.ones((2 * area.shape[0] - 1, 2 * area.shape[1] - 1), np.uint8)
     fine[::2, ::2] = area
     diameter = cv2.distanceTransform(
@@ -141,7 +146,7 @@ def width_classes(outline: Outline, where: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/metrics/04_widths.ipynb #80fc95c3
 def width_counts(pair: Pair) -> np.ndarray:
-    "Return the numbers of true crack pixels, of those found, and of false alarms, in each class of width, int64 `(3, 4)`."
+    "Count true crack pixels, those found, and false alarms in each class of width, int64 `(3, 4)`."
     true, predicted = pair.true.area, pair.predicted.area
     classes, false = width_classes(pair.true, true), width_classes(pair.predicted, predicted & ~true)
     return np.stack(
@@ -166,7 +171,7 @@ def by_width(counts: np.ndarray) -> dict[str, float]:
 
 # %% ../../nbs/metrics/04_widths.ipynb #4a21b8d5
 def show_panels(panels: dict[str, np.ndarray], legend: list[Patch]) -> Figure:
-    "Return a figure with pictures, uint8 RGB (H, W, 3), side by side under their titles, each at least 300 pixels large, and a legend."
+    "Show images, uint8 RGB (H, W, 3), side by side under their titles, at least 300 pixels large, with a legend."
     height, width = next(iter(panels.values())).shape[:2]
     factor = -(-300 // max(height, width))
     figure, axes = tiles(1, len(panels), (factor * height, factor * width))

@@ -59,7 +59,7 @@ def to_storable(
     value,
     place: str = "training_state",  # where the value sits, for the error message
 ):
-    "Return `value` as tensors on the CPU and plain containers; raise CrackSegError for anything that would need code to load."
+    "Return `value` as tensors on the CPU and plain containers; raise CrackSegError for what needs code to load."
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.Tensor):
@@ -81,7 +81,7 @@ def to_storable(
 
 # %% ../../nbs/training/08_checkpoint.ipynb #7d0d7de3
 def weights_to_bytes(model_state: Mapping) -> bytes:
-    "Return a state dict as safetensors bytes; equal tensors give equal bytes. Tensors that share memory are stored once each."
+    "Return a state dict as safetensors bytes, equal for equal tensors; those that share memory are stored once each."
     tensors, seen = {}, set()
     for name, tensor in model_state.items():
         if not isinstance(tensor, torch.Tensor):
@@ -121,8 +121,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             handle.write(data)
     except OSError as error:
         raise CrackSegError(
-            f"{path}: could not be written ({error.strerror or error}), expected {len(data) / 2**20:.1f} MiB of free space "
-            "and write permission; the checkpoint before it is untouched"
+            f"{path}: could not be written ({error.strerror or error}), "
+            f"expected {len(data) / 2**20:.1f} MiB of free space and write permission; "
+            "the checkpoint before it is untouched"
         ) from error
     sync_folder(path.parent)
 
@@ -272,7 +273,7 @@ class Checkpoint:
 
 
 def read_verified(folder: Path, entry: dict) -> bytes:
-    "Return the bytes of a manifest's file `entry`; raise CrackSegError if they are missing or not those that were written."
+    "Return the bytes of a manifest's file `entry`; raise CrackSegError if they are not those that were written."
     path = Path(folder) / entry["file"]
     if not path.is_file():
         raise CrackSegError(f"{path}: missing, expected {entry['bytes']} bytes; the checkpoint is incomplete")

@@ -102,7 +102,7 @@ def statistics_weights(
     momentum: torch.Tensor,  # (L,); NaN for the plain average of all updates
     before: torch.Tensor,  # (L,): updates before the window
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (L,) each
-    "Return the weights of the common start, of what process `rank` arrived at, and of its own start, which is subtracted from that."
+    "Return the weights of the common start, of what process `rank` arrived at, and of its own start (subtracted)."
     own, after, total = counts[rank], counts[rank + 1 :].sum(0), counts.sum(0)
     keep, plain = 1 - momentum, momentum.isnan()
     all_updates = (before + total).clamp(min=1).double()
@@ -114,7 +114,7 @@ def statistics_weights(
 
 # %% ../../nbs/training/06_exchange.ipynb #b39fb92e
 class RunningStatistics:
-    "Keep the running statistics of normalisation as one process would have them; costs nothing for a model that has none."
+    "Keep running statistics of normalisation as one process would have them; free for a model that has none."
 
     def __init__(self, model: nn.Module):
         self.layers = [
@@ -156,13 +156,14 @@ def check_counted(layers: list[nn.Module]) -> None:
     for layer in layers:
         if not isinstance(layer, _BatchNorm):
             raise CrackSegError(
-                f"devices: found {type(layer).__name__} with running statistics, which can't be combined over processes; "
+                f"devices: found {type(layer).__name__} with running statistics, "
+                "which can't be combined over processes; "
                 "expected batch normalisation, track_running_stats=False, or devices 1"
             )
 
 
 def combine(statistics: RunningStatistics, accelerator: Accelerator) -> None:
-    "Give all processes the statistics that one process has after the window, its micro-batches taken in the order of the ranks."
+    "Give all processes the statistics of one that took the window's micro-batches in the order of the ranks."
     if accelerator.num_processes == 1 or not statistics.layers:
         return
     check_counted(statistics.layers)

@@ -47,7 +47,7 @@ MIB = 2**20
 
 
 def cuda_peaks(device: torch.device) -> dict[str, float]:
-    "Return torch's peaks on a CUDA device in MiB: of tensors, and with the cache around them; nothing on other devices."
+    "Return torch's peaks on a CUDA device in MiB, of tensors and with the cache; nothing on other devices."
     if device.type != "cuda":
         return {}
     return dict(
@@ -58,7 +58,7 @@ def cuda_peaks(device: torch.device) -> dict[str, float]:
 
 # %% ../../nbs/training/04_memory.ipynb #2d8be4ee
 class MemoryMonitor:
-    "Watch the peak memory of this process, and of a CUDA device, since the last `reset()`; use it as a context manager."
+    "Watch the peak memory of this process and of a CUDA device since the last `reset()`, as a context manager."
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/training/04_memory.ipynb #cb6e9230
 def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    "Return the modules (with their paths) whose `grad_checkpointing` switch saves most: stages before the wrapper around them."
+    "Return paths and modules whose `grad_checkpointing` switch saves most: stages before the wrapper around them."
     found = [
         (path, module)
         for path, module in encoder.named_modules()
@@ -178,7 +178,7 @@ def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     inner = [
         (path, module) for path, module in found if not isinstance(module, nn.ModuleDict)
-    ]  # timm's wrappers are ModuleDicts
+    ]  # as timm's wrappers are
     return inner or found
 
 
@@ -189,8 +189,8 @@ def enable_gradient_checkpointing(
 ) -> list[str]:
     """Switch gradient checkpointing and return the paths of what was switched.
 
-    The model's own `set_grad_checkpointing` comes first, then timm's switches in `model.encoder`. Values and gradients stay the same;
-    only the running statistics of batch normalisation inside a recomputed block move twice per step.
+    The model's own `set_grad_checkpointing` comes first, then timm's switches in `model.encoder`. Values and gradients
+    stay the same; only running statistics of batch normalisation inside a recomputed block move twice per step.
     Raises CrackSegError when the model has neither."""
     if callable(getattr(model, "set_grad_checkpointing", None)):
         try:
@@ -320,7 +320,8 @@ def memory_advice(
     advice = []
     if batch < batch_size:
         advice.append(
-            f"set batch_size={batch} and multiply accumulation by {batch_size // batch}: the effective batch stays the same"
+            f"set batch_size={batch} and multiply accumulation by {batch_size // batch}: "
+            "the effective batch stays the same"
         )
     if not checkpointed:
         advice.append("set gradient_checkpointing=true: a quarter to a third slower, and much smaller")

@@ -140,9 +140,8 @@ def launch_error(
     "Return the first error of the started processes as one line, with its traceback as the cause."
     rank, failure = error.get_first_failure()
     notes = sorted(folder.glob("error.*"), key=lambda path: int(path.name.split(".")[1]))
-    killed = failure.exitcode < 0 and not any(
-        path.suffix == f".{rank}" for path in notes
-    )  # the others' errors follow from that
+    # The errors of the others follow from the end of one that was killed.
+    killed = failure.exitcode < 0 and not any(path.suffix == f".{rank}" for path in notes)
     if notes and not killed:
         note = json.loads(notes[0].read_text(encoding="utf-8"))
         found, trace = CrackSegError(note["line"]), note["trace"]
@@ -164,12 +163,11 @@ def launch_error(
 # %% ../../nbs/training/07_processes.ipynb #d169da57
 @contextmanager
 def passing_signals(folder: Path):
-    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; leave the present handlers as they were."
+    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; restore handlers at the end."
 
     def pass_on(number, frame):
-        (
-            folder / f"signal.{int(number)}"
-        ).touch()  # before the look round: a process that gets ready in between finds the note
+        # Before the look round: a process that gets ready in between finds the note.
+        (folder / f"signal.{int(number)}").touch()
         for ready in folder.glob("ready.*"):
             with suppress(ProcessLookupError):
                 os.kill(int(ready.suffix[1:]), number)
@@ -194,12 +192,13 @@ def check_launch(function: Callable, devices: int, device: torch.device) -> None
     check_number("devices", devices, int, low=1)
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise CrackSegError(
-            f"devices: found {devices}, expected at most {torch.cuda.device_count()}, the number of GPUs that can be seen"
+            f"devices: found {devices}, expected at most {torch.cuda.device_count()}, "
+            "the number of GPUs that can be seen"
         )
     if function.__module__ == "__main__" or "." in function.__qualname__:
         raise CrackSegError(
-            f"launch: found {function.__qualname__} of {function.__module__}, expected a function at the top of a module "
-            "that other processes can import"
+            f"launch: found {function.__qualname__} of {function.__module__}, "
+            "expected a function at the top of a module that other processes can import"
         )
 
 
@@ -233,7 +232,7 @@ def launch_config(devices: int, folder: Path) -> LaunchConfig:
 
 
 def run_processes(function: Callable, args: tuple, devices: int, folder: Path) -> int:
-    "Call `function(*args)` in `devices` processes and return their exit code; raise CrackSegError with the first error."
+    "Call `function(*args)` in the processes and return their exit code; raise CrackSegError with the first error."
     try:
         codes = elastic_launch(launch_config(devices, folder), work)(function, args, folder)
     except ChildFailedError as error:
@@ -254,7 +253,7 @@ def launch(
     devices: int,  # number of processes
     device: torch.device | str = "cpu",  # cpu, or cuda for one GPU each
 ) -> int:
-    """Call `function(*args)` in several processes on this machine and wait; return 0, or RESUME_CODE if they were stopped.
+    """Call `function(*args)` in several processes of this machine; return 0, or RESUME_CODE if they were stopped.
 
     A process is stopped when it raises `Stopped` or `SystemExit(RESUME_CODE)`.
     Raises CrackSegError with the line of the first error."""

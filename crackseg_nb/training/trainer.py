@@ -219,7 +219,7 @@ def set_up_progress(trainer: Trainer) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #17377a73
 def gradient_norm(trainer: Trainer) -> list[torch.Tensor]:
-    "Clip the gradients if that is set and return their norm; nothing in fp16, where a scaled gradient may overflow and is then skipped."
+    "Clip the gradients if that is set and return their norm; nothing in fp16, where a step that overflows is skipped."
     parameters, accelerator = list(trainer.model.parameters()), trainer.accelerator
     if trainer.config.clip_norm:
         norm = accelerator.clip_grad_norm_(parameters, trainer.config.clip_norm)
@@ -379,7 +379,7 @@ def next_step(trainer: Trainer, batches: Iterator[dict]) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #e68c4f6e
 def train_epoch(trainer: Trainer) -> float:
-    "Train to the end of the epoch in hand and return its mean loss, weighted by images."
+    "Train to the end of the current epoch and return its mean loss, weighted by images."
     trainer.model.train()
     trainer.sampler.set_epoch(trainer.epoch)
     trainer.sampler.set_position(trainer.step)
@@ -406,7 +406,7 @@ def train_epoch(trainer: Trainer) -> float:
 
 # %% ../../nbs/training/14_trainer.ipynb #239d7c54
 def training_state(trainer: Trainer) -> dict:
-    "Return all that a run needs, beside the weights, to go on as if it had not stopped; every process has to ask."
+    "Return all that resuming needs beside the weights; every process has to call this."
     scaler, best = trainer.accelerator.scaler, trainer.best
     own = best.epoch == trainer.epoch and trainer.step == 0  # the best weights are those of this very state
     return {
@@ -438,7 +438,7 @@ def state_name(epoch: int, step: int) -> str:
 
 
 def save_state(trainer: Trainer) -> None:
-    "Write a checkpoint that resumes here, unless it is there already; every process has to ask."
+    "Write a checkpoint that resumes here, unless it is there already; every process has to call this."
     if trainer.saved_at != trainer.position:
         look_for_nan(trainer)
         state = training_state(trainer)
@@ -564,13 +564,12 @@ def write_scalars(writer: SummaryWriter, row: dict, performance: dict) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #8eddc908
 def validation_row(trainer: Trainer) -> dict:
-    "Evaluate on the validation images, if there are any, and return the `val_…` columns of the epoch's row of `history.csv`."
+    "Evaluate on the validation images, if any, and return the `val_…` columns of the epoch's row."
     trainer.val_rows = None
     if trainer.val_loader is None:
         return {}
-    alone = (
-        trainer.accelerator.num_processes == 1
-    )  # several processes have batches of their own, and can only agree between them
+    # Several processes have batches of their own, and can only agree between them.
+    alone = trainer.accelerator.num_processes == 1
     try:
         metrics, val_loss = evaluate(
             trainer.model,
@@ -614,7 +613,8 @@ def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -
     numbers = [f"{label} {row[name]:.4f}" for label, name in known.items() if name in row]
     memory = performance.get("peak_cuda_mib", performance["peak_rss_mib"])
     return (
-        f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, {performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
+        f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, "
+        f"{performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
         + (", best so far" if improved and trainer.val_loader is not None else "")
     )
 
@@ -626,9 +626,8 @@ def finish_epoch(trainer: Trainer, row: dict, performance: dict) -> bool:
     trainer.performance.append(performance)
     trainer.epoch += 1
     begin_epoch(trainer)
-    improved = trainer.best.update(
-        trainer.epoch, row.get(f"val_{trainer.metrics.score}", trainer.epoch)
-    )  # unvalidated, the last is the best
+    score = row.get(f"val_{trainer.metrics.score}", trainer.epoch)  # unvalidated, the last epoch is the best
+    improved = trainer.best.update(trainer.epoch, score)
     if improved:
         trainer.best_rows = trainer.val_rows
         trainer.best_weights = {
@@ -663,7 +662,7 @@ def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter | 
 
 # %% ../../nbs/training/14_trainer.ipynb #b7b8e47c
 def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
-    "Train to the last epoch or until early stopping and return the history; the best weights are in checkpoint `best`."
+    "Train to the last epoch or until early stopping, and return the history; checkpoint `best` has the best weights."
     if resume is not None:
         restore(trainer, resume)
     config, accelerator = trainer.config, trainer.accelerator
