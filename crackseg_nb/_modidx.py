@@ -151,6 +151,10 @@ d = {
             "crackseg_nb.core.seeds.seed_everything": ("core/seeds.html#seed_everything", "crackseg_nb/core/seeds.py"),
             "crackseg_nb.core.seeds.seed_for": ("core/seeds.html#seed_for", "crackseg_nb/core/seeds.py"),
         },
+        "crackseg_nb.core.tensors": {
+            "crackseg_nb.core.tensors.load_torch": ("core/tensors.html#load_torch", "crackseg_nb/core/tensors.py"),
+            "crackseg_nb.core.tensors.read_tensors": ("core/tensors.html#read_tensors", "crackseg_nb/core/tensors.py"),
+        },
         "crackseg_nb.data.audit": {
             "crackseg_nb.data.audit.Audit": ("data/audit.html#audit", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.Audit.raise_if_fatal": (
@@ -3758,10 +3762,6 @@ d = {
                 "training/checkpoint.html#load_checkpoint",
                 "crackseg_nb/training/checkpoint.py",
             ),
-            "crackseg_nb.training.checkpoint.load_torch": (
-                "training/checkpoint.html#load_torch",
-                "crackseg_nb/training/checkpoint.py",
-            ),
             "crackseg_nb.training.checkpoint.make_folder": (
                 "training/checkpoint.html#make_folder",
                 "crackseg_nb/training/checkpoint.py",
@@ -4255,6 +4255,10 @@ d = {
                 "training/memory.html#memorymonitor.watch",
                 "crackseg_nb/training/memory.py",
             ),
+            "crackseg_nb.training.memory.activation_bytes": (
+                "training/memory.html#activation_bytes",
+                "crackseg_nb/training/memory.py",
+            ),
             "crackseg_nb.training.memory.available_memory": (
                 "training/memory.html#available_memory",
                 "crackseg_nb/training/memory.py",
@@ -4293,6 +4297,10 @@ d = {
             ),
             "crackseg_nb.training.memory.memory_advice": (
                 "training/memory.html#memory_advice",
+                "crackseg_nb/training/memory.py",
+            ),
+            "crackseg_nb.training.memory.room_for_training": (
+                "training/memory.html#room_for_training",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.saved_bytes": (
@@ -4389,6 +4397,14 @@ d = {
                 "training/processes.html#launch",
                 "crackseg_nb/training/processes.py",
             ),
+            "crackseg_nb.training.processes.launch_config": (
+                "training/processes.html#launch_config",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.launch_environment": (
+                "training/processes.html#launch_environment",
+                "crackseg_nb/training/processes.py",
+            ),
             "crackseg_nb.training.processes.launch_error": (
                 "training/processes.html#launch_error",
                 "crackseg_nb/training/processes.py",
@@ -4403,6 +4419,10 @@ d = {
             ),
             "crackseg_nb.training.processes.receive_signals": (
                 "training/processes.html#receive_signals",
+                "crackseg_nb/training/processes.py",
+            ),
+            "crackseg_nb.training.processes.run_processes": (
+                "training/processes.html#run_processes",
                 "crackseg_nb/training/processes.py",
             ),
             "crackseg_nb.training.processes.stop_early": (
@@ -4497,6 +4517,10 @@ d = {
                 "training/trainer.html#bestsofar.update",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.TrainSettings": (
+                "training/trainer.html#trainsettings",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.Trainer": (
                 "training/trainer.html#trainer",
                 "crackseg_nb/training/trainer.py",
@@ -4513,8 +4537,16 @@ d = {
                 "training/trainer.html#trainer.position",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.batches_of_step": (
+                "training/trainer.html#batches_of_step",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.begin_epoch": (
                 "training/trainer.html#begin_epoch",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.check_loss_scale": (
+                "training/trainer.html#check_loss_scale",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.create_guard": (
@@ -4534,6 +4566,10 @@ d = {
                 "training/trainer.html#gradient_norm",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.keep_evidence": (
+                "training/trainer.html#keep_evidence",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.last_good": (
                 "training/trainer.html#last_good",
                 "crackseg_nb/training/trainer.py",
@@ -4544,6 +4580,10 @@ d = {
             ),
             "crackseg_nb.training.trainer.look_for_nan": (
                 "training/trainer.html#look_for_nan",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.nan_message": (
+                "training/trainer.html#nan_message",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.next_step": (
@@ -4586,8 +4626,24 @@ d = {
                 "training/trainer.html#save_tables",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.set_up_model": (
+                "training/trainer.html#set_up_model",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.set_up_optimizer": (
+                "training/trainer.html#set_up_optimizer",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.set_up_progress": (
+                "training/trainer.html#set_up_progress",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.state_name": (
                 "training/trainer.html#state_name",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.suspect_files": (
+                "training/trainer.html#suspect_files",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.train_epoch": (
@@ -4653,20 +4709,24 @@ d = {
                 "training/weights.html#transferreport.values",
                 "crackseg_nb/training/weights.py",
             ),
+            "crackseg_nb.training.weights.Weights": (
+                "training/weights.html#weights",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.Weights.sha256": (
+                "training/weights.html#weights.sha256",
+                "crackseg_nb/training/weights.py",
+            ),
+            "crackseg_nb.training.weights.Weights.tensors": (
+                "training/weights.html#weights.tensors",
+                "crackseg_nb/training/weights.py",
+            ),
             "crackseg_nb.training.weights.check_finite": (
                 "training/weights.html#check_finite",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.check_transfer": (
                 "training/weights.html#check_transfer",
-                "crackseg_nb/training/weights.py",
-            ),
-            "crackseg_nb.training.weights.find_source": (
-                "training/weights.html#find_source",
-                "crackseg_nb/training/weights.py",
-            ),
-            "crackseg_nb.training.weights.find_weights": (
-                "training/weights.html#find_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.fit_tensor": (
@@ -4685,10 +4745,6 @@ d = {
                 "training/weights.html#load_model_weights",
                 "crackseg_nb/training/weights.py",
             ),
-            "crackseg_nb.training.weights.load_tensors": (
-                "training/weights.html#load_tensors",
-                "crackseg_nb/training/weights.py",
-            ),
             "crackseg_nb.training.weights.load_weights": (
                 "training/weights.html#load_weights",
                 "crackseg_nb/training/weights.py",
@@ -4697,8 +4753,8 @@ d = {
                 "training/weights.html#plan_transfer",
                 "crackseg_nb/training/weights.py",
             ),
-            "crackseg_nb.training.weights.read_source": (
-                "training/weights.html#read_source",
+            "crackseg_nb.training.weights.read_weights": (
+                "training/weights.html#read_weights",
                 "crackseg_nb/training/weights.py",
             ),
             "crackseg_nb.training.weights.resize_table": (

@@ -87,7 +87,7 @@ def metrics_of(indices):
 
 
 def scores(accelerator):
-    "Return the gathered scores of 1 to 7 images that two processes share; each also holds image 0, and for 1 image the second holds nothing else."
+    "Return the gathered scores of 1 to 7 images that two processes share; both hold image 0."
     rank = accelerator.process_index
     shares = [sorted({0, *range(rank, count, 2)}) if count > 1 else [0][rank:] for count in range(1, 8)]
     return [gather_metrics(metrics_of(share), accelerator).compute() for share in shares]
@@ -139,7 +139,7 @@ def fail(kind, folder):
 
 
 def wait_for_signals(folder, wanted, stuck):
-    "Leave a note for each signal; stop when all that are wanted have come, after a while that stands for the writing of a checkpoint."
+    "Leave a note for each signal; stop when all wanted ones have come, after as long as writing a checkpoint takes."
     accelerator, received = Accelerator(cpu=True), []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: received.append(number))

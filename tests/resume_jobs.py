@@ -1,4 +1,4 @@
-"Lives of a training process, for tests/test_resume.py; a fork server imports this once, so that a new life costs no imports."
+"Lives of a training process, for tests/test_resume.py; a fork server imports this once: a new life costs no imports."
 
 import multiprocessing
 import os

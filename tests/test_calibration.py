@@ -1,4 +1,4 @@
-"Calibration and uncertainty: equal to torchmetrics and to slow versions on random cases; void, merging, poses and the kinds of doubt."
+"Calibration and uncertainty: equal to torchmetrics and slow versions on random cases; void, merging, poses, doubt."
 
 import math
 

@@ -40,7 +40,7 @@ from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint
 from crackseg_nb.training.evaluation import evaluate
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
-from crackseg_nb.training.trainer import Trainer, fit
+from crackseg_nb.training.trainer import Trainer, TrainSettings, fit
 from crackseg_nb.training.weights import load_weights
 from crackseg_nb.training.window import create_accelerator
 
@@ -122,10 +122,7 @@ def make_trainer(data, model, criterion, run_id, epochs=2):
         model,
         criterion,
         *loaders,
-        config,
-        OptimConfig(lr=1e-2),
-        create_run_folder(folder / "outputs", run_id),
-        torch.device("cpu"),
+        TrainSettings(config, OptimConfig(lr=1e-2), create_run_folder(folder / "outputs", run_id), torch.device("cpu")),
     )
 
 

@@ -1,4 +1,4 @@
-"Curves over thresholds: equal to slow versions, torchmetrics and networkx on random cases; void, merging and the empty cases."
+"Curves over thresholds: equal to slow versions, torchmetrics and networkx on random cases; void, merging, empty cases."
 
 import networkx as nx
 import numpy as np

@@ -16,7 +16,8 @@ from crackseg_nb.runs.experiment import run
 from crackseg_nb.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-# Nothing random in the model: two processes draw other numbers. The last window of an epoch (6 images, 4 at a step) has nothing for the second process.
+# Nothing random in the model: two processes draw other numbers. The last window of an epoch (6 images, 4 at a step)
+# has nothing for the second process.
 SETTINGS = dict(
     synthetic_images=12,
     fractions="0.5,0.25,0.25",
@@ -51,7 +52,7 @@ def assert_close(one, other):
     first, second = (load_checkpoint(folder / "checkpoints", "epoch_0002").model_state for folder in (one, other))
     for name, value in first.items():
         torch.testing.assert_close(
-            value.float(), second[name].float(), atol=1e-5, rtol=1e-3, msg=lambda text: f"{name}: {text}"
+            value.float(), second[name].float(), atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
     tables = [pd.read_csv(folder / "history.csv") for folder in (one, other)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)

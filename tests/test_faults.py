@@ -195,14 +195,14 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch, whole):
 
 @pytest.mark.mount
 def test_a_disk_that_is_really_full(tmp_path, whole):
-    "A file system of two MiB, which is mounted for this test where root may, as in a container, and unmounted after it."
+    "A file system of two MiB, mounted for this test where root may, as in a container, and unmounted after it."
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         source = tmp_path / "elsewhere"
-        run(configure(**settings(source, "first", epochs=0))).folder  # makes the images
+        run(configure(**settings(source, "first", epochs=0)))  # makes the images
         shutil.copytree(source / "synthetic", disk / "synthetic")
         filler = disk / "filler"
 

@@ -1,4 +1,4 @@
-"Lines, boundaries, connections and widths: against slow direct versions, under void, in limiting cases, and over many images."
+"Lines, boundaries, connections and widths: against slow versions, under void, in limiting cases, over many images."
 
 import time
 from math import hypot, inf, isnan, nan
@@ -40,7 +40,7 @@ SCORES_OF_MATCHES = SHAPE_SCORES[:11]
 
 
 def random_case(seed, void=True):
-    "Return a probability and a mask: lines of many widths, blobs, or single pixels; the prediction is the mask shifted and disturbed, or another one."
+    "Return a probability and a mask of lines, blobs or single pixels; the prediction is the mask disturbed, or another."
     generator = np.random.default_rng(seed)
     size = tuple(generator.integers(24, 37, 2))
 
@@ -441,7 +441,7 @@ def test_pictures_tell_what_is_counted(size):
     ):
         outcome, matches = line_outcomes(*lines, pair, 1), match_pair(pair, 1)[kind]
 
-        def number(name):
+        def number(name, outcome=outcome):
             return (outcome == OUTCOMES.index(name)).sum()
 
         assert (number("missed"), number("false alarm")) == (

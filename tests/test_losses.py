@@ -86,7 +86,9 @@ def test_cross_entropy_equals_torch_in_value_and_gradient(num_cases):
         reference = functools.partial(
             F.cross_entropy, weight=weights and torch.tensor(weights).double(), ignore_index=VOID
         )
-        expected, gradient = value_and_gradient(lambda first, second, _: reference(first, second), logits, target)
+        expected, gradient = value_and_gradient(
+            lambda first, second, _, reference=reference: reference(first, second), logits, target
+        )
         found, found_gradient = value_and_gradient(create_loss("ce", class_weights=weights), logits, target)
         close(found, expected)
         close(found_gradient, gradient)
@@ -278,7 +280,7 @@ def test_focal_dice_with_class_weights_equals_a_plain_version(num_cases):
             dice_weight=0.25,
         )
         expected, gradient = value_and_gradient(
-            lambda first, second, _: plain_focal_dice(first, second, **settings), logits, target
+            lambda first, second, _, settings=settings: plain_focal_dice(first, second, **settings), logits, target
         )
         found, found_gradient = value_and_gradient(create_loss("focal_dice", **settings), logits, target)
         close(found, expected)
@@ -512,8 +514,8 @@ def test_settings_refuse_what_the_losses_refuse_in_the_same_words(name):
     numbers = (-1, -0.5, 0, 0.5, 1.5, "two", float("nan"), None)
     for key in loss_settings(name):
         for value in ([0, 0], [-1, 2], ["x"], [1, 2], None) if key == "class_weights" else numbers:
-            expected = refusal(lambda: LOSSES[name](**{key: value}))
-            assert refusal(lambda: LossConfig(name, {key: value})) == expected
+            expected = refusal(functools.partial(LOSSES[name], **{key: value}))
+            assert refusal(functools.partial(LossConfig, name, {key: value})) == expected
     if "smooth" in loss_settings(name):
         assert "smooth: found 0" in refusal(lambda: LossConfig(name, dict(smooth=0, count_absent=True)))
     weights = {key: 0 for key in loss_settings(name) if key.endswith("_weight") and key != "pos_weight"}

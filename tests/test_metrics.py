@@ -1,5 +1,6 @@
 "Parity of the metrics with torchmetrics and with a slow version, and their properties on random cases."
 
+import functools
 import json
 
 import numpy as np
@@ -307,7 +308,7 @@ def names(num_classes):
 
 
 def random_classes(seed):
-    "Return a number of classes, predictions and targets (B, H, W); classes are missing, or only predicted, and images may be all void."
+    "Return a number of classes, predictions and targets (B, H, W) with classes missing or only predicted, and void."
     generator = np.random.default_rng(seed)
     num_classes = int(generator.integers(2, 8))
     shape = (int(generator.integers(1, 6)), int(generator.integers(1, 14)), int(generator.integers(1, 14)))
@@ -391,7 +392,7 @@ def test_classes_equal_a_slow_version(num_cases):
         num_classes, prediction, target = random_classes(seed)
         metrics, expected = classified(num_classes, prediction, target), slow_classes(num_classes, prediction, target)
         if expected is None:
-            for result in (metrics.compute, metrics.per_image, lambda: metrics.matrix):
+            for result in (metrics.compute, metrics.per_image, functools.partial(getattr, metrics, "matrix")):
                 with pytest.raises(CrackSegError, match="no image with a valid pixel"):
                     result()
             continue
@@ -499,7 +500,7 @@ def test_a_class_that_never_occurs_counts_nowhere(num_cases):
         for name in names(num_classes + 3)[num_classes:]:
             assert many["per_class"].pop(name) == dict.fromkeys(SCORES) | dict(pixels=0, images=0)
         same(many, few)
-        # A wrong prediction as a class that is not there costs what any other wrong class costs the pixels' own class, and no more.
+        # A wrong prediction as a class that is not there costs the pixels' own class what any wrong class costs it.
         missed = classified(num_classes + 3, torch.full_like(prediction, num_classes), target).compute()
         assert (
             set(missed["pooled"].values()) == {0.0} and missed["num_classes_occurring"] == few["num_classes_occurring"]
@@ -544,7 +545,7 @@ def test_wrong_class_ids_are_reported_with_their_image():
         metrics.update(
             torch.tensor([[[0, 0]], [[prediction, 300]]]), torch.tensor([[[0, 1]], [[target, VOID]]]), [4, 9]
         )
-        for result in (metrics.compute, metrics.per_image, lambda: metrics.matrix):
+        for result in (metrics.compute, metrics.per_image, functools.partial(getattr, metrics, "matrix")):
             with pytest.raises(CrackSegError, match="image 9: found class ids beyond the 3 classes") as error:
                 result()
             assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Intervals, paired tests and corrections against scipy, enumeration and slow direct versions, and how often they are right on simulated sets."""
+"Intervals, paired tests and corrections against scipy, enumeration and slow versions; how often they are right."
 
 from itertools import chain, combinations, product
 

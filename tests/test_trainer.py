@@ -14,7 +14,7 @@ from crackseg_nb.training.checkpoint import load_checkpoint
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import learning_rate_curve
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
-from crackseg_nb.training.trainer import Trainer, fit
+from crackseg_nb.training.trainer import Trainer, TrainSettings, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,12 +76,14 @@ def train(folder, script, validated=True, optim=None, norm=True, loss="dice", **
         create_loss(loss),
         create_loader(Noise(), 2, train=True, accumulation=config.accumulation),
         create_loader(Noise(), 4, train=False) if validated else None,
-        config,
-        optim or OptimConfig(lr=0.1),
-        create_run_folder(folder, "run"),
-        torch.device("cpu"),
-        keep,
-        metrics=Scripted(list(script)),
+        TrainSettings(
+            config,
+            optim or OptimConfig(lr=0.1),
+            create_run_folder(folder, "run"),
+            torch.device("cpu"),
+            on_epoch=keep,
+            metrics=Scripted(list(script)),
+        ),
     )
     fit(trainer)
     return trainer, seen

@@ -175,7 +175,7 @@ def test_curves_equal_torch(total_steps):
     for share in (0.3, 0.5):
         onecycle = learning_rate_curve(OptimConfig(lr=1e-3, scheduler="onecycle", warmup_fraction=share), total_steps)
         theirs = rates(
-            lambda optimizer: OneCycleLR(
+            lambda optimizer, share=share: OneCycleLR(
                 optimizer, 1e-3, total_steps=total_steps, pct_start=share, cycle_momentum=False
             )
         )
@@ -203,7 +203,7 @@ def test_more_steps_than_planned_keep_the_last_rate():
 def test_foreach_and_fused_agree(monkeypatch):
     results = []
     for fused in (True, False):
-        monkeypatch.setattr("crackseg_nb.training.optim.fused_available", lambda parameters: fused)
+        monkeypatch.setattr("crackseg_nb.training.optim.fused_available", lambda parameters, fused=fused: fused)
         model, optimizer, _ = make_training()
         for _ in range(4):
             for parameter in model.parameters():
@@ -422,7 +422,8 @@ SAVER = """
 import sys, torch
 from crackseg_nb.training.checkpoint import save_checkpoint
 for epoch in range(10**6):
-    save_checkpoint(sys.argv[1], "last", {"weight": torch.full((50_000,), float(epoch))}, {"epoch": epoch, "noise": torch.rand(50_000)}, {"epoch": epoch})
+    weights = {"weight": torch.full((50_000,), float(epoch))}
+    save_checkpoint(sys.argv[1], "last", weights, {"epoch": epoch, "noise": torch.rand(50_000)}, {"epoch": epoch})
 """
 
 

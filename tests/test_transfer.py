@@ -1,4 +1,4 @@
-"""Transfer of weights: whole or not at all, with a report that is true, between all models of the study and from files of others."""
+"Transfer of weights: whole or not at all, with a true report, between all models of the study and from others' files."
 
 import copy
 import json

@@ -26,7 +26,6 @@ __all__ = [
 # %% ../../nbs/runs/04_experiment.ipynb #dc2ddd93
 import atexit
 import functools
-import hashlib
 import os
 import time
 from contextlib import suppress
@@ -83,15 +82,15 @@ from ..sources.registry import read_source
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures
-from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, weights_to_bytes
+from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
 from ..training.evaluation import evaluate
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
 from ..training.precision import choose_precision, time_precisions
 from ..training.processes import launch
-from ..training.trainer import Trainer, fit
-from ..training.weights import find_weights, load_encoder_weights, load_model_weights
+from ..training.trainer import Trainer, TrainSettings, fit
+from ..training.weights import load_encoder_weights, load_model_weights, read_weights
 
 
 # %% ../../nbs/runs/04_experiment.ipynb #aa522ec4
@@ -389,14 +388,14 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
             raise CrackSegError(
                 f"{name}: {run.name} is a run of {kind}, expected one of {config.model}, or -p model {kind}"
             )
-        report = load(model, path)
+        weights = read_weights(path)
+        report = load(model, weights)
         told = report.describe() if name == "encoder_weights" else str(report)
-        digest = hashlib.sha256(weights_to_bytes(find_weights(path))).hexdigest()
         model.weights = {
             "requested": name,
             "loaded": f"{name} {getattr(config, name)}",
             "report": told,
-            "sha256": digest,
+            "sha256": weights.sha256,
         }
         logger.info("weights: %s", told)
 
@@ -597,12 +596,14 @@ def train_in_process(
             make_criterion(config, folder),
             loaders["train"],
             loaders.get("val"),
-            config.train,
-            config.optim,
-            folder,
-            get_device(config.run.device),
-            stop=stop,
-            metrics=create_metrics(config.data.classes.names, config.data.labelled),
+            TrainSettings(
+                config.train,
+                config.optim,
+                folder,
+                get_device(config.run.device),
+                stop=stop,
+                metrics=create_metrics(config.data.classes.names, config.data.labelled),
+            ),
         )
         trainer.micro_batch = micro_batch
         fit(trainer, load_checkpoint(folder / "checkpoints", checkpoint) if checkpoint else None)
@@ -644,13 +645,15 @@ def train(
             make_criterion(config, self.folder),
             self.loaders["train"],
             self.loaders.get("val"),
-            config.train,
-            config.optim,
-            self.folder,
-            self.device,
-            on_epoch,
-            self.stop,
-            create_metrics(self.splits.classes.names, config.data.labelled),
+            TrainSettings(
+                config.train,
+                config.optim,
+                self.folder,
+                self.device,
+                on_epoch=on_epoch,
+                stop=self.stop,
+                metrics=create_metrics(self.splits.classes.names, config.data.labelled),
+            ),
         )
         trainer.micro_batch = micro_batch
         history = fit(

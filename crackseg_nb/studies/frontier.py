@@ -56,7 +56,7 @@ from crackseg_nb.studies.compression import (
 from .efficiency import frontier_table
 from ..training.evaluation import evaluate
 from ..training.losses import Loss
-from ..training.trainer import Trainer, fit
+from ..training.trainer import Trainer, TrainSettings, fit
 from ..training.weights import load_model_weights
 from ..training.window import create_accelerator
 
@@ -228,11 +228,13 @@ def train_on(
         criterion or make_criterion(own, frontier.student.folder),
         loaders["train"],
         loaders["val"],
-        replace(own.train, epochs=config.epochs, checkpoint_every=0, patience=0),
-        optim,
-        folder,
-        get_device("cpu"),
-        metrics=create_metrics(frontier.splits.classes.names),
+        TrainSettings(
+            replace(own.train, epochs=config.epochs, checkpoint_every=0, patience=0),
+            optim,
+            folder,
+            get_device("cpu"),
+            metrics=create_metrics(frontier.splits.classes.names),
+        ),
     )
     fit(trainer)
     model.load_state_dict(trainer.best_weights)

@@ -74,7 +74,7 @@ from ..training.memory import enable_gradient_checkpointing
 from ..training.optim import create_optimizer
 from ..training.precision import choose_precision, time_precisions
 from ..training.settings import OptimConfig, TrainConfig
-from ..training.trainer import Trainer, begin_epoch, train_epoch
+from ..training.trainer import Trainer, TrainSettings, begin_epoch, train_epoch
 
 
 # %% ../../nbs/studies/01_race.ipynb #b3696ce1
@@ -300,10 +300,7 @@ def create_trainer(contest: Contest) -> Trainer:
         contest.criterion,
         loader,
         loader,
-        contest.config,
-        contest.optim,
-        create_run_folder(Path(scratch.name), "trainer"),
-        contest.device,
+        TrainSettings(contest.config, contest.optim, create_run_folder(Path(scratch.name), "trainer"), contest.device),
     )
     trainer.scratch = scratch  # lives as long as the trainer
     return trainer

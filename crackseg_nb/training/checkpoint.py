@@ -21,7 +21,6 @@ __all__ = [
     "remove_strays",
     "Checkpoint",
     "read_verified",
-    "load_torch",
     "load_checkpoint",
     "latest_checkpoint",
     "prune_checkpoints",
@@ -32,7 +31,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -47,6 +45,7 @@ import torch
 from ..core.checks import CrackSegError, check_number, nearest
 from ..core.files import atomic_write, manifest_sum
 from ..core.machine import logger
+from ..core.tensors import load_torch
 
 
 # %% ../../nbs/training/08_checkpoint.ipynb #82f2cbb4
@@ -60,7 +59,7 @@ def to_storable(
     value,
     place: str = "training_state",  # where the value sits, for the error message
 ):
-    "Return `value` as tensors on the CPU and plain containers; raise CrackSegError for anything that would need code to load."
+    "Return `value` as tensors on the CPU and plain containers; raise CrackSegError for what needs code to load."
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.Tensor):
@@ -82,7 +81,7 @@ def to_storable(
 
 # %% ../../nbs/training/08_checkpoint.ipynb #7d0d7de3
 def weights_to_bytes(model_state: Mapping) -> bytes:
-    "Return a state dict as safetensors bytes; equal tensors give equal bytes. Tensors that share memory are stored once each."
+    "Return a state dict as safetensors bytes, equal for equal tensors; those that share memory are stored once each."
     tensors, seen = {}, set()
     for name, tensor in model_state.items():
         if not isinstance(tensor, torch.Tensor):
@@ -122,8 +121,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             handle.write(data)
     except OSError as error:
         raise CrackSegError(
-            f"{path}: could not be written ({error.strerror or error}), expected {len(data) / 2**20:.1f} MiB of free space "
-            "and write permission; the checkpoint before it is untouched"
+            f"{path}: could not be written ({error.strerror or error}), "
+            f"expected {len(data) / 2**20:.1f} MiB of free space and write permission; "
+            "the checkpoint before it is untouched"
         ) from error
     sync_folder(path.parent)
 
@@ -273,7 +273,7 @@ class Checkpoint:
 
 
 def read_verified(folder: Path, entry: dict) -> bytes:
-    "Return the bytes of a manifest's file `entry`; raise CrackSegError if they are missing or not those that were written."
+    "Return the bytes of a manifest's file `entry`; raise CrackSegError if they are not those that were written."
     path = Path(folder) / entry["file"]
     if not path.is_file():
         raise CrackSegError(f"{path}: missing, expected {entry['bytes']} bytes; the checkpoint is incomplete")
@@ -293,28 +293,6 @@ def read_verified(folder: Path, entry: dict) -> bytes:
             f"{path}: found sha256 {found[:12]}, expected {entry['sha256'][:12]}; the file was changed or damaged"
         )
     return data
-
-
-# %% ../../nbs/training/08_checkpoint.ipynb #06904084
-def load_torch(
-    data: bytes,
-    path: Path,  # where the bytes come from, for the error message
-):
-    "Return the content of a torch file without running code from it; raise CrackSegError if that is impossible."
-    if not data.startswith((b"PK", b"\x80")):
-        raise CrackSegError(
-            f"{path}: found no readable torch file (it begins with {data[:8]!r}), expected a whole one, or a .safetensors"
-        )
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CrackSegError(
-            f"{path}: found a pickle that needs code to load, expected tensors and plain containers only; "
-            "convert it to safetensors where it was made"
-        ) from error
-    except Exception as error:  # torch raises many kinds for damaged bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CrackSegError(f"{path}: found no readable torch file ({reason}), expected a whole one") from error
 
 
 # %% ../../nbs/training/08_checkpoint.ipynb #c6ecc38a

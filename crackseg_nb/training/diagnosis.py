@@ -38,7 +38,7 @@ from .memory import untouched
 
 # %% ../../nbs/training/10_diagnosis.ipynb #768c6f77
 class FiniteGuard:
-    "Keep `optimizer` from taking a step with numbers that are not finite, and every later step; remember the first such step."
+    "Keep `optimizer` from a step with numbers that are not finite, and every later one; remember the first."
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Finding:
 
 # %% ../../nbs/training/10_diagnosis.ipynb #ccf4bf40
 def largest(value) -> float:
-    "Return the largest magnitude in the tensors of a nested structure; NaN or infinity if there is one, 0 without a number."
+    "Return the largest magnitude in nested tensors; NaN or infinity if there is one, 0 without a number."
     tensors = [
         leaf.detach()
         for leaf in tree_leaves(value)
@@ -116,7 +116,7 @@ def largest(value) -> float:
 
 # %% ../../nbs/training/10_diagnosis.ipynb #00eea01a
 class Watch:
-    "Observe a model's modules while in use as a context: `forward` and `backward` are labels of the first culprits, or None."
+    "Observe a model's modules as a context: `forward` and `backward` are labels of the first culprits, or None."
 
     def __init__(self, model: nn.Module):
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
@@ -186,7 +186,7 @@ def tap(
 
 @patch
 def observer(self: Watch, name: str | None) -> Callable:
-    "Return a hook that blames module `name`, or the next one around it that runs, if it is the first to see a gradient that is not finite."
+    "Return a hook that blames module `name`, or the next one around it, for the first gradient that is not finite."
 
     def observe(gradient):
         if self.backward is not None or math.isfinite(largest(gradient)):
@@ -248,7 +248,9 @@ def first_nonfinite(
     batches: list[dict],  # of one window, on the device: image, mask, index
     normalizers: torch.Tensor | None = None,  # of the whole window; None: of `batches`
 ) -> Finding:
-    """Repeat a window and return what is not finite first. The model keeps its mode, buffers and parameters; its gradients are removed.
+    """Repeat a window and return what is not finite first.
+
+    The model keeps its mode, buffers and parameters; its gradients are removed.
 
     Dropout repeats only where the caller has restored torch's random numbers to the window's start."""
     for name, parameter in model.named_parameters():
@@ -278,7 +280,7 @@ def keep_batch(
     batches: list[dict],  # of one window: image, mask, index
     details: dict,  # epoch, step, and what else to remember; plain values
 ) -> Path | None:
-    "Write a window below `folder/diagnosis` and return its folder; None, with one line in the log, where that is impossible."
+    "Write a window below `folder/diagnosis` and return its folder; None, with a line in the log, if impossible."
     path = Path(folder) / "diagnosis" / f"epoch_{details['epoch']:04}_step_{details['step']:05}"
     tensors = {
         f"{number:04}.{name}": value.detach().cpu().contiguous()
@@ -298,7 +300,7 @@ def keep_batch(
 
 # %% ../../nbs/training/10_diagnosis.ipynb #bd57684b
 def load_batch(path) -> tuple[list[dict], dict]:
-    "Return the batches and the details that `keep_batch` wrote to `path`; raise CrackSegError if they are missing or damaged."
+    "Return batches and details that `keep_batch` wrote to `path`; raise CrackSegError if missing or damaged."
     path = Path(path)
     details = read_yaml(path / "details.yaml")
     try:

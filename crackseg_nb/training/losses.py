@@ -94,7 +94,7 @@ def prepare(logits: Tensor, target: Tensor) -> Pixels:
 
 # %% ../../nbs/training/02_losses.ipynb #8f688a9a
 class Loss(nn.Module):
-    "Divide sums over a batch by normalizers that depend on the target only; sub-classes give `terms` and, if need be, `counts`."
+    "Divide sums over a batch by normalizers of the target alone; sub-classes give `terms` and, if need be, `counts`."
 
     def __init__(self, weights: Sequence[float] = (1.0,)):  # one factor for each of the T terms
         super().__init__()
@@ -110,7 +110,7 @@ class Loss(nn.Module):
         return valid.sum().float().reshape(1)
 
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
-        "Return the unnormalised sums `(T,)` of logits `(B, C, H, W)` against target `(B, H, W)`; raise `CrackSegError` where they do not fit."
+        "Return the unnormalised sums `(T,)` of logits against target; raise `CrackSegError` where they do not fit."
         with torch.autocast(logits.device.type, enabled=False):
             pixels = prepare(logits, target)
             if not (self.ids_checked and target.is_cuda) and pixels.wrong:
@@ -231,12 +231,11 @@ class CrossEntropy(PixelLoss):
 
 # %% ../../nbs/training/02_losses.ipynb #64c8559f
 class Focal(PixelLoss):
-    "Measure `-alpha_t (1 - p_t)^gamma log(p_t)` over valid pixels (Lin et al. 2017, equation 5); sigmoid for one channel, else softmax."
+    "Measure `-alpha_t (1 - p_t)^gamma log(p_t)` over valid pixels (Lin et al. 2017, equation 5)."
 
     def __init__(
         self,
-        alpha: float
-        | None = 0.25,  # one channel: factor of the crack pixels, `1 - alpha` for background; more: factor of all pixels; None: 1
+        alpha: float | None = 0.25,  # of crack pixels, `1 - alpha` of background; several channels: of all; None: 1
         gamma: float = 2.0,  # 0 gives weighted cross-entropy
         class_weights: Sequence[float] | None = None,  # further factors, also in the normalizer
     ):
@@ -261,7 +260,7 @@ def probabilities(pixels: Pixels) -> Tensor:
 
 # %% ../../nbs/training/02_losses.ipynb #a67a47ba
 class Tversky(Loss):
-    "Measure one minus the Tversky index (Salehi et al. 2017, equation 3), per image; sigmoid for one channel, else softmax."
+    "Measure one minus the Tversky index (Salehi et al. 2017, equation 3), per image."
 
     def __init__(
         self,
@@ -301,7 +300,7 @@ class Dice(Tversky):
 
 # %% ../../nbs/training/02_losses.ipynb #37fad347
 def signed_distance(inside: np.ndarray) -> np.ndarray:  # bool, (H, W)
-    "Return pixels' signed distances to the contour as float32: 1, 2, … outside; 0, -1, … inside; all 0 without a contour."
+    "Return signed distances to the contour as float32: 1, 2, … outside; 0, -1, … inside; all 0 without one."
     if not inside.any() or inside.all():
         return np.zeros(inside.shape, dtype=np.float32)
     distance = np.where(inside, 1 - distance_transform_edt(inside), distance_transform_edt(~inside))
@@ -310,7 +309,7 @@ def signed_distance(inside: np.ndarray) -> np.ndarray:  # bool, (H, W)
 
 # %% ../../nbs/training/02_losses.ipynb #032f792f
 class Boundary(Loss):
-    "Average probability times signed distance over valid pixels (Kervadec et al. 2019, equation 5) and over all classes but the background."
+    "Average probability times signed distance (Kervadec et al. 2019, equation 5) over all classes but background."
 
     def __init__(self):
         super().__init__()

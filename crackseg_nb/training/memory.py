@@ -22,6 +22,8 @@ __all__ = [
     "MemoryEstimate",
     "available_memory",
     "memory_advice",
+    "activation_bytes",
+    "room_for_training",
     "estimate_memory",
 ]
 
@@ -45,7 +47,7 @@ MIB = 2**20
 
 
 def cuda_peaks(device: torch.device) -> dict[str, float]:
-    "Return torch's peaks on a CUDA device in MiB: of tensors, and with the cache around them; nothing on other devices."
+    "Return torch's peaks on a CUDA device in MiB, of tensors and with the cache; nothing on other devices."
     if device.type != "cuda":
         return {}
     return dict(
@@ -56,7 +58,7 @@ def cuda_peaks(device: torch.device) -> dict[str, float]:
 
 # %% ../../nbs/training/04_memory.ipynb #2d8be4ee
 class MemoryMonitor:
-    "Watch the peak memory of this process, and of a CUDA device, since the last `reset()`; use it as a context manager."
+    "Watch the peak memory of this process and of a CUDA device since the last `reset()`, as a context manager."
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/training/04_memory.ipynb #cb6e9230
 def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    "Return the modules (with their paths) whose `grad_checkpointing` switch saves most: stages before the wrapper around them."
+    "Return paths and modules whose `grad_checkpointing` switch saves most: stages before the wrapper around them."
     found = [
         (path, module)
         for path, module in encoder.named_modules()
@@ -176,7 +178,7 @@ def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
     inner = [
         (path, module) for path, module in found if not isinstance(module, nn.ModuleDict)
-    ]  # timm's wrappers are ModuleDicts
+    ]  # as timm's wrappers are
     return inner or found
 
 
@@ -187,8 +189,8 @@ def enable_gradient_checkpointing(
 ) -> list[str]:
     """Switch gradient checkpointing and return the paths of what was switched.
 
-    The model's own `set_grad_checkpointing` comes first, then timm's switches in `model.encoder`. Values and gradients stay the same;
-    only the running statistics of batch normalisation inside a recomputed block move twice per step.
+    The model's own `set_grad_checkpointing` comes first, then timm's switches in `model.encoder`. Values and gradients
+    stay the same; only running statistics of batch normalisation inside a recomputed block move twice per step.
     Raises CrackSegError when the model has neither."""
     if callable(getattr(model, "set_grad_checkpointing", None)):
         try:
@@ -318,7 +320,8 @@ def memory_advice(
     advice = []
     if batch < batch_size:
         advice.append(
-            f"set batch_size={batch} and multiply accumulation by {batch_size // batch}: the effective batch stays the same"
+            f"set batch_size={batch} and multiply accumulation by {batch_size // batch}: "
+            "the effective batch stays the same"
         )
     if not checkpointed:
         advice.append("set gradient_checkpointing=true: a quarter to a third slower, and much smaller")
@@ -328,6 +331,29 @@ def memory_advice(
 
 
 # %% ../../nbs/training/04_memory.ipynb #ff0473f5
+def activation_bytes(
+    model: nn.Module,
+    image_size: tuple[int, int],  # height and width used in training
+    probe_size: tuple[int, int] | None = None,  # measure at this size and scale; None: at `image_size`
+    amp_dtype: torch.dtype | None = None,  # as in training
+) -> float:
+    "Return the bytes that one image of `image_size` keeps for the backward pass, from a pass of two images."
+    height, width = image_size
+    probe = probe_size or image_size
+    device = next(model.parameters()).device
+    pair = torch.zeros(2, 3, *probe, device=device)  # two: batch normalisation refuses a single value
+    return saved_bytes(model, pair, amp_dtype) / 2 * (height * width) / (probe[0] * probe[1])
+
+
+def room_for_training(model: nn.Module, device: torch.device | str) -> int:
+    "Return the bytes that training `model` may take on `device`, those of its own parameters there included."
+    clear_cache(device)  # the memory of trials counts as free
+    parameters = list(model.parameters())
+    there = torch.device(device).type == "cuda" and parameters[0].is_cuda
+    return available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
+
+
+# %% ../../nbs/training/04_memory.ipynb #b1dff5a2
 def estimate_memory(
     model: nn.Module,
     batch_size: int,  # images per micro-batch
@@ -338,27 +364,15 @@ def estimate_memory(
     optimizer_states: int = 2,  # running values per parameter: 2 for AdamW
     available: int | None = None,  # bytes; None: what is free now
 ) -> MemoryEstimate:
-    "Return a lower bound of the memory that training `model` takes, from a forward pass of two images on the model's own device."
+    "Return a lower bound of the memory that training `model` takes, measured on the model's own device."
     batch_size = check_number("batch_size", batch_size, int, low=1)
-    height, width = (check_number("image_size", side, int, low=1) for side in image_size)
-    probe = probe_size or (height, width)
-    parameters = list(model.parameters())
-    trainable = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
-    image = torch.zeros(2, 3, *probe, device=parameters[0].device)  # two: batch normalisation refuses a single value
-    activations = saved_bytes(model, image, amp_dtype) * batch_size / 2 * (height * width) / (probe[0] * probe[1])
-    fixed = sum(parameter.nbytes for parameter in parameters) + trainable * (1 + optimizer_states)
+    image_size = tuple(check_number("image_size", side, int, low=1) for side in image_size)
+    activations = batch_size * activation_bytes(model, image_size, probe_size, amp_dtype)
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    states = gradients * optimizer_states
     if available is None:
-        clear_cache(device)  # the trial's memory counts as free
-        there = (
-            torch.device(device).type == "cuda" and parameters[0].is_cuda
-        )  # parameters that lie on the device need no further room
-        available = available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
+        available = room_for_training(model, device)
     checkpointed = any(module.__dict__.get("grad_checkpointing") is True for module in model.modules())
-    return MemoryEstimate(
-        (fixed - trainable * (1 + optimizer_states)) / MIB,
-        trainable / MIB,
-        trainable * optimizer_states / MIB,
-        activations / MIB,
-        available / MIB,
-        memory_advice(batch_size, activations, fixed, available, checkpointed),
-    )
+    advice = memory_advice(batch_size, activations, parameters + gradients + states, available, checkpointed)
+    return MemoryEstimate(*(size / MIB for size in (parameters, gradients, states, activations, available)), advice)

@@ -50,7 +50,7 @@ def undecayed_names(model: nn.Module) -> set[str]:
 
 # %% ../../nbs/training/03_optim.ipynb #15bc036f
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    "Return torch parameter groups with `name`, `params`, `lr` and `weight_decay`; each trainable parameter is in one of them."
+    "Return torch parameter groups with `name`, `params`, `lr` and `weight_decay`, all trainable parameters once."
     exempt, encoder = undecayed_names(model), getattr(model, "encoder", None)
     in_encoder = {id(parameter) for parameter in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
     groups = {}

@@ -39,11 +39,12 @@ class PrecisionTiming:
 
     @property
     def best(self) -> str:
-        "accelerate's name of the precision to train in: `bf16` if it saves at least a twentieth of the time, else `no`."
+        "The precision in accelerate's words: `bf16` if it saves at least a twentieth of the time, else `no`."
         return "bf16" if self.bf16 <= 0.95 * self.full else "no"
 
     def __str__(self):
-        return f"a step takes {self.bf16:.3g} s in bf16 and {self.full:.3g} s in float32: {self.best.replace('no', 'float32')}"
+        best = self.best.replace("no", "float32")
+        return f"a step takes {self.bf16:.3g} s in bf16 and {self.full:.3g} s in float32: {best}"
 
 
 # %% ../../nbs/training/05_precision.ipynb #4a8d89e2
@@ -81,7 +82,7 @@ def time_precisions(
     device: torch.device,
     budget: float = 8.0,  # seconds after which no further repeat begins; one of each is always taken, ten at most
 ) -> PrecisionTiming:
-    "Measure a training step of `model` in bf16 and in full precision; the model and the random numbers stay as they were."
+    "Measure a training step in bf16 and in full precision; the model and the random numbers stay as they were."
     start, step = time.perf_counter(), make_step(model, batch_size, image_size, device)
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)

@@ -16,6 +16,9 @@ __all__ = [
     "launch_error",
     "passing_signals",
     "check_launch",
+    "launch_environment",
+    "launch_config",
+    "run_processes",
     "launch",
 ]
 
@@ -137,9 +140,8 @@ def launch_error(
     "Return the first error of the started processes as one line, with its traceback as the cause."
     rank, failure = error.get_first_failure()
     notes = sorted(folder.glob("error.*"), key=lambda path: int(path.name.split(".")[1]))
-    killed = failure.exitcode < 0 and not any(
-        path.suffix == f".{rank}" for path in notes
-    )  # the others' errors follow from that
+    # The errors of the others follow from the end of one that was killed.
+    killed = failure.exitcode < 0 and not any(path.suffix == f".{rank}" for path in notes)
     if notes and not killed:
         note = json.loads(notes[0].read_text(encoding="utf-8"))
         found, trace = CrackSegError(note["line"]), note["trace"]
@@ -161,12 +163,11 @@ def launch_error(
 # %% ../../nbs/training/07_processes.ipynb #d169da57
 @contextmanager
 def passing_signals(folder: Path):
-    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; leave the present handlers as they were."
+    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; restore handlers at the end."
 
     def pass_on(number, frame):
-        (
-            folder / f"signal.{int(number)}"
-        ).touch()  # before the look round: a process that gets ready in between finds the note
+        # Before the look round: a process that gets ready in between finds the note.
+        (folder / f"signal.{int(number)}").touch()
         for ready in folder.glob("ready.*"):
             with suppress(ProcessLookupError):
                 os.kill(int(ready.suffix[1:]), number)
@@ -191,62 +192,77 @@ def check_launch(function: Callable, devices: int, device: torch.device) -> None
     check_number("devices", devices, int, low=1)
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise CrackSegError(
-            f"devices: found {devices}, expected at most {torch.cuda.device_count()}, the number of GPUs that can be seen"
+            f"devices: found {devices}, expected at most {torch.cuda.device_count()}, "
+            "the number of GPUs that can be seen"
         )
     if function.__module__ == "__main__" or "." in function.__qualname__:
         raise CrackSegError(
-            f"launch: found {function.__qualname__} of {function.__module__}, expected a function at the top of a module "
-            "that other processes can import"
+            f"launch: found {function.__qualname__} of {function.__module__}, "
+            "expected a function at the top of a module that other processes can import"
         )
 
 
 # %% ../../nbs/training/07_processes.ipynb #817a9294
+def launch_environment(devices: int, device: torch.device) -> dict[str, str]:
+    "Return the environment of the started processes: the processor's threads are shared among them."
+    threads = max(1, torch.get_num_threads() // devices)
+    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGINT")
+    if device.type == "cpu":
+        environment["accelerate_use_cpu"] = "true"
+    return environment
+
+
+def launch_config(devices: int, folder: Path) -> LaunchConfig:
+    "Return torch's settings for `devices` processes on this machine, which write their output into `folder`."
+    output = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects={rank: Std.ALL for rank in range(1, devices)})
+    # Port 0: the system chooses one that is free. Only SIGINT, a person's impatience, is left to torch, which ends all.
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        start_method="spawn",
+        logs_specs=output,
+        **ONLY_SIGINT,
+    )
+
+
+def run_processes(function: Callable, args: tuple, devices: int, folder: Path) -> int:
+    "Call `function(*args)` in the processes and return their exit code; raise CrackSegError with the first error."
+    try:
+        codes = elastic_launch(launch_config(devices, folder), work)(function, args, folder)
+    except ChildFailedError as error:
+        if was_stopped(error, folder):
+            return RESUME_CODE
+        raise launch_error(folder, error) from error
+    except SignalException as error:
+        if error.sigval in PASSED:
+            return RESUME_CODE
+        raise KeyboardInterrupt from error
+    return max(codes.values())
+
+
+# %% ../../nbs/training/07_processes.ipynb #d3b8b29f
 def launch(
     function: Callable,  # at the top of a module, since other processes import it
     args: tuple,  # can be pickled
     devices: int,  # number of processes
     device: torch.device | str = "cpu",  # cpu, or cuda for one GPU each
 ) -> int:
-    """Call `function(*args)` in several processes on this machine and wait; return 0, or RESUME_CODE if they were stopped.
+    """Call `function(*args)` in several processes of this machine; return 0, or RESUME_CODE if they were stopped.
 
-    A process is stopped when it raises `Stopped` or `SystemExit(RESUME_CODE)`. Raises CrackSegError with the line of the first error."""
+    A process is stopped when it raises `Stopped` or `SystemExit(RESUME_CODE)`.
+    Raises CrackSegError with the line of the first error."""
     device = torch.device(device)
     check_launch(function, devices, device)
-    threads = max(1, torch.get_num_threads() // devices)
-    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGINT")
-    if device.type == "cpu":
-        environment["accelerate_use_cpu"] = "true"
-    quiet = quiet_loggers(logging.CRITICAL, *TALKATIVE)
     with (
         tempfile.TemporaryDirectory(prefix="crackseg-") as name,
         passing_signals(Path(name)),
-        quiet,
-        patch_environment(**environment),
+        quiet_loggers(logging.CRITICAL, *TALKATIVE),
+        patch_environment(**launch_environment(devices, device)),
     ):
-        folder = Path(name)
-        output = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects={rank: Std.ALL for rank in range(1, devices)})
-        # Port 0: the system chooses one that is free. Only SIGINT, a person's impatience, is left to torch, which ends all.
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=devices,
-            run_id=folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            start_method="spawn",
-            logs_specs=output,
-            **ONLY_SIGINT,
-        )
-        try:
-            codes = elastic_launch(config, work)(function, args, folder)
-        except ChildFailedError as error:
-            if was_stopped(error, folder):
-                return RESUME_CODE
-            raise launch_error(folder, error) from error
-        except SignalException as error:
-            if error.sigval in PASSED:
-                return RESUME_CODE
-            raise KeyboardInterrupt from error
-    return max(codes.values())
+        return run_processes(function, args, devices, Path(name))

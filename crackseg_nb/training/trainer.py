@@ -6,14 +6,23 @@
 __all__ = [
     "LOOK_EVERY",
     "BestSoFar",
+    "TrainSettings",
     "Trainer",
+    "set_up_model",
     "create_guard",
+    "set_up_optimizer",
     "begin_epoch",
+    "set_up_progress",
     "gradient_norm",
     "train_window",
     "look_for_nan",
+    "check_loss_scale",
+    "batches_of_step",
     "repeat_step",
+    "suspect_files",
+    "keep_evidence",
     "last_good",
+    "nan_message",
     "pause_if_asked",
     "next_step",
     "train_epoch",
@@ -104,6 +113,20 @@ class BestSoFar:
 
 
 # %% ../../nbs/training/14_trainer.ipynb #3f655535
+@dataclass
+class TrainSettings:
+    "Say how a trainer trains, where it writes, and who is asked or told on the way."
+
+    config: TrainConfig
+    optim: OptimConfig
+    folder: RunFolder
+    device: torch.device
+    on_epoch: Callable[["Trainer"], None] | None = None  # called after each epoch, for example to draw
+    stop: StopRequest | None = None  # asked before each step
+    metrics: ImageCounts | None = None  # which scores to count; None: BinaryMetrics
+
+
+# %% ../../nbs/training/14_trainer.ipynb #c923d5f0
 class Trainer:
     "Train `model` on `train_loader` and keep the epoch that is best on `val_loader`."
 
@@ -113,63 +136,67 @@ class Trainer:
         criterion: Loss,
         train_loader: DataLoader,
         val_loader: DataLoader | None,  # None: nothing is validated, and the last epoch is kept
-        config: TrainConfig,
-        optim: OptimConfig,
-        folder: RunFolder,
-        device: torch.device,
-        on_epoch: Callable[["Trainer"], None] | None = None,  # called after each epoch, for example to draw
-        stop: StopRequest | None = None,  # asked before each step
-        metrics: ImageCounts | None = None,  # which scores to count; None: BinaryMetrics
+        settings: TrainSettings,
     ):
-        self.config, self.folder, self.on_epoch, self.stop = config, folder, on_epoch, stop or StopRequest()
-        self.metrics = BinaryMetrics() if metrics is None else metrics.blank()
-        self.train_loader, self.val_loader, self.sampler = train_loader, val_loader, train_loader.batch_sampler
-        self.accelerator = create_accelerator(device, choose_precision(config.amp, device))
+        self.config, self.folder, self.on_epoch = settings.config, settings.folder, settings.on_epoch
+        self.stop = settings.stop or StopRequest()
+        self.metrics = BinaryMetrics() if settings.metrics is None else settings.metrics.blank()
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.sampler = train_loader.batch_sampler
+        precision = choose_precision(self.config.amp, settings.device)
+        self.accelerator = create_accelerator(settings.device, precision)
         self.criterion = criterion.to(self.accelerator.device)
-        if device.type == "cpu":
-            keep_freed_memory()
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
-        model = model.to(
-            self.accelerator.device,
-            memory_format=torch.channels_last if config.channels_last else torch.preserve_format,
-        )
-        # Without accelerate's wrapper for several processes: the gradients of a window are summed once, at its end.
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        if config.compile:
-            self.model.compile()
-        optim = optim.for_batch(self.sampler.window_size)
-        self.optimizer = self.accelerator.prepare_optimizer(create_optimizer(model, optim))
-        self.steps_per_epoch = self.sampler.windows_per_epoch
-        self.scheduler = create_scheduler(self.optimizer.optimizer, optim, self.steps_per_epoch * config.epochs)
-        self.guard, self.statistics = create_guard(self), RunningStatistics(model)
-        self.cleaner, self.best = (
-            CacheCleaner(config.empty_cache_every, self.accelerator.device),
-            BestSoFar(config.patience),
-        )
-        self.best_weights, self.best_rows = None, None  # of the best epoch: on the CPU, and its validation counts
-        self.micro_batch, self.epoch, self.history, self.performance = config.batch_size, 0, [], []
-        self.updating = False  # the weights are between two steps' values
-        self.saved_at, self.saved_time = None, time.monotonic()  # position and time of the last state that was written
-        begin_epoch(self)
+        set_up_model(self, model)
+        set_up_optimizer(self, settings.optim)
+        set_up_progress(self)
 
     @property
     def position(self) -> tuple[int, int]:
+        "Finished epochs, and optimiser steps of the present one."
         return self.epoch, self.step
 
     @property
     def over(self) -> bool:
+        "Whether no epoch is left to train."
         return self.epoch >= self.config.epochs or self.best.should_stop(self.epoch)
+
+
+# %% ../../nbs/training/14_trainer.ipynb #f89bfa26
+def set_up_model(trainer: Trainer, model: nn.Module) -> None:
+    "Put the model on the trainer's device as its settings ask."
+    config, device = trainer.config, trainer.accelerator.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model = model.to(device, memory_format=layout)
+    # Without accelerate's wrapper for several processes: the gradients of a window are summed once, at its end.
+    trainer.model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    if config.compile:
+        trainer.model.compile()
 
 
 # %% ../../nbs/training/14_trainer.ipynb #2dffad42
 def create_guard(trainer: Trainer) -> FiniteGuard:
     "Return the guard of the trainer's optimiser."
-    return FiniteGuard(
-        trainer.optimizer.optimizer, trainer.accelerator.device, scaled=trainer.accelerator.scaler is not None
-    )
+    accelerator = trainer.accelerator
+    return FiniteGuard(trainer.optimizer.optimizer, accelerator.device, scaled=accelerator.scaler is not None)
 
 
+def set_up_optimizer(trainer: Trainer, optim: OptimConfig) -> None:
+    "Create optimiser, schedule and guard for the trainer's model."
+    optim = optim.for_batch(trainer.sampler.window_size)
+    trainer.optimizer = trainer.accelerator.prepare_optimizer(create_optimizer(trainer.model, optim))
+    trainer.steps_per_epoch = trainer.sampler.windows_per_epoch
+    total_steps = trainer.steps_per_epoch * trainer.config.epochs
+    trainer.scheduler = create_scheduler(trainer.optimizer.optimizer, optim, total_steps)
+    trainer.guard = create_guard(trainer)
+    trainer.statistics = RunningStatistics(trainer.model)
+    trainer.cleaner = CacheCleaner(trainer.config.empty_cache_every, trainer.accelerator.device)
+
+
+# %% ../../nbs/training/14_trainer.ipynb #51cde1cd
 def begin_epoch(trainer: Trainer) -> None:
     "Start the count of an epoch."
     trainer.step, trainer.images_done, trainer.seconds = 0, 0, 0.0
@@ -179,9 +206,20 @@ def begin_epoch(trainer: Trainer) -> None:
     trainer.rate = trainer.scheduler.get_last_lr()[-1]
 
 
+def set_up_progress(trainer: Trainer) -> None:
+    "Put the trainer at the beginning of its run."
+    trainer.epoch, trainer.history, trainer.performance = 0, [], []
+    trainer.best = BestSoFar(trainer.config.patience)
+    trainer.best_weights, trainer.best_rows = None, None  # of the best epoch: on the CPU, and its validation counts
+    trainer.micro_batch = trainer.config.batch_size
+    trainer.updating = False  # the weights are between two steps' values
+    trainer.saved_at, trainer.saved_time = None, time.monotonic()  # position and time of the last state written
+    begin_epoch(trainer)
+
+
 # %% ../../nbs/training/14_trainer.ipynb #17377a73
 def gradient_norm(trainer: Trainer) -> list[torch.Tensor]:
-    "Clip the gradients if that is set and return their norm; nothing in fp16, where a scaled gradient may overflow and is then skipped."
+    "Clip the gradients if that is set and return their norm; nothing in fp16, where a step that overflows is skipped."
     parameters, accelerator = list(trainer.model.parameters()), trainer.accelerator
     if trainer.config.clip_norm:
         norm = accelerator.clip_grad_norm_(parameters, trainer.config.clip_norm)
@@ -220,36 +258,67 @@ LOOK_EVERY = 10  # optimiser steps between looks at the guard
 
 
 def look_for_nan(trainer: Trainer) -> None:
-    "Raise CrackSegError with module, images and advice if a step since the last look had a NaN or an infinity in it."
-    step, scaler = trainer.guard.first_bad_step(), trainer.accelerator.scaler
-    if step is None and scaler is not None and scaler.get_scale() < 1:
-        raise CrackSegError(
-            f"amp: found gradients that overflow in fp16 at every loss scale down to {scaler.get_scale():.2g}, in epoch {trainer.epoch + 1}; "
-            f"expected finite ones; {last_good(trainer)}"
-        )
+    "Raise CrackSegError with module, images and advice if a step since the last look had a NaN or an infinity."
+    step = trainer.guard.first_bad_step()
     if step is None:
+        check_loss_scale(trainer)
         return
-    dataset, place = (
-        trainer.train_loader.dataset,
-        f"epoch {trainer.epoch + 1}, step {step} of {trainer.steps_per_epoch}",
-    )
-    batches = [default_collate([dataset[key] for key in keys]) for keys in trainer.sampler.window(step - 1)]
-    finding = repeat_step(
-        trainer,
-        [
-            to_device(part, trainer.accelerator.device)
-            for batch in batches
-            for part in split_batch(batch, trainer.micro_batch)
-        ],
-    )
-    images = (
-        finding.images if finding and finding.images else [int(index) for batch in batches for index in batch["index"]]
-    )
-    files = [str(dataset.samples[index].image) for index in images]
+    batches = batches_of_step(trainer, step)
+    finding = repeat_step(trainer, batches)
     findings = gather_objects(finding, trainer.accelerator)
-    finder = next(
-        (rank for rank, found in enumerate(findings) if found), 0
-    )  # the first process that found it keeps its images
+    finder = next((rank for rank, one in enumerate(findings) if one), 0)  # the first that found it keeps its images
+    files = suspect_files(trainer, finding, batches)
+    kept = None
+    if trainer.accelerator.process_index == finder:
+        kept = keep_evidence(trainer, step, batches, finding, files)
+    names, kept = gather_objects(([Path(file).name for file in files[:4]], kept), trainer.accelerator)[finder]
+    raise CrackSegError(nan_message(trainer, step, findings[finder], names, kept))
+
+
+# %% ../../nbs/training/14_trainer.ipynb #9e72b306
+def check_loss_scale(trainer: Trainer) -> None:
+    "Raise CrackSegError if the gradients overflow in fp16 whatever their scale."
+    scaler = trainer.accelerator.scaler
+    if scaler is not None and scaler.get_scale() < 1:
+        raise CrackSegError(
+            f"amp: found gradients that overflow in fp16 at every loss scale down to {scaler.get_scale():.2g}, "
+            f"in epoch {trainer.epoch + 1}; expected finite ones; {last_good(trainer)}"
+        )
+
+
+# %% ../../nbs/training/14_trainer.ipynb #6a7ff031
+def batches_of_step(trainer: Trainer, step: int) -> list[dict]:
+    "Return this process's batches of a step of the present epoch, counted from 1."
+    dataset = trainer.train_loader.dataset
+    return [default_collate([dataset[key] for key in keys]) for keys in trainer.sampler.window(step - 1)]
+
+
+def repeat_step(trainer: Trainer, batches: list[dict]) -> Finding | None:
+    "Return where a step's numbers stop being finite; None if they do not this time, or if it cannot be repeated."
+    device = trainer.accelerator.device
+    parts = [to_device(part, device) for batch in batches for part in split_batch(batch, trainer.micro_batch)]
+    normalizers = window_normalizers(trainer.criterion, parts, trainer.accelerator)
+    try:
+        finding = first_nonfinite(trainer.model.train(), trainer.criterion, parts, normalizers=normalizers)
+    except Exception as error:  # whatever fails here must not hide what happened
+        logger.warning("diagnosis: the step could not be repeated (%s)", type(error).__name__)
+        return None
+    return None if finding.stage == "none" else finding  # dropout, for example, is another this time
+
+
+# %% ../../nbs/training/14_trainer.ipynb #7fa5b006
+def suspect_files(trainer: Trainer, finding: Finding | None, batches: list[dict]) -> list[str]:
+    "Return the files of the images that a finding names, of all images of the step where it names none."
+    images = [int(index) for batch in batches for index in batch["index"]]
+    if finding and finding.images:
+        images = finding.images
+    return [str(trainer.train_loader.dataset.samples[index].image) for index in images]
+
+
+def keep_evidence(
+    trainer: Trainer, step: int, batches: list[dict], finding: Finding | None, files: list[str]
+) -> Path | None:
+    "Keep a step's batches in the run folder with what is known of them, and return where; None if it failed."
     details = dict(
         epoch=trainer.epoch + 1,
         step=step,
@@ -257,34 +326,27 @@ def look_for_nan(trainer: Trainer) -> None:
         files=files,
         learning_rate=trainer.scheduler.get_last_lr()[0],
     )
-    kept = keep_batch(trainer.folder.path, batches, details) if trainer.accelerator.process_index == finder else None
-    names, kept = gather_objects(([Path(file).name for file in files[:4]], kept), trainer.accelerator)[finder]
-    where = str(findings[finder]) if findings[finder] else "not found when the step was repeated"
-    raise CrackSegError(
-        f"loss: found NaN or infinity in {place}: {where}"
-        + (f", images {', '.join(names)}" if names else "")
-        + (f" (kept in {kept.relative_to(trainer.folder.path)} of the run folder)" if kept else "")
-        + f"; expected finite numbers; {last_good(trainer)}"
-    )
+    return keep_batch(trainer.folder.path, batches, details)
 
 
-def repeat_step(trainer: Trainer, batches: list[dict]) -> Finding | None:
-    "Return where a step's numbers stop being finite, None if they do not this time (dropout is another) or it cannot be said."
-    normalizers = window_normalizers(trainer.criterion, batches, trainer.accelerator)
-    try:
-        finding = first_nonfinite(trainer.model.train(), trainer.criterion, batches, normalizers=normalizers)
-    except Exception as error:  # whatever fails here must not hide what happened
-        logger.warning("diagnosis: the step could not be repeated (%s)", type(error).__name__)
-        return None
-    return None if finding.stage == "none" else finding
-
-
+# %% ../../nbs/training/14_trainer.ipynb #eb21b2c4
 def last_good(trainer: Trainer) -> str:
-    "Say how to go on from the newest state, if there is one."
+    "Say how to resume from the newest state, if there is one."
     advice = "with a lower -p lr, -p clip_norm 1 or -p amp off"
     if trainer.saved_at is None:
         return f"no state was written yet; begin anew {advice}"
     return f"-p resume {display_path(trainer.folder.path)} goes on from {state_name(*trainer.saved_at)}, {advice}"
+
+
+def nan_message(trainer: Trainer, step: int, finding: Finding | None, names: list[str], kept: Path | None) -> str:
+    "Return the error of a step with a NaN or an infinity."
+    where = str(finding) if finding else "not found when the step was repeated"
+    images = f", images {', '.join(names)}" if names else ""
+    place = f" (kept in {kept.relative_to(trainer.folder.path)} of the run folder)" if kept else ""
+    return (
+        f"loss: found NaN or infinity in epoch {trainer.epoch + 1}, step {step} of {trainer.steps_per_epoch}: "
+        f"{where}{images}{place}; expected finite numbers; {last_good(trainer)}"
+    )
 
 
 # %% ../../nbs/training/14_trainer.ipynb #4dbd03e2
@@ -317,7 +379,7 @@ def next_step(trainer: Trainer, batches: Iterator[dict]) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #e68c4f6e
 def train_epoch(trainer: Trainer) -> float:
-    "Train to the end of the epoch in hand and return its mean loss, weighted by images."
+    "Train to the end of the current epoch and return its mean loss, weighted by images."
     trainer.model.train()
     trainer.sampler.set_epoch(trainer.epoch)
     trainer.sampler.set_position(trainer.step)
@@ -344,7 +406,7 @@ def train_epoch(trainer: Trainer) -> float:
 
 # %% ../../nbs/training/14_trainer.ipynb #239d7c54
 def training_state(trainer: Trainer) -> dict:
-    "Return all that a run needs, beside the weights, to go on as if it had not stopped; every process has to ask."
+    "Return all that resuming needs beside the weights; every process has to call this."
     scaler, best = trainer.accelerator.scaler, trainer.best
     own = best.epoch == trainer.epoch and trainer.step == 0  # the best weights are those of this very state
     return {
@@ -376,7 +438,7 @@ def state_name(epoch: int, step: int) -> str:
 
 
 def save_state(trainer: Trainer) -> None:
-    "Write a checkpoint that resumes here, unless it is there already; every process has to ask."
+    "Write a checkpoint that resumes here, unless it is there already; every process has to call this."
     if trainer.saved_at != trainer.position:
         look_for_nan(trainer)
         state = training_state(trainer)
@@ -502,13 +564,12 @@ def write_scalars(writer: SummaryWriter, row: dict, performance: dict) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #8eddc908
 def validation_row(trainer: Trainer) -> dict:
-    "Evaluate on the validation images, if there are any, and return the `val_…` columns of the epoch's row of `history.csv`."
+    "Evaluate on the validation images, if any, and return the `val_…` columns of the epoch's row."
     trainer.val_rows = None
     if trainer.val_loader is None:
         return {}
-    alone = (
-        trainer.accelerator.num_processes == 1
-    )  # several processes have batches of their own, and can only agree between them
+    # Several processes have batches of their own, and can only agree between them.
+    alone = trainer.accelerator.num_processes == 1
     try:
         metrics, val_loss = evaluate(
             trainer.model,
@@ -552,7 +613,8 @@ def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -
     numbers = [f"{label} {row[name]:.4f}" for label, name in known.items() if name in row]
     memory = performance.get("peak_cuda_mib", performance["peak_rss_mib"])
     return (
-        f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, {performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
+        f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, "
+        f"{performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
         + (", best so far" if improved and trainer.val_loader is not None else "")
     )
 
@@ -564,9 +626,8 @@ def finish_epoch(trainer: Trainer, row: dict, performance: dict) -> bool:
     trainer.performance.append(performance)
     trainer.epoch += 1
     begin_epoch(trainer)
-    improved = trainer.best.update(
-        trainer.epoch, row.get(f"val_{trainer.metrics.score}", trainer.epoch)
-    )  # unvalidated, the last is the best
+    score = row.get(f"val_{trainer.metrics.score}", trainer.epoch)  # unvalidated, the last epoch is the best
+    improved = trainer.best.update(trainer.epoch, score)
     if improved:
         trainer.best_rows = trainer.val_rows
         trainer.best_weights = {
@@ -601,7 +662,7 @@ def run_epoch(trainer: Trainer, monitor: MemoryMonitor, writer: SummaryWriter | 
 
 # %% ../../nbs/training/14_trainer.ipynb #b7b8e47c
 def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
-    "Train to the last epoch or until early stopping and return the history; the best weights are in checkpoint `best`."
+    "Train to the last epoch or until early stopping, and return the history; checkpoint `best` has the best weights."
     if resume is not None:
         restore(trainer, resume)
     config, accelerator = trainer.config, trainer.accelerator

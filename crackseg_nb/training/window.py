@@ -73,13 +73,14 @@ def backward_window(
     normalizers: torch.Tensor,  # of the whole window
     micro_batch: int | None = None,  # images that go through the model at once; None: a batch
 ) -> torch.Tensor:
-    "Give `model` the gradients of `window`, in place of older ones; return `(1 + K,)`: its part of the window's loss, and the criterion's K tallies."
+    "Give `model` the gradients of `window` alone; return `(1 + K,)`: its part of the loss, and the K tallies."
     total = None
     for batch in window:
         for part in split_batch(batch, micro_batch):
             logits = model(part["image"])
             loss = criterion(logits, part["mask"], normalizers)
-            # Not earlier: where freed memory is not kept (`keep_freed_memory`), it would go back to the system, to be asked for again at once.
+            # Not earlier: where freed memory is not kept (`keep_freed_memory`), it would go back to the system
+            # and be asked for again at once.
             if total is None:
                 model.zero_grad(set_to_none=True)
             accelerator.backward(loss)
@@ -100,7 +101,8 @@ def smaller_micro_batch(
     if tried > 1:
         return (tried + 1) // 2
     raise CrackSegError(
-        f"memory: not even a single image fits on {device}; expected gradient_checkpointing true, a smaller image_size, "
+        f"memory: not even a single image fits on {device}; "
+        "expected gradient_checkpointing true, a smaller image_size, "
         "a smaller encoder, or amp bf16"
     )
 
@@ -122,7 +124,7 @@ def accumulate_window(
     statistics: RunningStatistics,
     micro_batch: int,  # images that go through the model at once
 ) -> tuple[torch.Tensor, int]:
-    "Give `model` the gradients of `window`, in smaller parts if memory runs out; return what `backward_window` does, and the micro-batch that fitted."
+    "Do as `backward_window`, in smaller parts if memory runs out; return also the micro-batch that fitted."
     window = [to_device(batch, accelerator.device) for batch in window]
     normalizers = window_normalizers(criterion, window, accelerator)
     statistics.snapshot()
