@@ -20,13 +20,16 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 
 from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import to_plain, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 # %% ../../nbs/data/03_class_weights.ipynb #b62ccff3
@@ -109,8 +112,10 @@ class ClassWeights:
                 f"class_weights: found {self.weights.tolist()}, 0 for each class that occurs; expected a number above 0"
             )
 
-    def table(self) -> pd.DataFrame:
-        "Return one row per class: its pixels, their share in per cent, its images and its weight."
+    def table(self) -> "pd.DataFrame":
+        "Return one row per class: its pixels, their fraction in per cent, its images and its weight."
+        import pandas as pd
+
         share = 100 * self.pixels / self.pixels.sum()
         return pd.DataFrame(
             {
