@@ -31,16 +31,16 @@ import numpy as np
 
 from ..core.checks import IMAGENET_MEAN, VOID, CrackSegError, check_number, choose
 
-# albumentations is imported where a pipeline is built, since that takes seconds; this keeps it from asking the network.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
 # %% ../../nbs/data/04_augment.ipynb #305bc28c
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of regions that the photo does not cover
 
 VOID_OUTSIDE = {"fill": FILL, "fill_mask": VOID, "border_mode": cv2.BORDER_CONSTANT}
 
-
 # %% ../../nbs/data/04_augment.ipynb #a7e60233
+# albumentations is imported where a pipeline is built, since that takes seconds; this keeps it from asking the network.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
 @dataclass(frozen=True)
 class Recipe:
     "Say what an augmentation may do to an image before it is fitted to its size."
