@@ -667,9 +667,8 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Repeat a finished run from its folder alone, and say what is equal and what differs.",
         epilog=textwrap.dedent(f"""\
-            The folder is not changed. Elsewhere than on the run's own machine with its versions and code, scores may
-            differ
-            by {TOLERANCE["evaluated"]} when evaluated again, by {TOLERANCE["trained"]} when trained again.
+            The folder is not changed. Elsewhere than on the run's own machine with its versions and code, scores
+            may differ by {TOLERANCE["evaluated"]} when evaluated again, by {TOLERANCE["trained"]} when trained again.
             exit status: 0 equal, or within tolerance; 1 different; 2 not verified.
             examples:
               crackseg_verify quickstart
