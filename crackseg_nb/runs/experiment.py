@@ -604,9 +604,8 @@ def train_in_process(
     )
     checkpoint = latest_checkpoint(folder / "checkpoints")
     model = make_model(config, fresh=checkpoint is None)
-    seed_everything(
-        config.run.seed if rank == 0 else seed_for("process", config.run.seed, rank)
-    )  # dropout differs between processes
+    # Dropout differs between processes.
+    seed_everything(config.run.seed if rank == 0 else seed_for("process", config.run.seed, rank))
     with StopRequest(minutes) as stop:
         trainer = Trainer(
             model,
