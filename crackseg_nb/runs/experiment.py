@@ -334,6 +334,7 @@ def weigh_classes(self: Experiment) -> None:
         logger.info("class weights: %s", line)
 
 
+# %% ../../nbs/runs/04_experiment.ipynb #5298740f
 def make_criterion(config: ExperimentConfig, folder: RunFolder) -> Loss:
     "Return the loss, with the class weights that `folder` holds."
     if config.class_weights == "none":
@@ -457,6 +458,7 @@ def make_model(
     return model
 
 
+# %% ../../nbs/runs/04_experiment.ipynb #d6809058
 def check_same_world(old: dict, new: dict, folder: str) -> None:
     "Raise CrackSegError if a run that goes on has other data; warn of another machine, version or commit."
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
@@ -541,6 +543,7 @@ def settle_precision(self: Experiment) -> None:
     write_yaml(self.folder / "config.yaml", config_to_dict(config))
 
 
+# %% ../../nbs/runs/04_experiment.ipynb #66726c58
 @patch
 def fitting_batch(self: Experiment) -> int:
     "Return how many images of a batch fit into memory, by a lower bound; raise CrackSegError if none does."
@@ -587,9 +590,8 @@ def train_in_process(
     )
     checkpoint = latest_checkpoint(folder / "checkpoints")
     model = make_model(config, fresh=checkpoint is None)
-    seed_everything(
-        config.run.seed if rank == 0 else seed_for("process", config.run.seed, rank)
-    )  # dropout differs between processes
+    # Dropout differs between processes.
+    seed_everything(config.run.seed if rank == 0 else seed_for("process", config.run.seed, rank))
     with StopRequest(minutes) as stop:
         trainer = Trainer(
             model,
@@ -733,6 +735,7 @@ def test(self: Experiment) -> dict:
     return self.results
 
 
+# %% ../../nbs/runs/04_experiment.ipynb #5728d6ab
 @patch
 def keep_tables(self: Experiment) -> None:
     "Write the scores of each test image, and for several classes the confusion matrix."

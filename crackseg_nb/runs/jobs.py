@@ -234,18 +234,14 @@ class JobConfig:
     "Describe where the runs of a sweep are executed, and with what."
 
     cluster: str = "local"  # local, slurm, or debug: one run after the other in this process
-    parallel: int = (
-        0  # runs at once; 0: locally one for each GPU and one without any, on SLURM as many as the cluster gives
-    )
+    parallel: int = 0  # runs at once; 0: locally one for each GPU (or one), on SLURM as many as the cluster gives
     retries: int = 1  # further attempts at a run that failed
     cpus: int = 0  # cores of each run; 0: locally an equal share, on SLURM what the cluster gives
     gpus: int | None = None  # GPUs of each run; None: locally one if there is any, on SLURM none is asked for
     time: int = 0  # SLURM: minutes until a job has to be queued again; 0: the partition's default
     mem: float = 0  # SLURM: GiB of memory; 0: the partition's default
     partition: str = ""  # SLURM: where jobs are queued; empty: the cluster's default
-    extra: dict = field(
-        default_factory=dict
-    )  # SLURM: further options of submitit, such as account, qos, constraint or setup
+    extra: dict = field(default_factory=dict)  # SLURM: further options of submitit, such as account or qos
 
     def __post_init__(self):
         choose("cluster", self.cluster, ("local", "slurm", "debug"))

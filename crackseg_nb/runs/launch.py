@@ -19,14 +19,8 @@ from ..training.exchange import close, gather_objects
 from ..training.window import create_accelerator
 
 # %% ../../nbs/runs/07_launch.ipynb #8ee47b0e
-LAUNCHED = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # what a launcher tells its processes
+# What a launcher tells its processes.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run_launched(config: ExperimentConfig) -> Experiment | None:

@@ -114,10 +114,8 @@ def read_grid(given: dict | str | list | None) -> dict[str, list]:
 # %% ../../nbs/runs/09_sweep.ipynb #df78acf1
 def path_from_anywhere(path: str) -> str:
     "Return `path` absolute, or relative to the project if it lies in there: `find_path` finds it from any folder."
-    place, root = (
-        Path(os.path.abspath(find_path(path))),
-        project_root(),
-    )  # links are not followed: they are the user's names
+    root = project_root()
+    place = Path(os.path.abspath(find_path(path)))  # links are not followed: they are the user's names
     return str(place.relative_to(root)) if root and place.is_relative_to(root) else str(place)
 
 
@@ -151,9 +149,8 @@ def expand(
     found = [fixed | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for parameters in found:
         for name in ("data_dir", "config", *FIRST_WEIGHTS):  # a job may be resumed from another folder
-            named = (
-                name in FIRST_WEIGHTS and not find_path(parameters.get(name) or "").exists()
-            )  # a run's name, or none
+            # Weights may be named by a run.
+            named = name in FIRST_WEIGHTS and not find_path(parameters.get(name) or "").exists()
             if parameters.get(name) and not named:
                 parameters[name] = path_from_anywhere(parameters[name])
         configure(**parameters)

@@ -53,14 +53,7 @@ ARMS = {
 class AblationConfig:
     "Describe one run of nbs/ablate_hybrid.ipynb."
 
-    arms: tuple[str, ...] = (
-        "no-aspp",
-        "aspp-3-6-9",
-        "no-cbam",
-        "focal-only",
-        "dice-only",
-        "no-augmentation",
-    )  # beside the base
+    arms: tuple[str, ...] = ("no-aspp", "aspp-3-6-9", "no-cbam", "focal-only", "dice-only", "no-augmentation")
     seeds: tuple[int, ...] = (1, 2, 3)
     fixed: str = ""  # parameters that all runs share, as in sweep.ipynb
     name: str = "ablation"  # folder of all arms below outputs

@@ -99,9 +99,8 @@ def open_run(
     model, kept = make_model(config, fresh=False), (folder / "checkpoints" / "best.json").is_file()
     if kept:
         load_model_weights(model, folder / "checkpoints")
-    model = model.eval().to(
-        memory_format=torch.channels_last
-    )  # as the trainer lays models out: it decides about speed and memory
+    # As the trainer lays models out: it decides about speed and memory.
+    model = model.eval().to(memory_format=torch.channels_last)
     return FinishedRun(folder, config, read_yaml(folder / "final_results.yaml"), model, kept)
 
 
