@@ -1247,10 +1247,6 @@ d = {
                 "metrics/counts.html#mean_scores",
                 "crackseg_nb/metrics/counts.py",
             ),
-            "crackseg_nb.metrics.counts.scores_from_counts": (
-                "metrics/counts.html#scores_from_counts",
-                "crackseg_nb/metrics/counts.py",
-            ),
         },
         "crackseg_nb.metrics.curves": {
             "crackseg_nb.metrics.curves.Sums": ("metrics/curves.html#sums", "crackseg_nb/metrics/curves.py"),
@@ -1392,6 +1388,12 @@ d = {
                 "metrics/geometry.html#show_geometry",
                 "crackseg_nb/metrics/geometry.py",
             ),
+        },
+        "crackseg_nb.metrics.scores": {
+            "crackseg_nb.metrics.scores.scores_from_counts": (
+                "metrics/scores.html#scores_from_counts",
+                "crackseg_nb/metrics/scores.py",
+            )
         },
         "crackseg_nb.metrics.statistics": {
             "crackseg_nb.metrics.statistics.Difference": (

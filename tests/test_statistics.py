@@ -1,5 +1,7 @@
 "Intervals, paired tests and corrections against scipy, enumeration and slow versions; how often they are right."
 
+import subprocess
+import sys
 from itertools import chain, combinations, product
 
 import numpy as np
@@ -324,3 +326,12 @@ def test_mistakes_are_told_in_one_line(call, words):
     with pytest.raises(CrackSegError) as caught:
         call(a, b)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_scores_of_files_and_arrays_need_no_torch():
+    "Commands that compare finished runs start in a moment: neither torch nor a drawing library is imported."
+    parts = ("scores", "curves", "calibration", "widths", "geometry", "statistics")
+    names = [f"crackseg_nb.metrics.{name}" for name in parts] + ["crackseg_nb.training.settings"]
+    code = f"import sys, {', '.join(names)}; print(sorted({{'torch', 'matplotlib', 'skimage'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

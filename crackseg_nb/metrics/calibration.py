@@ -16,16 +16,17 @@ __all__ = [
 
 # %% ../../nbs/metrics/04_calibration.ipynb #ec3b1882
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/metrics/04_calibration.ipynb #4cc7ce54
 from ..core.checks import VOID, check_number, choose
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
 from .curves import Sums, check_planes, highest_within, levels
 
 # %% ../../nbs/metrics/04_calibration.ipynb #8eb31be2
@@ -177,8 +178,12 @@ def draw_reliability(
 def show_reliability(
     metrics: Mapping[str, Calibration],  # name -> metric
     title: str = "",
-) -> Figure:
+) -> "Figure":
     "Draw the fraction of crack pixels against the probability, over all pixels and near cracks, and pixels per bin."
+    import matplotlib.pyplot as plt
+
+    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+
     figure, axes = plt.subplots(
         2, 2, figsize=(7.5, 4), dpi=DPI, layout="constrained", sharex=True, height_ratios=(3, 1)
     )

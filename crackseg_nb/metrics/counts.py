@@ -6,10 +6,8 @@
 __all__ = [
     "PROTOCOL",
     "CLASS_PROTOCOL",
-    "SCORES",
     "THRESHOLDS",
     "LABEL_PROTOCOL",
-    "scores_from_counts",
     "count_sorted",
     "count_keys",
     "check_batch",
@@ -37,6 +35,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.checks import VOID, CrackSegError, check_number, choose
+from .scores import SCORES, scores_from_counts
 
 # %% ../../nbs/metrics/02_counts.ipynb #9adf39e6
 PROTOCOL = """\
@@ -64,27 +63,7 @@ true pixel in any image. pooled_without_background: the same mean without class 
 per_image: in each image, the plain mean over the classes with a true pixel there; then the plain mean over images. \
 accuracy: the share of all valid pixels that are predicted right."""
 
-SCORES = ("iou", "f1", "dice", "precision", "recall")
 THRESHOLDS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, … 0.95
-
-
-# %% ../../nbs/metrics/02_counts.ipynb #8c90f3e0
-def scores_from_counts(
-    true_positive: np.ndarray,  # any shape
-    false_positive: np.ndarray,  # same shape
-    false_negative: np.ndarray,  # same shape
-) -> dict[str, np.ndarray]:  # float64 arrays of that shape
-    "Return iou, f1, dice, precision and recall; 1 where nothing was to be found nor found, else 0 for 0/0."
-    tp, fp, fn = (np.asarray(count, dtype=np.float64) for count in (true_positive, false_positive, false_negative))
-    empty = tp + fp + fn == 0
-
-    def ratio(part, whole):
-        return np.where(empty, 1.0, part / np.where(whole > 0, whole, 1.0))
-
-    f1 = ratio(2 * tp, 2 * tp + fp + fn)
-    return dict(
-        iou=ratio(tp, tp + fp + fn), f1=f1, dice=f1.copy(), precision=ratio(tp, tp + fp), recall=ratio(tp, tp + fn)
-    )
 
 
 # %% ../../nbs/metrics/02_counts.ipynb #f0c4230a

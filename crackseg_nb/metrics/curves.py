@@ -26,20 +26,18 @@ __all__ = [
 # %% ../../nbs/metrics/03_curves.ipynb #70a08a90
 import reprlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib.figure import Figure
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/metrics/03_curves.ipynb #9605a19a
 from ..core.checks import VOID, CrackSegError, check_number
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
-from .counts import BinaryMetrics
 
 # %% ../../nbs/metrics/03_curves.ipynb #d6480a2f
 CURVE_PROTOCOL = """\
@@ -230,6 +228,8 @@ class ThresholdCurves(Sums):
         tolerance: float = 0.0,  # pixels, Euclidean; 0 counts exactly
         threshold: float = 0.5,  # the one that was fixed before, among `thresholds`
     ):
+        from crackseg_nb.metrics.counts import BinaryMetrics  # with torch
+
         grid = BinaryMetrics(thresholds)
         self.thresholds, self.threshold, self.fixed = grid.thresholds, threshold, grid.position(threshold)
         self.tolerance = check_number("tolerance", tolerance, float, low=0)
@@ -333,6 +333,9 @@ def one_to_one(
     tolerance: float,  # pixels, Euclidean
 ) -> dict[str, float]:
     "Return precision, recall and f1 of a largest one-to-one matching of predicted and true pixels."
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     prediction, mask = check_planes(np.asarray(prediction, np.float32), mask)
     radius, truth = int(check_number("tolerance", tolerance, float, low=0)), mask == 1
     rows, columns = np.nonzero(prediction)
@@ -367,8 +370,12 @@ def draw_iso_f1(axis) -> None:
 def show_curves(
     curves: Mapping[str, ThresholdCurves],  # name -> metric
     title: str = "",
-) -> Figure:
+) -> "Figure":
     "Draw precision against recall, and pooled F1 (strong) and mean F1 (faint) against the threshold."
+    import matplotlib.pyplot as plt
+
+    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), dpi=DPI, layout="constrained")
     draw_iso_f1(left)
     for number, (name, metric) in enumerate(curves.items()):

@@ -16,18 +16,18 @@ __all__ = [
 ]
 
 # %% ../../nbs/metrics/06_geometry.ipynb #009a64c8
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/metrics/06_geometry.ipynb #97f1d78f
 from ..core.checks import check_number
-from ..figures.cases import error_legend
-from ..figures.photos import OUTCOMES, check_pair, paint_outcomes
 from .curves import Sums, check_planes
 from crackseg_nb.metrics.widths import (
     WIDTH_PROTOCOL,
@@ -229,6 +229,8 @@ def compute(self: GeometryScores) -> dict[str, float | None]:
 # %% ../../nbs/metrics/06_geometry.ipynb #d1f18f70
 def line_outcomes(predicted: np.ndarray, true: np.ndarray, pair: Pair, tolerance: float) -> np.ndarray:
     "Index `OUTCOMES` by pixel for two lines of a pair, uint8 (H, W): matched pixels of either one are hits."
+    from crackseg_nb.figures.photos import OUTCOMES
+
     found, wanted = predicted & pair.counted, true & pair.counted
     missed, false = wanted & ~near(predicted, tolerance), found & ~near(true, tolerance)
     names = np.select(
@@ -244,8 +246,11 @@ def show_geometry(
     prediction: np.ndarray,  # boolean (H, W)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
     tolerance: float = 2.0,  # pixels
-) -> Figure:
+) -> "Figure":
     "Return a figure with the centre lines and the boundaries, matched within the tolerance, missed, and false."
+    from crackseg_nb.figures.cases import error_legend
+    from crackseg_nb.figures.photos import check_pair, paint_outcomes
+
     check_pair(image, prediction=prediction, mask=mask)
     pair = trace_pair(prediction, mask)
     planes = {

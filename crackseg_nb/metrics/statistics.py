@@ -43,17 +43,18 @@ __all__ = [
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/metrics/07_statistics.ipynb #ed9b0107
 from ..core.checks import CrackSegError, check_number, choose
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
-from .counts import SCORES, scores_from_counts
+from .scores import SCORES, scores_from_counts
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a11069f8
 COUNTS = ("tp", "fp", "fn")
@@ -471,8 +472,12 @@ def compare_all(
 def show_intervals(
     intervals: dict[str, Interval],  # a run, or a pair, and its score or difference
     label: str = "score",
-) -> Figure:
+) -> "Figure":
     "Return a figure with a dot and a bar for each interval; differences have a line at 0."
+    import matplotlib.pyplot as plt
+
+    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
+
     figure, axis = plt.subplots(figsize=(5, 0.7 + 0.28 * len(intervals)), dpi=DPI, layout="constrained")
     for place, found in enumerate(intervals.values()):
         axis.plot(
@@ -490,8 +495,12 @@ def show_intervals(
 
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a8df0c3f
-def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> Figure:
+def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "Figure":
     "Return a figure with a point for each image: its score by the first run across, by the second up."
+    import matplotlib.pyplot as plt
+
+    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+
     ours, theirs, function, _ = select_pair(a, b, statistic, None, names)
     one, other = function(ours), function(theirs)
     ahead = np.sign(apart(one, other))

@@ -25,18 +25,19 @@ __all__ = [
 
 # %% ../../nbs/metrics/05_widths.ipynb #e88e3780
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from scipy.spatial import cKDTree
-from skimage.morphology import skeletonize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 # %% ../../nbs/metrics/05_widths.ipynb #3ce498e0
 from ..core.checks import VOID, CrackSegError
-from ..figures.photos import OUTCOMES, add_legend, check_pair, paint_outcomes, tiles
 from .curves import highest_within
 
 # %% ../../nbs/metrics/05_widths.ipynb #a8ade5cc
@@ -72,6 +73,8 @@ def trace(
     known: np.ndarray,  # boolean (H, W), False under void
 ) -> Outline:
     "Return the outline of a mask."
+    from skimage.morphology import skeletonize
+
     area = area & known
     return Outline(area, skeletonize(area), area & near(known & ~area, 1))
 
@@ -170,8 +173,10 @@ def by_width(counts: np.ndarray) -> dict[str, float]:
 
 
 # %% ../../nbs/metrics/05_widths.ipynb #4a21b8d5
-def show_panels(panels: dict[str, np.ndarray], legend: list[Patch]) -> Figure:
+def show_panels(panels: dict[str, np.ndarray], legend: list["Patch"]) -> "Figure":
     "Show images, uint8 RGB (H, W, 3), side by side under their titles, at least 300 pixels large, with a legend."
+    from crackseg_nb.figures.photos import add_legend, tiles
+
     height, width = next(iter(panels.values())).shape[:2]
     factor = -(-300 // max(height, width))
     figure, axes = tiles(1, len(panels), (factor * height, factor * width))
@@ -188,8 +193,12 @@ WIDTH_COLOURS = ((240, 228, 66), (86, 180, 233), (213, 94, 0), (200, 60, 160))  
 def show_widths(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
-) -> Figure:
+) -> "Figure":
     "Return a figure with the photo and each crack pixel in the colour of its class of width."
+    from matplotlib.patches import Patch
+
+    from crackseg_nb.figures.photos import OUTCOMES, check_pair, paint_outcomes
+
     check_pair(image, mask=mask)
     outline = trace(np.asarray(mask) == 1, np.asarray(mask) != VOID)
     picture = paint_outcomes(image, np.where(mask == VOID, OUTCOMES.index("void"), 0))
