@@ -51,7 +51,7 @@ MARKERS = {
 }
 
 
-# Where kernels and other child processes keep their temporary files: what chapters leave behind, checkpoints among it, would fill a disk.
+# Temporary files of kernels and other child processes: what chapters leave behind would fill a disk.
 TEMPORARY = Path(tempfile.mkdtemp(prefix="nb-"))  # short: the paths of sockets have a limit
 os.environ["TMPDIR"] = str(TEMPORARY)
 
@@ -106,7 +106,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
 
 
-# A chapter that passed is skipped until something changes that it depends on. The checksum of what it passed with lies in pytest's cache.
+# A chapter that passed is skipped until something changes that it depends on. Its checksum lies in pytest's cache.
 
 
 def code_of(path):
@@ -141,7 +141,7 @@ def imports_of(code, package):
 
 
 def dependencies(notebook, root=ROOT):
-    "Return the notebook, the modules that it imports, those that they import and so on, and the notebooks that any of them names."
+    "Return the notebook, all modules that it imports, directly or not, and the notebooks that any of them names."
     run_notebooks = {path.name: path for path in (root / "nbs").rglob("*.ipynb") if not path.name[0].isdigit()}
     found, queue = set(), [notebook]
     while queue:
@@ -242,7 +242,7 @@ notice_dead_kernels()
 
 
 def let_kernels_end():
-    "Let a chapter's kernel end by itself while coverage is measured: nbval kills it, and a killed process saves nothing."
+    "Let a kernel end by itself while coverage is measured: nbval kills it, and a killed process saves nothing."
     from nbval.kernel import RunningKernel
 
     def stop(self):

@@ -1,7 +1,7 @@
 """Try a wheel as somebody would who has no checkout: the commands start, and one tiny run ends, in an empty folder.
 
-The environment is new but takes the dependencies (gigabytes) from the environment of this Python: a line in a `.pth` file
-appends that one's site-packages. Its own `.pth` files are not read on this way, so its editable install stays unseen.
+The environment is new but takes the dependencies (gigabytes) from that of this Python: a line in a `.pth` file appends
+its site-packages. Its own `.pth` files are not read on this way, so its editable install stays unseen.
 """
 
 import os

@@ -15,7 +15,7 @@ from slurm_cluster import reason_against, slurm_cluster
 
 DATA = os.environ.get("CRACKSEG_DATA")
 
-# A shell that starts this in the background has SIGINT ignored, and processes that tests start and interrupt would inherit that.
+# A shell that starts this in the background ignores SIGINT; processes that tests start and interrupt would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""A SLURM of one node for tests, from Debian's packages (`apt-get install slurm-wlm munge`); needs root and leaves nothing behind."""
+"""A SLURM of one node for tests, from Debian's packages (`apt-get install slurm-wlm munge`); needs root, cleans up."""
 
 import os
 import platform

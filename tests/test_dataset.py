@@ -659,7 +659,7 @@ def test_a_disk_that_fails_is_one_line_naming_the_file(source, monkeypatch, num_
         raise OSError(5, "Input/output error")
 
     loader = make_loader(source, num_workers, preload=False)
-    loader.dataset.sizes  # reads headers
+    assert loader.dataset.sizes  # reads headers
     monkeypatch.setattr(images.Image, "open", fail)
     with pytest.raises(CrackSegError, match="^/.*Input/output error") as caught:
         list(loader)

@@ -40,7 +40,7 @@ SCORES_OF_MATCHES = SHAPE_SCORES[:11]
 
 
 def random_case(seed, void=True):
-    "Return a probability and a mask of lines, blobs or single pixels; the prediction is the mask disturbed, or another."
+    "Return a probability and a mask of lines, blobs or single pixels; the prediction is the mask disturbed or another."
     generator = np.random.default_rng(seed)
     size = tuple(generator.integers(24, 37, 2))
 

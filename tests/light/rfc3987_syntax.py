@@ -1,3 +1,3 @@
-"""Stands in for a package that jsonschema imports where it can: its grammar takes every process that reads notebooks two seconds."""
+"""Stands in for an optional import of jsonschema: its grammar costs each process that reads notebooks two seconds."""
 
 raise ImportError
