@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LIGHT_PARTS = ("core", "synthetic", "sources")
 SLOW = ("torch", "torchvision", "albumentations", "timm", "matplotlib", "pandas", "scipy", "skimage")
-WITH_TENSORS = {"core/03_machine", "core/04_seeds", "sources/02_images"}  # chapters of these parts
+WITH_TENSORS = {"core/03_machine", "core/04_seeds", "core/06_tensors", "sources/02_images"}  # chapters of these parts
 AT_MOST = 0.3  # seconds for the bare package
 
 MODULES = sorted(

@@ -9,7 +9,6 @@ __all__ = [
     "IMAGENET_STD",
     "RESUME_CODE",
     "PLAIN",
-    "some",
     "CrackSegError",
     "Stopped",
     "nearest",
@@ -122,9 +121,6 @@ def plain_variables(
 def first_few(items, limit: int = 3) -> str:
     "Return the first few items as text."
     return ", ".join(str(item) for item in items[:limit]) + (", ..." if len(items) > limit else "")
-
-
-some = first_few  # the former name, until every chapter has the new one
 
 
 # %% ../../nbs/core/01_checks.ipynb #4b235402

@@ -42,7 +42,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../../nbs/data/02_audit.ipynb #548f89ab
-from ..core.checks import VOID, CrackSegError, some
+from ..core.checks import VOID, CrackSegError, first_few
 from ..core.files import fingerprint_of, in_threads, raise_first, sha256_file
 from .splits import Splits
 from ..sources.duplicates import same_detail, similar, unit_thumbnail
@@ -157,7 +157,7 @@ def repeat_problems(splits: Splits) -> list[str]:
     }
     if len(repeats) < 3 or len(repeats) <= REPEATED * len(ours):
         return []
-    pairs = some([f"{name} repeats {other}" for name, other in sorted(repeats.items())])
+    pairs = first_few([f"{name} repeats {other}" for name, other in sorted(repeats.items())])
     return [
         f"splits: found {len(repeats)} of {len(ours)} validation and test images that nearly repeat a training image "
         f"({pairs}), which looks like an augmented set; expected all copies of an image in one split: "
@@ -300,7 +300,7 @@ def untold(families: dict[str, list[str]], groups: dict[str, list[str]]) -> dict
 def family_problem(splits: Splits, families: dict[str, list[str]]) -> str:
     "Return the problem that copies of an image lie in several splits, with the pattern that unites them."
     pattern = proposed_pattern([sample.name for _, samples in splits for sample in samples])
-    copies = "; ".join(some(names, 2) for names in list(families.values())[:2])
+    copies = "; ".join(first_few(names, 2) for names in list(families.values())[:2])
     return (
         f"splits: found {len(families)} images with augmented copies in another split ({copies}), expected all copies "
         f"of an image in one split: give group_pattern={pattern!r}, or split before augmenting"
@@ -313,8 +313,8 @@ def border_warning(splits: Splits, what: str, crossing: dict[str, list[str]]) ->
     tested = {sample.name for sample in splits.test}
     names = sorted(name for members in crossing.values() for name in members if name in tested)
     return (
-        f"{len(crossing)} {what} cross the published border ({some(sorted(crossing), 10)}); test images "
-        f"concerned: {len(names)} ({some(names, 30)})"
+        f"{len(crossing)} {what} cross the published border ({first_few(sorted(crossing), 10)}); test images "
+        f"concerned: {len(names)} ({first_few(names, 30)})"
     )
 
 
@@ -324,11 +324,11 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     problems = [f"{split}: found no images, expected at least one" for split, samples in splits if not samples]
     counts = Counter(sample.name for _, samples in splits for sample in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
-        problems.append(f"splits: found {len(twice)} samples more than once ({some(twice)}), expected each once")
+        problems.append(f"splits: found {len(twice)} samples more than once ({first_few(twice)}), expected each once")
     own_groups, published_groups = crossing_groups(splits)
     own_families, published_families = crossing_families(splits)
     if own_groups:
-        names = some(list(own_groups))
+        names = first_few(list(own_groups))
         problems.append(
             f"splits: found {len(own_groups)} groups in more than one split ({names}), expected each in one"
         )
@@ -354,7 +354,7 @@ def class_warnings(
         missing = [name for name, count in zip(classes.names, counts) if not count]
         if len(missing) > limit:
             lines.append(
-                f"{len(missing)} of {len(classes)} classes never occur in {split} ({some(missing)}): "
+                f"{len(missing)} of {len(classes)} classes never occur in {split} ({first_few(missing)}): "
                 f"each {results[split]}"
             )
         else:

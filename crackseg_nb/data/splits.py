@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # %% ../../nbs/data/01_splits.ipynb #433f2d13
-from ..core.checks import CrackSegError, check_number, some
+from ..core.checks import CrackSegError, check_number, first_few
 from ..core.seeds import seed_for
 from ..sources.samples import Classes, Sample, Source
 
@@ -117,7 +117,7 @@ def published_parts(source: Source) -> tuple[dict[str, list[Sample]], list[Sampl
     parts = {split: [sample for sample in source.samples if sample.split == split] for split in SPLITS}
     loose = [sample for sample in source.samples if sample.split is None]
     if loose and any(parts.values()):
-        names = some([sample.name for sample in loose])
+        names = first_few([sample.name for sample in loose])
         raise CrackSegError(
             f"{source.name}: found {len(loose)} images outside the published splits ({names}), "
             "expected a published split for all or for none"

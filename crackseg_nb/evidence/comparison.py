@@ -37,7 +37,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
-from ..core.checks import CrackSegError, choose, some
+from ..core.checks import CrackSegError, choose, first_few
 from ..core.files import display_path, fingerprint_of, read_yaml
 from ..core.run_folder import RunFolder, find_run_folder
 from .scores import Evidence, evidence_of
@@ -141,11 +141,11 @@ def difference_in_protocol(one: Evidence, other: Evidence) -> str:
     mine, theirs = one.per_image, other.per_image
     alone = sorted({*mine.index} ^ {*theirs.index})
     if alone:
-        return f"other test images: {len(alone)} are in only one of the two ({some(alone)})"
+        return f"other test images: {len(alone)} are in only one of the two ({first_few(alone)})"
     for kind in ("photo", "mask"):
         changed = mine.index[mine[kind] != theirs.loc[mine.index, kind]].tolist()
         if changed:
-            return f"other {kind}s, or another size: {len(changed)} of {len(mine)} ({some(changed)})"
+            return f"other {kind}s, or another size: {len(changed)} of {len(mine)} ({first_few(changed)})"
     differing = [name for name in RULES if one.protocol[name] != other.protocol[name]]
     return "; ".join(f"other {name}: {other.protocol[name]}, not {one.protocol[name]}" for name in differing)
 

@@ -31,16 +31,16 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
-from ..core.checks import CrackSegError, check_number, some
+from ..core.checks import CrackSegError, check_number, first_few
 from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
 from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
 from ..data.splits import make_splits
 from ..metrics.calibration import Calibration
-from ..metrics.counts import scores_from_counts
 from ..metrics.curves import Sums, ThresholdCurves
 from ..metrics.geometry import GeometryScores
+from ..metrics.scores import scores_from_counts
 from ..metrics.widths import trace_pair
 from ..runs.config import ExperimentConfig, configure
 from ..runs.experiment import find_source
@@ -97,7 +97,7 @@ def open_predictions(
     missing = [name for name in seen if not prediction_path(folder / "predictions", name).is_file()]
     if missing:
         raise CrackSegError(
-            f"{folder.run_id}/predictions: found no prediction of {some(missing)}, "
+            f"{folder.run_id}/predictions: found no prediction of {first_few(missing)}, "
             f"expected one for each of {len(seen)} test images"
         )
     config = configure(

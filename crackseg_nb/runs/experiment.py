@@ -38,7 +38,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/runs/04_experiment.ipynb #7d1c4d0d
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped, some
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped, first_few
 from crackseg_nb.core.files import (
     atomic_write,
     check_writable,
@@ -424,7 +424,7 @@ def refuse_seen_images(self: Experiment) -> None:
         seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
         told = (
             f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} "
-            f"learned or chose by ({some(seen)})"
+            f"learned or chose by ({first_few(seen)})"
         )
         if seen and same:
             raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
