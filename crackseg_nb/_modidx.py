@@ -997,6 +997,45 @@ d = {
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
         },
+        "crackseg_nb.measure.widths": {
+            "crackseg_nb.measure.widths._interval_end": (
+                "measure/widths.html#_interval_end",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths._solve": ("measure/widths.html#_solve", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths._window": ("measure/widths.html#_window", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.area_widths": (
+                "measure/widths.html#area_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.blurred_box": (
+                "measure/widths.html#blurred_box",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.fit_profiles": (
+                "measure/widths.html#fit_profiles",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.gauss_ramp": (
+                "measure/widths.html#gauss_ramp",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.grey_widths": (
+                "measure/widths.html#grey_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.probability_widths": (
+                "measure/widths.html#probability_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.sample_profiles": (
+                "measure/widths.html#sample_profiles",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+        },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
                 "metrics/calibration.html#calibration",
