@@ -126,7 +126,7 @@ def path_normals(points: np.ndarray) -> np.ndarray:
 
 
 def _reach_end(probability, points, furthest):
-    "Return the last place of the crack on the parabola that goes on from the last of the smooth points."
+    "Return places, a pixel apart, up to the crack's end on the parabola that goes on from the smooth points."
     count = min(len(points), int(2 * furthest) + 11)
     backwards = points[::-1][:count]
     length = np.r_[0, np.cumsum(np.hypot(*np.diff(backwards, axis=0).T))]
@@ -136,7 +136,8 @@ def _reach_end(probability, points, furthest):
     steps += backwards[0] - steps[0]
     inside = ((steps >= -0.5) & (steps <= np.array(probability.shape) - 0.5)).all(1)
     inside &= map_coordinates(probability, steps.T, order=1, mode="nearest") >= 0.5
-    return steps[max((inside.argmin() if not inside.all() else len(steps)) - 1, 0)]
+    last = max((inside.argmin() if not inside.all() else len(steps)) - 1, 0)
+    return steps[[*range(10, last - 4, 10), last]]
 
 
 def measure_path(
@@ -163,7 +164,7 @@ def measure_path(
             if path.free[at]:
                 towards = points if end else points[::-1]
                 ends.append(_reach_end(probability, towards, 2 * radius[tuple(pixels[end])] + 8))
-        first = [ends.pop(0)] if path.free[0] else []
+        first = [ends.pop(0)[::-1]] if path.free[0] else []
         points = np.vstack([*first, points, *ends])
         table = probability_widths(probability, points, path_normals(points), reach)
     else:
@@ -172,7 +173,7 @@ def measure_path(
         if not path.free[at] and not path.closed:
             merged = np.hypot(*(points - pixels[end]).T) <= radius[tuple(pixels[end])] + 2
             table.loc[merged, ["width_px", "low_px", "high_px"]] = np.nan
-    # The points that lengthen a free end lie on the crack's rim, and so have no width.
+    # The last point of a free end lies on the crack's rim, and so has no width.
     if path.free[0] and len(points) > 2:
         table.loc[0, ["width_px", "low_px", "high_px"]] = np.nan
     if path.free[1] and len(points) > 2:
@@ -231,15 +232,20 @@ def measure_cracks(
     radius = distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
     numbers, count = label(mask, np.ones((3, 3)))
     pieces = {number: [] for number in range(1, count + 1)}
-    branches = []
+    branches, counts = [], dict.fromkeys(pieces, 0)
     for path in trace_paths(center_line(mask)):
         crack, points = int(numbers[tuple(path.pixels[0])]), measure_path(probability, path, radius)
         pieces[crack].append(points)
+        # Where cracks cross, two junctions may be joined by a piece that lies within both: no branch of its own.
+        widest = max(radius[tuple(path.pixels[0])], radius[tuple(path.pixels[-1])])
+        if not any(path.free) and not path.closed and _pixel_length(path.pixels) <= widest + 1:
+            continue
+        counts[crack] += 1
         ends = points[["row", "column"]].to_numpy()[[0, -1]]
         chord = np.hypot(*(ends[1] - ends[0]))
         figures = _describe([points])
         tortuosity = figures["length_px"] / chord if chord > 0 else np.nan
-        branches.append(dict(crack=crack, branch=len(pieces[crack]), **figures, tortuosity=tortuosity))
+        branches.append(dict(crack=crack, branch=counts[crack], **figures, tortuosity=tortuosity))
     areas = np.bincount(numbers.ravel(), minlength=count + 1)
     cracks = []
     for crack, parts in pieces.items():
@@ -247,7 +253,7 @@ def measure_cracks(
         inner = [line["tortuosity"] * line["length_px"] for line in branches if line["crack"] == crack]
         tortuosity = sum(inner) / figures["length_px"] if figures["length_px"] else np.nan  # mean over its length
         cracks.append(
-            dict(crack=crack, branches=len(parts), **figures, tortuosity=tortuosity, area_px2=int(areas[crack]))
+            dict(crack=crack, branches=counts[crack], **figures, tortuosity=tortuosity, area_px2=int(areas[crack]))
         )
     names = ["length_px", "width_mean_px", "width_median_px", "width_p95_px", "width_max_px"]
     names += ["width_max_low_px", "width_max_high_px", "width_max_row", "width_max_column"]
