@@ -250,8 +250,9 @@ def measure_cracks(
     cracks = []
     for crack, parts in pieces.items():
         figures = _describe(parts)
-        inner = [line["tortuosity"] * line["length_px"] for line in branches if line["crack"] == crack]
-        tortuosity = sum(inner) / figures["length_px"] if figures["length_px"] else np.nan  # mean over its length
+        own = [(line["tortuosity"], line["length_px"]) for line in branches if line["crack"] == crack]
+        total = sum(length for _, length in own)
+        tortuosity = sum(ratio * length for ratio, length in own) / total if total else np.nan  # mean over the length
         cracks.append(
             dict(crack=crack, branches=counts[crack], **figures, tortuosity=tortuosity, area_px2=int(areas[crack]))
         )
