@@ -200,3 +200,8 @@ def test_reference_widths(data_folder):
     pooled = np.concatenate(list(errors.values()))
     assert len(pooled) == 190 and np.isfinite(pooled).all()  # each profile is answered
     assert pooled.mean() < 0.361 and errors["Indoors"].mean() < 0.34
+
+
+def test_a_crack_across_the_image_is_as_long_as_the_image():
+    "To the outer edges of the first and the last pixel."
+    assert abs(measure_cracks(slanted(61, 200, 3, 0))[0].length_px[0] - 61) < 0.3
