@@ -1016,6 +1016,93 @@ d = {
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
         },
+        "crackseg_nb.measure.cracks": {
+            "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._neighbours": (
+                "measure/cracks.html#_neighbours",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._pixel_length": (
+                "measure/cracks.html#_pixel_length",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._reach_end": (
+                "measure/cracks.html#_reach_end",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._with_millimetres": (
+                "measure/cracks.html#_with_millimetres",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.center_line": (
+                "measure/cracks.html#center_line",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.measure_cracks": (
+                "measure/cracks.html#measure_cracks",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.measure_path": (
+                "measure/cracks.html#measure_path",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.path_normals": (
+                "measure/cracks.html#path_normals",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.smooth_path": (
+                "measure/cracks.html#smooth_path",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.summarize_cracks": (
+                "measure/cracks.html#summarize_cracks",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.trace_paths": (
+                "measure/cracks.html#trace_paths",
+                "crackseg_nb/measure/cracks.py",
+            ),
+        },
+        "crackseg_nb.measure.widths": {
+            "crackseg_nb.measure.widths._interval_end": (
+                "measure/widths.html#_interval_end",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths._solve": ("measure/widths.html#_solve", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths._window": ("measure/widths.html#_window", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.area_widths": (
+                "measure/widths.html#area_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.blurred_box": (
+                "measure/widths.html#blurred_box",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.fit_profiles": (
+                "measure/widths.html#fit_profiles",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.gauss_ramp": (
+                "measure/widths.html#gauss_ramp",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.grey_widths": (
+                "measure/widths.html#grey_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.probability_widths": (
+                "measure/widths.html#probability_widths",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.sample_profiles": (
+                "measure/widths.html#sample_profiles",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+        },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
                 "metrics/calibration.html#calibration",
