@@ -1,4 +1,4 @@
-"""Measured cracks: widths below the pixel with their intervals, lengths of lines, and the reference widths of real cracks."""
+"""Measured cracks: widths below the pixel with their intervals, lengths of lines, reference widths of real cracks."""
 
 import csv
 
