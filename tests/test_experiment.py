@@ -116,7 +116,7 @@ def test_an_unknown_parameter_stops_before_anything_is_written(tmp_path):
 
 def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
     notebook = json.loads(NOTEBOOK.read_text("utf-8"))
-    cell = next(cell for cell in notebook["cells"] if "show_class_balance" in "".join(cell["source"]))
+    cell = next(cell for cell in notebook["cells"] if "show_class_balance(" in "".join(cell["source"]))
     cell["source"] = 'raise RuntimeError("no picture")'
     (tmp_path / "source.ipynb").write_text(json.dumps(notebook))
     done, executed = papermill(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
@@ -230,7 +230,10 @@ def expect_failure(tmp_path, words, **parameters):
         (dict(run_name="../elsewhere"), ("run_name",)),
         (dict(data_dir="photos"), ("data_dir", "synthetic")),
         (dict(loss="ce"), ("loss",)),
-        (dict(decoder_channels="0,32,16"), ("decoder_channels: found 0",)),
+        (
+            dict(model="swinv2_hybrid", encoder="swinv2", decoder_channels="0,32,16"),
+            ("decoder_channels: found 0",),
+        ),
         (dict(focal_weight=0, dice_weight=0), ("weights",)),
         (dict(device="gpu"), ("device",)),
     ],
@@ -281,7 +284,8 @@ def test_weights_that_cannot_be_had(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**27, 2**27))
+    free = experiment_module.SPACE_TO_BEGIN + 2**10  # enough for tables and pictures, not for the smallest checkpoint
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - free, free))
     monkeypatch.setattr(experiment_module, "fit", lambda *_: pytest.fail("training began"))
     expect_failure(tmp_path, ("MiB free", "checkpoints"))
 
