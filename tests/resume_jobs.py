@@ -15,6 +15,7 @@ from torch import nn
 
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.models import encoders, registry
+from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.training import checkpoint as checkpoint_module
@@ -86,6 +87,7 @@ def prepare():
     )  # of the loader's workers; a fork server's child would start another server
     torch.set_num_threads(1)
     registry.MODELS["conv_norm"] = (ConvNormConfig, ConvNorm)
+    MODEL_SETTINGS["conv_norm"] = ConvNormConfig
     encoders.timm = NarrowTimm
 
 

@@ -17,9 +17,9 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.data.dataset import CrackDataset
 from crackseg_nb.sources.registry import read_source
-from crackseg_nb.studies.encoder_benchmark import training_speed as benchmark
+from crackseg_nb.studies import race as race_module
 from crackseg_nb.studies.race import Contest, Contestant, enter_all, enter_resident, race, ratios, seconds_of, turns
-from crackseg_nb.studies.training_speed import BenchmarkConfig, time_first_step
+from crackseg_nb.studies.training_speed import BenchmarkConfig, algorithms, time_first_step
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
@@ -83,7 +83,7 @@ def test_all_do_the_same_work_and_end_at_the_same_weights(make_contest, settings
 def test_lightning_takes_part_or_is_left_out(make_contest, monkeypatch):
     pytest.importorskip("lightning")
     assert list(enter_all(make_contest())) == ["trainer", "bare", "resident", "lightning"]
-    monkeypatch.setattr(benchmark, "has_lightning", lambda: False)
+    monkeypatch.setattr(race_module, "has_lightning", lambda: False)
     assert list(enter_all(make_contest())) == ["trainer", "bare", "resident"]
 
 
@@ -145,7 +145,7 @@ def test_nobody_changes_the_algorithms_for_the_others(make_contest):
         contestant.model.register_forward_pre_hook(see)
     for wanted in (True, False):
         seen.clear()
-        with benchmark.algorithms(repeatable=wanted, fill=False):
+        with algorithms(repeatable=wanted, fill=False):
             race(contestants, rounds=1)
         assert seen == dict.fromkeys(contestants, {wanted})
 
@@ -153,7 +153,7 @@ def test_nobody_changes_the_algorithms_for_the_others(make_contest):
         torch.use_deterministic_algorithms(True)
 
     changed = "careless changed torch.s settings: deterministic False to True"
-    with benchmark.algorithms(repeatable=False, fill=True), pytest.raises(CrackSegError, match=changed):
+    with algorithms(repeatable=False, fill=True), pytest.raises(CrackSegError, match=changed):
         race({"careless": Contestant(nn.Conv2d(3, 1, 1), careless)}, rounds=1)
 
 
@@ -176,7 +176,7 @@ def test_precision_is_decided_once_for_all(make_contest, monkeypatch):
         asked.append(amp)
         return "bf16" if amp == "auto" else amp
 
-    monkeypatch.setattr(benchmark, "choose_precision", measure)
+    monkeypatch.setattr(race_module, "choose_precision", measure)
     contest = make_contest(amp="auto")
     contestants = enter_all(contest)
     assert asked == ["auto"] and contest.config.amp == "bf16"

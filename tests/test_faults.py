@@ -19,6 +19,7 @@ from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, Stopped
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models import registry
+from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training import checkpoint as checkpoint_module
@@ -33,6 +34,7 @@ EPOCHS = 4
 def conv_norm(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry.MODELS, "conv_norm", (resume_jobs.ConvNormConfig, resume_jobs.ConvNorm))
+        patch.setitem(MODEL_SETTINGS, "conv_norm", resume_jobs.ConvNormConfig)
         yield
 
 

@@ -238,7 +238,8 @@ def run_processes(function: Callable, args: tuple, devices: int, folder: Path) -
     except ChildFailedError as error:
         if was_stopped(error, folder):
             return RESUME_CODE
-        raise launch_error(folder, error) from error
+        found = launch_error(folder, error)
+        raise found from found.__cause__  # the traceback of the process that failed
     except SignalException as error:
         if error.sigval in PASSED:
             return RESUME_CODE
