@@ -160,7 +160,7 @@ def test_nobody_changes_the_algorithms_for_the_others(make_contest):
 def test_resident_batches_are_those_of_the_loader(make_contest, monkeypatch):
     taken, contest = [], make_contest()
     monkeypatch.setattr(
-        benchmark, "plain_epoch", lambda contest, model, optimizer, scaler, batches: taken.append(batches)
+        race_module, "plain_epoch", lambda contest, model, optimizer, scaler, batches: taken.append(batches)
     )
     enter_resident(contest).epoch(5)
     loader = contest.loader()
