@@ -1,5 +1,6 @@
 """Which threshold, which images and which digits stand in a run's results."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,15 @@ import pandas as pd
 import pytest
 import torch
 
+from crackseg_nb.data.splits import make_splits
 from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.runs import experiment as steps
+from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.results import image_scores, read_prediction, read_training, save_prediction, split_scores
+from crackseg_nb.sources.registry import read_source
+from crackseg_nb.sources.samples import Classes
 from crackseg_nb.studies.pretraining import LENT, SCRATCH, tell
+from crackseg_nb.synthetic.cracks import write_synthetic
 
 
 def metrics(*rows):
@@ -32,6 +39,29 @@ def experiment(threshold=0.3, overlapping=(), val=True):
         audit=SimpleNamespace(overlapping_test_names=list(overlapping)),
         splits=SimpleNamespace(test=SAMPLES),
     )
+
+
+@pytest.mark.parametrize(("criterion", "threshold"), [("pooled_recall", 0.4), ("pooled_precision", 0.5)])
+def test_the_threshold_is_the_best_on_the_validation_images(monkeypatch, criterion, threshold):
+    monkeypatch.setattr(steps, "evaluate", lambda *arguments, **settings: (TEST, None))
+    monkeypatch.setattr(steps, "collect_results", lambda found: {"test": {"pooled": {}}})
+    found = experiment()
+    found.trainer = SimpleNamespace(model=None, accelerator=None, metrics=TEST)
+    found.config = SimpleNamespace(run=SimpleNamespace(threshold_criterion=criterion))
+    found.splits.classes, found.binary, found.loaders, found.timings = Classes(), True, {"test": []}, {}
+    found.validation_metrics, found.keep_tables, found.stop_if_asked = lambda: found.val_metrics, lambda: None, None
+    found.val_metrics, found.stop = metrics([0.6, 0.42, 0.45, 0.1]), nullcontext()
+    steps.Experiment.test.__wrapped__(found)
+    assert found.threshold == threshold
+
+
+def test_training_images_alone_are_augmented(tmp_path):
+    source = read_source("folder", write_synthetic(tmp_path / "cracks", 8, (40, 40), seed=1))
+    config = configure(augmentation="crack", image_size=32, preload="false", device="cpu", outputs=str(tmp_path))
+    for split, dataset in steps.make_datasets(config, make_splits(source)).items():
+        same = torch.equal(dataset[0, 0]["image"], dataset[1, 0]["image"])  # in two epochs
+        assert same == (split != "train"), split
+        assert split == "train" or np.array_equal(dataset[0]["mask"], dataset.pair(0)[1])
 
 
 def test_each_split_is_scored_at_its_threshold():
