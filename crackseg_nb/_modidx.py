@@ -2488,6 +2488,28 @@ d = {
             ),
             "crackseg_nb.runs.sweep.with_spread": ("runs/sweep.html#with_spread", "crackseg_nb/runs/sweep.py"),
         },
+        "crackseg_nb.runs.trained_model": {
+            "crackseg_nb.runs.trained_model.TrainedModel": (
+                "runs/trained_model.html#trainedmodel",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.classes_of": (
+                "runs/trained_model.html#classes_of",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.config_beside": (
+                "runs/trained_model.html#config_beside",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.load_model": (
+                "runs/trained_model.html#load_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.open_model": (
+                "runs/trained_model.html#open_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+        },
         "crackseg_nb.runs.verify": {
             "crackseg_nb.runs.verify.Check": ("runs/verify.html#check", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.Check.what": ("runs/verify.html#check.what", "crackseg_nb/runs/verify.py"),
