@@ -25,6 +25,7 @@ d = {
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
+            "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
@@ -43,6 +44,7 @@ d = {
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.write_table": ("core/files.html#write_table", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_text": ("core/files.html#write_text", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_yaml": ("core/files.html#write_yaml", "crackseg_nb/core/files.py"),
         },
@@ -1487,6 +1489,18 @@ d = {
                 "metrics/statistics.html#difference",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.Difference.evidence": (
+                "metrics/statistics.html#difference.evidence",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.rule": (
+                "metrics/statistics.html#difference.rule",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.too_few": (
+                "metrics/statistics.html#difference.too_few",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.Interval": (
                 "metrics/statistics.html#interval",
                 "crackseg_nb/metrics/statistics.py",
@@ -1535,8 +1549,16 @@ d = {
                 "metrics/statistics.html#compare_all",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.compare_repeats": (
+                "metrics/statistics.html#compare_repeats",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.conclude": (
                 "metrics/statistics.html#conclude",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.corrected": (
+                "metrics/statistics.html#corrected",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.finite": (
@@ -1555,6 +1577,10 @@ d = {
                 "metrics/statistics.html#holm",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.least_effect": (
+                "metrics/statistics.html#least_effect",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.middle": (
                 "metrics/statistics.html#middle",
                 "crackseg_nb/metrics/statistics.py",
@@ -1565,6 +1591,14 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.paired_bootstrap": (
                 "metrics/statistics.html#paired_bootstrap",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.paired_t": (
+                "metrics/statistics.html#paired_t",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.pairs_of": (
+                "metrics/statistics.html#pairs_of",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.resampled_means": (
@@ -1597,6 +1631,10 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.spread": (
                 "metrics/statistics.html#spread",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.tell_pairs": (
+                "metrics/statistics.html#tell_pairs",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.verdict": (
@@ -2912,16 +2950,16 @@ d = {
                 "studies/ablation.html#ablationconfig.__post_init__",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.check_same_images": (
+                "studies/ablation.html#check_same_images",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.effects": (
                 "studies/ablation.html#effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.finish_ablation": (
                 "studies/ablation.html#finish_ablation",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.paired_scores": (
-                "studies/ablation.html#paired_scores",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.results_of": (
@@ -2932,16 +2970,16 @@ d = {
                 "studies/ablation.html#run_all",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.scores_by_seed": (
+                "studies/ablation.html#scores_by_seed",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.show_effects": (
                 "studies/ablation.html#show_effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.sweeps_of": (
                 "studies/ablation.html#sweeps_of",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.tell_effect": (
-                "studies/ablation.html#tell_effect",
                 "crackseg_nb/studies/ablation.py",
             ),
         },
@@ -3142,10 +3180,6 @@ d = {
                 "studies/encoder_benchmark.html#encoderbenchmark.remarks",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.report": (
-                "studies/encoder_benchmark.html#encoderbenchmark.report",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run": (
                 "studies/encoder_benchmark.html#encoderbenchmark.run",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3190,20 +3224,12 @@ d = {
                 "studies/encoder_benchmark.html#cautions",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.chance_of_false_difference": (
-                "studies/encoder_benchmark.html#chance_of_false_difference",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.check_same_data": (
                 "studies/encoder_benchmark.html#check_same_data",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.class_means": (
                 "studies/encoder_benchmark.html#class_means",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.compare_pair": (
-                "studies/encoder_benchmark.html#compare_pair",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
@@ -3246,10 +3272,6 @@ d = {
                 "studies/encoder_benchmark.html#readable",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.sentences": (
-                "studies/encoder_benchmark.html#sentences",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.shared_machine": (
                 "studies/encoder_benchmark.html#shared_machine",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3280,10 +3302,6 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (
                 "studies/encoder_benchmark.html#training_speed",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.verdict": (
-                "studies/encoder_benchmark.html#verdict",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
         },
@@ -3354,6 +3372,10 @@ d = {
         "crackseg_nb.studies.pretraining": {
             "crackseg_nb.studies.pretraining.arms": (
                 "studies/pretraining.html#arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.compare_arms": (
+                "studies/pretraining.html#compare_arms",
                 "crackseg_nb/studies/pretraining.py",
             ),
             "crackseg_nb.studies.pretraining.paired_results": (

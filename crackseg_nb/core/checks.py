@@ -12,6 +12,7 @@ __all__ = [
     "CrackSegError",
     "Stopped",
     "nearest",
+    "unknown_name",
     "choose",
     "check_number",
     "check_folder_name",
@@ -54,6 +55,13 @@ def nearest(found, choices) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+# %% ../../nbs/core/01_checks.ipynb #a0dcd2be
+def unknown_name(found, choices) -> str:
+    "Return `found` in quotes, with the valid name that comes closest, as errors show it."
+    close = nearest(found, choices)
+    return repr(found) + (f" (did you mean {close!r}?)" if close else "")
+
+
 # %% ../../nbs/core/01_checks.ipynb #36fbf2b8
 def choose(
     parameter: str,  # name shown in the error
@@ -64,9 +72,8 @@ def choose(
     choices = list(choices)
     if found in choices:
         return found
-    close = nearest(found, choices)
-    hint = f" (did you mean {close!r}?)" if close else ""
-    raise CrackSegError(f"{parameter}: found {found!r}{hint}, expected one of {', '.join(map(str, choices))}")
+    found = unknown_name(found, choices)
+    raise CrackSegError(f"{parameter}: found {found}, expected one of {', '.join(map(str, choices))}")
 
 
 # %% ../../nbs/core/01_checks.ipynb #ed019f99
