@@ -17,6 +17,7 @@ d = {
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_settings": ("core/checks.html#check_settings", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
@@ -2162,7 +2163,6 @@ d = {
             ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
-            "crackseg_nb.runs.config.check_settings": ("runs/config.html#check_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_weighted_loss": (
                 "runs/config.html#check_weighted_loss",
                 "crackseg_nb/runs/config.py",
@@ -2222,10 +2222,6 @@ d = {
                 "runs/experiment.html#experiment.begin",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.binary": (
-                "runs/experiment.html#experiment.binary",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.build_model": (
                 "runs/experiment.html#experiment.build_model",
                 "crackseg_nb/runs/experiment.py",
@@ -2242,24 +2238,12 @@ d = {
                 "runs/experiment.html#experiment.finish",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.fitting_batch": (
-                "runs/experiment.html#experiment.fitting_batch",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.keep_tables": (
-                "runs/experiment.html#experiment.keep_tables",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.load_data": (
                 "runs/experiment.html#experiment.load_data",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.refuse_seen_images": (
-                "runs/experiment.html#experiment.refuse_seen_images",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.settle_precision": (
-                "runs/experiment.html#experiment.settle_precision",
+            "crackseg_nb.runs.experiment.Experiment.record": (
+                "runs/experiment.html#experiment.record",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.Experiment.stop_if_asked": (
@@ -2278,23 +2262,36 @@ d = {
                 "runs/experiment.html#experiment.train_on_devices",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.validation_metrics": (
-                "runs/experiment.html#experiment.validation_metrics",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.weigh_classes": (
-                "runs/experiment.html#experiment.weigh_classes",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.describe_world": (
+                "runs/experiment.html#describe_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.find_precision": (
+                "runs/experiment.html#find_precision",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.find_source": (
                 "runs/experiment.html#find_source",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.fitting_batch": (
+                "runs/experiment.html#fitting_batch",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.keep_best": (
+                "runs/experiment.html#keep_best",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.keep_tables": (
+                "runs/experiment.html#keep_tables",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.lay_out": ("runs/experiment.html#lay_out", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.learned_splits": (
                 "runs/experiment.html#learned_splits",
                 "crackseg_nb/runs/experiment.py",
@@ -2332,6 +2329,14 @@ d = {
             ),
             "crackseg_nb.runs.experiment.train_in_process": (
                 "runs/experiment.html#train_in_process",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.warn_of_seen_images": (
+                "runs/experiment.html#warn_of_seen_images",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.weigh_classes": (
+                "runs/experiment.html#weigh_classes",
                 "crackseg_nb/runs/experiment.py",
             ),
         },
@@ -2420,7 +2425,6 @@ d = {
                 "runs/results.html#collect_results",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.image_scores": ("runs/results.html#image_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
@@ -2441,6 +2445,7 @@ d = {
                 "runs/results.html#read_training",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.report_text": ("runs/results.html#report_text", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.resumes": ("runs/results.html#resumes", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.save_prediction": (
                 "runs/results.html#save_prediction",
@@ -2450,7 +2455,6 @@ d = {
             "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.setup_lines": ("runs/results.html#setup_lines", "crackseg_nb/runs/results.py"),
-            "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_decision": (
                 "runs/results.html#show_decision",
                 "crackseg_nb/runs/results.py",
@@ -2459,6 +2463,7 @@ d = {
                 "runs/results.html#show_extremes",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.show_labels": ("runs/results.html#show_labels", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.split_scores": ("runs/results.html#split_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.warn_of_amounts": (
                 "runs/results.html#warn_of_amounts",
@@ -2472,7 +2477,19 @@ d = {
                 "runs/results.html#write_manifest",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.write_report": ("runs/results.html#write_report", "crackseg_nb/runs/results.py"),
+        },
+        "crackseg_nb.runs.stages": {
+            "crackseg_nb.runs.stages.Built": ("runs/stages.html#built", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared": ("runs/stages.html#prepared", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared.binary": (
+                "runs/stages.html#prepared.binary",
+                "crackseg_nb/runs/stages.py",
+            ),
+            "crackseg_nb.runs.stages.Tested": ("runs/stages.html#tested", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Trained": ("runs/stages.html#trained", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.image_scores": ("runs/stages.html#image_scores", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.score_model": ("runs/stages.html#score_model", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
         },
         "crackseg_nb.runs.sweep": {
             "crackseg_nb.runs.sweep.LiveTable": ("runs/sweep.html#livetable", "crackseg_nb/runs/sweep.py"),

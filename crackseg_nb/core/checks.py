@@ -15,6 +15,7 @@ __all__ = [
     "unknown_name",
     "choose",
     "check_number",
+    "check_settings",
     "check_folder_name",
     "plain_variables",
     "first_few",
@@ -94,6 +95,19 @@ def check_number(
         if (low is None or value >= low) and (high is None or value <= high):
             return value
     raise CrackSegError(f"{parameter}: found {found!r}, expected {expected}")
+
+
+# %% ../../nbs/core/01_checks.ipynb #ab5188af
+def check_settings(
+    settings,  # a dataclass, whose numbers are brought to their kind
+    choices: dict,  # valid names by setting
+    bounds: dict,  # kind, lowest and, where there is one, highest value by setting
+) -> None:
+    "Raise CrackSegError unless each setting is one of its `choices`, or a number within its `bounds`."
+    for name, valid in choices.items():
+        choose(name, getattr(settings, name), valid)
+    for name, limits in bounds.items():
+        object.__setattr__(settings, name, check_number(name, getattr(settings, name), *limits))
 
 
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326

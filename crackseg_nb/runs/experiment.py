@@ -13,12 +13,20 @@ __all__ = [
     "learned_splits",
     "make_datasets",
     "make_loaders",
+    "weigh_classes",
     "make_criterion",
     "run_of_weights",
     "take_first_weights",
+    "warn_of_seen_images",
     "make_model",
     "check_same_world",
+    "describe_world",
+    "lay_out",
+    "find_precision",
+    "fitting_batch",
+    "keep_best",
     "train_in_process",
+    "keep_tables",
     "prepare",
     "run",
 ]
@@ -28,6 +36,7 @@ import atexit
 import functools
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -40,26 +49,26 @@ from torch import nn
 # %% ../../nbs/runs/05_experiment.ipynb #7d1c4d0d
 from ..core.checks import RESUME_CODE, CrackSegError, Stopped, first_few
 from crackseg_nb.core.files import (
-    atomic_write,
     check_writable,
     display_path,
     find_path,
     outputs_folder,
     read_yaml,
+    write_table,
     write_text,
     write_yaml,
 )
 from ..core.machine import describe_environment, get_device, log_to, logger, now, this_process
 from ..core.run_folder import RunFolder, create_run_folder, locate_weights
 from ..core.seeds import seed_everything, seed_for
-from ..data.audit import audit
+from ..data.audit import Audit, audit
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
 from ..data.dataset import CrackDataset, LabelDataset
 from ..data.label_augment import create_label_augmentation
 from ..data.loaders import create_loader
 from ..data.splits import Splits, make_splits
-from ..metrics.counts import ImageCounts, create_metrics
+from ..metrics.counts import create_metrics
 from ..models.registry import count_parameters, create_model
 from crackseg_nb.runs.config import (
     FIRST_WEIGHTS,
@@ -72,18 +81,19 @@ from crackseg_nb.runs.config import (
 )
 from crackseg_nb.runs.results import (
     collect_results,
-    image_scores,
+    report_text,
     resumes,
     save_prediction,
+    setup_lines,
     write_manifest,
-    write_report,
 )
+from .stages import Built, Prepared, Tested, Trained, score_model, settle
 from ..sources.registry import read_source
+from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures
 from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
-from ..training.evaluation import evaluate
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
@@ -123,11 +133,16 @@ SPACE_TO_BEGIN = 50 * 2**20  # bytes for tables, pictures and predictions
 
 
 class Experiment:
-    "Carry one run from its configuration to its results; see the steps below."
+    "Carry one run from its configuration to its results, and hold what each stage left; see the steps below."
 
     def __init__(self, config: ExperimentConfig):
         self.config, self.device, self.stop = config, get_device(config.run.device), StopRequest(config.run.time_limit)
-        self.results, self.timings, self.trainer, self.resume_from = {}, {}, None, None
+        self.prepared: Prepared | None = None
+        self.built: Built | None = None
+        self.trained: Trained | None = None
+        self.tested: Tested | None = None
+        self.results: dict = {}
+        self.resume_from: str | None = None  # name of the state that a resumed run goes on from
         if config.resume:
             self.folder = RunFolder(config.resume)
         else:
@@ -136,18 +151,15 @@ class Experiment:
             )
         self.begin()
 
-    @property
-    def binary(self) -> bool:
-        "Whether masks hold cracks alone, and a threshold decides."
-        return self.splits.classes.binary and not self.config.data.labelled
-
     def fail(self, reason: str) -> None:
         "Mark the run as failed, once."
         if not self.folder.path.is_dir() or self.folder.status["state"] != "running":
             return
         logger.error("run failed: %s", reason)
-        with suppress(OSError):
-            self.folder.mark("failed", error=reason)  # on a full disk the reason matters more
+        with suppress(OSError):  # on a full disk the reason matters more
+            self.folder.mark("failed", error=reason)
+            if not (self.folder / "config.yaml").is_file():
+                write_yaml(self.folder / "config.yaml", config_to_dict(self.config))  # as given: nothing was settled
 
     def fail_if_unfinished(self, pid: int) -> None:
         "Mark the run as failed at the exit of its own process."
@@ -159,12 +171,11 @@ class Experiment:
 @patch
 @step
 def begin(self: Experiment) -> None:
-    "Open the log and write what is known before the data is read; find the state to go on from."
+    "Open the log; find the state from which a resumed run goes on."
     log_to(self.folder / "training.log")
     atexit.register(self.fail_if_unfinished, os.getpid())
     if self.config.resume:
-        note_resume(self)
-    write_yaml(self.folder / "config.yaml", config_to_dict(self.config))
+        self.resume_from = note_resume(self.folder, self.config)
     logger.info("run %s, seed %d, device %s", self.folder.run_id, self.config.run.seed, self.device)
     seed_everything(self.config.run.seed)
 
@@ -175,12 +186,12 @@ def flat(settings: dict[str, dict]) -> dict:
     return {name: value for section in settings.values() for name, value in section.items()}
 
 
-def note_resume(experiment: Experiment) -> None:
-    "Mark a run as running again and record how."
-    folder, before = experiment.folder, experiment.folder.state
+def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
+    "Mark a run as running again, record how, and return the name of its newest whole state."
+    before = folder.state
     folder.mark("running")
-    experiment.resume_from = latest_checkpoint(folder / "checkpoints")
-    old, new = flat(read_yaml(folder / "config.yaml")), flat(config_to_dict(experiment.config))
+    newest = latest_checkpoint(folder / "checkpoints")
+    old, new = flat(read_yaml(folder / "config.yaml")), flat(config_to_dict(config))
     changed = {
         name: value
         for name, value in new.items()
@@ -190,7 +201,7 @@ def note_resume(experiment: Experiment) -> None:
         "time": now(),
         **this_process(),
         "was": before,
-        "from": experiment.resume_from or "the beginning",
+        "from": newest or "the beginning",
         "changed": changed,
     }
     write_yaml(folder / "resumes.yaml", [*resumes(folder), entry])
@@ -201,6 +212,7 @@ def note_resume(experiment: Experiment) -> None:
         entry["from"],
         f", with {', '.join(f'{name}={value}' for name, value in changed.items())}" if changed else "",
     )
+    return newest
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #ef34a9e1
@@ -318,20 +330,16 @@ def make_loaders(
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #28ee4af0
-@patch
-def weigh_classes(self: Experiment) -> None:
-    "Turn `class_weights` into numbers, from the training images where they are counted, and write them down."
-    config, fingerprint = self.config, self.audit.fingerprint
+def weigh_classes(config: ExperimentConfig, report: Audit, classes: Classes) -> ClassWeights | None:
+    "Return `class_weights` as numbers, from the training images where they are counted; None without."
     learned = ("train", "val") if config.data.train_set == "trainval" else ("train",)
-    pixels, images = (sum(counts[split] for split in learned) for counts in (self.audit.pixels, self.audit.images))
-    self.class_weights = resolve_class_weights(
-        config.class_weights, pixels, images, self.splits.classes.names, fingerprint, config.effective_beta
+    pixels, images = (sum(counts[split] for split in learned) for counts in (report.pixels, report.images))
+    found = resolve_class_weights(
+        config.class_weights, pixels, images, classes.names, report.fingerprint, config.effective_beta
     )
-    if self.class_weights is None:
-        return
-    self.class_weights.save(self.folder / "class_weights.json")
-    for line in self.class_weights.describe().splitlines():
+    for line in found.describe().splitlines() if found else ():
         logger.info("class weights: %s", line)
+    return found
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #5298740f
@@ -351,22 +359,18 @@ def make_criterion(config: ExperimentConfig, folder: RunFolder) -> Loss:
 def load_data(self: Experiment) -> None:
     "Read, split and audit the data, and build the loaders; raise CrackSegError if anything in it is wrong."
     config, start = self.config, time.perf_counter()
-    self.source = find_source(config)
-    splits = make_splits(self.source, config.data.fractions, config.run.seed)
-    self.audit = audit(splits)
-    for warning in self.audit.warnings:
+    splits = make_splits(find_source(config), config.data.fractions, config.run.seed)
+    report = audit(splits)
+    for warning in report.warnings:
         logger.warning("data: %s", warning)
-    self.audit.raise_if_fatal()
-    self.splits = learned_splits(config, splits)
-    self.weigh_classes()
-    write_yaml(
-        self.folder / "splits.yaml",
-        {split: [sample.name for sample in samples] for split, samples in self.splits.items()},
-    )
-    self.datasets = make_datasets(config, self.splits)
-    self.loaders = make_loaders(config, self.datasets)
-    self.timings["data"] = time.perf_counter() - start
-    logger.info("data: %s", ", ".join(f"{split} {size}" for split, size in self.splits.lengths.items()))
+    report.raise_if_fatal()
+    splits = learned_splits(config, splits)
+    weights = weigh_classes(config, report, splits.classes)
+    datasets = make_datasets(config, splits)
+    loaders = make_loaders(config, datasets)
+    seconds = time.perf_counter() - start
+    self.prepared = Prepared(splits, report, weights, datasets, loaders, config.data.labelled, seconds)
+    logger.info("data: %s", ", ".join(f"{split} {size}" for split, size in splits.lengths.items()))
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #fa4b6d88
@@ -402,42 +406,38 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #a4c7943e
-@patch
-def refuse_seen_images(self: Experiment) -> None:
-    "Raise CrackSegError if the lending run has learned test images of this one; warn of validation images."
-    data, warnings = self.config.data, []
+def warn_of_seen_images(config: ExperimentConfig, splits: Splits) -> list[str]:
+    "Raise CrackSegError if the lending run has learned test images of this one; return warnings of validation images."
+    data, warnings = config.data, []
     for name in FIRST_WEIGHTS:
-        if not getattr(self.config, name) or data.data in SYNTHETIC:
+        if not getattr(config, name) or data.data in SYNTHETIC:
             continue  # with another seed, synthetic images are others
-        run = run_of_weights(locate_weights(name, getattr(self.config, name), self.config.run.outputs))
+        run = run_of_weights(locate_weights(name, getattr(config, name), config.run.outputs))
         if run is None:
             if name == "fine_tune":
                 warnings.append(
-                    f"{name}: {getattr(self.config, name)} lies in no run: "
-                    "whether it learned test images cannot be told"
+                    f"{name}: {getattr(config, name)} lies in no run: whether it learned test images cannot be told"
                 )
             continue
         theirs, before = read_yaml(run / "splits.yaml"), read_yaml(run / "config.yaml")["data"]
         if before["data"] != data.data:
             continue
         same = find_path(before["data_dir"]).resolve() == find_path(data.data_dir).resolve()
-        seen = sorted({sample.name for sample in self.splits.test} & {*theirs["train"], *theirs["val"]})
+        seen = sorted({sample.name for sample in splits.test} & {*theirs["train"], *theirs["val"]})
         told = (
-            f"{name}: found {len(seen)} of {len(self.splits.test)} test images among those that {run.name} "
+            f"{name}: found {len(seen)} of {len(splits.test)} test images among those that {run.name} "
             f"learned or chose by ({first_few(seen)})"
         )
         if seen and same:
             raise CrackSegError(f"{told}, expected a run with the same splits, as of the same seed and fractions")
         if seen:
             warnings.append(told + ", if they are the same images")
-        if learned := {sample.name for sample in self.splits.val} & {*theirs["train"]}:
+        if learned := {sample.name for sample in splits.val} & {*theirs["train"]}:
             warnings.append(
-                f"{name}: {run.name} learned {len(learned)} of {len(self.splits.val)} validation images, "
+                f"{name}: {run.name} learned {len(learned)} of {len(splits.val)} validation images, "
                 "by which this run chooses its epoch and threshold" + ("" if same else ", if they are the same images")
             )
-    for warning in warnings:
-        logger.warning("data: %s", warning)
-    self.audit.warnings.extend(warnings)
+    return warnings
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #50f43803
@@ -480,83 +480,72 @@ def check_same_world(old: dict, new: dict, folder: str) -> None:
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #ea4e041d
-@patch
-@step
-def build_model(self: Experiment) -> None:
-    "Build the model and write environment.yaml; raise CrackSegError if weights or disk space can't be had."
-    config, path = self.config, self.folder / "environment.yaml"
-    if self.resume_from is None:
-        self.refuse_seen_images()
-    self.model = make_model(config, fresh=self.resume_from is None)
-    self.parameters = count_parameters(self.model)
-    kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights
-    if config.train.epochs:
-        check_writable(self.folder.path, kept * 4 * self.parameters["total"])
-    environment = {
+def describe_world(config: ExperimentConfig, device: torch.device, weights: dict, prepared: Prepared) -> dict:
+    "Return what goes to environment.yaml: versions, machine, weights and data."
+    return {
         **describe_environment(),
-        "device": str(self.device),
-        "weights": self.model.weights,
+        "device": str(device),
+        "weights": weights,
         "data": {
-            "source": self.source.name,
-            "fingerprint": self.audit.fingerprint,
-            "images": self.splits.lengths,
-            "classes": self.splits.classes.names,
-            "notes": self.audit.notes,
-            "warnings": self.audit.warnings,
+            "source": prepared.splits.source,
+            "fingerprint": prepared.audit.fingerprint,
+            "images": prepared.splits.lengths,
+            "classes": prepared.splits.classes.names,
+            "notes": prepared.audit.notes,
+            "warnings": prepared.audit.warnings,
         },
     }
-    if config.resume and path.is_file():
-        check_same_world(read_yaml(path), environment, self.folder.run_id)
+
+
+@patch
+def record(self: Experiment, weights: dict) -> None:
+    "Write settings, splits, class weights and environment, once, now that all of them are settled."
+    folder, prepared = self.folder, self.prepared
+    environment = describe_world(self.config, self.device, weights, prepared)
+    if self.config.resume and (folder / "environment.yaml").is_file():
+        check_same_world(read_yaml(folder / "environment.yaml"), environment, folder.run_id)
+    write_yaml(folder / "config.yaml", config_to_dict(self.config))
+    names = {split: [sample.name for sample in samples] for split, samples in prepared.splits.items()}
+    write_yaml(folder / "splits.yaml", names)
+    if prepared.class_weights:
+        prepared.class_weights.save(folder / "class_weights.json")
     if self.resume_from is None:
-        write_yaml(path, environment)
-    else:
-        self.model.weights = read_yaml(path)["weights"]
-    if self.model.weights["requested"] == "auto":  # a repetition has to begin with the same weights
-        config.model_settings["pretrained"] = "false" if self.model.weights["loaded"] == "from scratch" else "true"
-        write_yaml(self.folder / "config.yaml", config_to_dict(config))
-    logger.info(
-        "model: %s, %s parameters, weights: %s",
-        config.model,
-        f"{self.parameters['total']:,}",
-        self.model.weights["loaded"],
-    )
+        write_yaml(folder / "environment.yaml", environment)
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #4ec09c6f
-@patch
-def settle_precision(self: Experiment) -> None:
-    "Lay the model out as it will be trained; replace `amp auto` by what is fastest here, and write it down."
-    config, size = self.config, self.config.data.image_size
+def lay_out(config: ExperimentConfig, model: nn.Module, device: torch.device) -> None:
+    "Bring a model to its device and into the layout in which it will be trained."
     if config.train.gradient_checkpointing:
-        enable_gradient_checkpointing(self.model)
-    self.model.to(
-        self.device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format
-    )
-    if config.train.amp != "auto" or not config.train.epochs:
-        return
+        enable_gradient_checkpointing(model)
+    model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
+
+
+def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.device) -> str:
+    "Return the value of `amp` that holds here: `auto` becomes what is fastest; without training it stays."
+    train, size = config.train, config.data.image_size
+    if train.amp != "auto" or not train.epochs:
+        return train.amp
 
     def measure():
-        return time_precisions(self.model, min(config.train.batch_size, 4), (size, size), self.device)
+        return time_precisions(model, min(train.batch_size, 4), (size, size), device)
 
-    precision = choose_precision("auto", self.device, measure)
-    config.train.amp = "off" if precision == "no" else precision
-    write_yaml(self.folder / "config.yaml", config_to_dict(config))
+    return choose_precision("auto", device, measure).replace("no", "off")
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #66726c58
-@patch
-def fitting_batch(self: Experiment) -> int:
+def fitting_batch(config: ExperimentConfig, model: nn.Module, device: torch.device) -> int:
     "Return how many images of a batch fit into memory, by a lower bound; raise CrackSegError if none does."
-    train, size = self.config.train, self.config.data.image_size
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-        choose_precision(train.amp, self.device).replace("no", "")
-    )
+    train, size = config.train, config.data.image_size
+    if not train.epochs:
+        return train.batch_size
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(train.amp, device))
     try:
-        estimate = estimate_memory(self.model, train.batch_size, (size, size), self.device, dtype)
+        estimate = estimate_memory(model, train.batch_size, (size, size), device, dtype)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        clear_cache(self.device)
+        clear_cache(device)
         logger.warning("OUT OF MEMORY while estimating: beginning with one image at a time")
         return 1
     logger.info("memory: %s", estimate)
@@ -568,6 +557,60 @@ def fitting_batch(self: Experiment) -> int:
             "MEMORY: %d images at a time instead of %d; the effective batch stays the same", fitting, train.batch_size
         )
     return fitting
+
+
+# %% ../../nbs/runs/05_experiment.ipynb #0263e4ec
+@patch
+@step
+def build_model(self: Experiment) -> None:
+    "Build the model, settle what was left open, write it down; raise CrackSegError if weights or space can't be had."
+    config, prepared = self.config, self.prepared
+    if self.resume_from is None:
+        warnings = warn_of_seen_images(config, prepared.splits)
+        for warning in warnings:
+            logger.warning("data: %s", warning)
+        report = replace(prepared.audit, warnings=[*prepared.audit.warnings, *warnings])
+        self.prepared = replace(prepared, audit=report)
+    model = make_model(config, fresh=self.resume_from is None)
+    if self.resume_from:
+        model.weights = read_yaml(self.folder / "environment.yaml")["weights"]
+    parameters = count_parameters(model)
+    kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights
+    if config.train.epochs:
+        check_writable(self.folder.path, kept * 4 * parameters["total"])
+    told = f"{parameters['total']:,} parameters, weights: {model.weights['loaded']}"
+    logger.info("model: %s, %s", config.model, told)
+    lay_out(config, model, self.device)
+    self.config = settle(config, model.weights, find_precision(config, model, self.device))
+    self.built = Built(model, parameters, fitting_batch(self.config, model, self.device))
+    self.record(model.weights)
+
+
+# %% ../../nbs/runs/05_experiment.ipynb #13eba590
+def keep_best(trainer: Trainer, history: pd.DataFrame, seconds: float) -> Trained:
+    "Load the weights of the best epoch into the model and return it with its counts on the validation images."
+    best, val_metrics = trainer.best, None
+    if best.epoch:
+        trainer.model.load_state_dict(trainer.best_weights)
+        if trainer.val_loader is None:
+            logger.info("last epoch: %d, no validation images", best.epoch)
+        else:
+            logger.info("best epoch: %d, val %s %.4f", best.epoch, trainer.metrics.iou_name, best.value)
+    if trainer.best_rows is not None and trainer.val_loader is not None:
+        val_metrics = trainer.metrics.blank()
+        val_metrics.add_state(trainer.best_rows)
+    performance = pd.DataFrame(trainer.performance)
+    return Trained(
+        trainer.model,
+        trainer.accelerator,
+        history,
+        performance,
+        epoch=best.epoch,
+        epochs=trainer.epoch,
+        micro_batch=trainer.micro_batch,
+        val_metrics=val_metrics,
+        seconds=seconds,
+    )
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #4bff36b1
@@ -612,13 +655,13 @@ def train_in_process(
 
 
 @patch
-def train_on_devices(self: Experiment, micro_batch: int) -> None:
+def train_on_devices(self: Experiment) -> None:
     "Train in several processes up to a state that this process can take over; raise Stopped if they were stopped."
-    self.model.to("cpu")  # the first process wants this one's device for itself
+    self.built.model.to("cpu")  # the first process wants this one's device for itself
     clear_cache(self.device)
     code = launch(
         train_in_process,
-        (str(self.folder.path), self.stop.minutes_left, micro_batch),
+        (str(self.folder.path), self.stop.minutes_left, self.built.micro_batch),
         self.config.run.devices,
         self.device,
     )
@@ -632,21 +675,20 @@ def train_on_devices(self: Experiment, micro_batch: int) -> None:
 @step
 def train(
     self: Experiment,
-    on_epoch=None,  # called with the trainer after each epoch; not by several processes
+    on_epoch: Callable | None = None,  # called with the trainer after each epoch; not by several processes
 ) -> pd.DataFrame:
     "Train, keep the best epoch, load its weights into the model, and return the history."
-    config, start = self.config, time.perf_counter()
-    self.settle_precision()
-    micro_batch = self.fitting_batch() if config.train.epochs else config.train.batch_size
+    config, prepared, start = self.config, self.prepared, time.perf_counter()
     if config.run.devices > 1 and config.train.epochs:
-        self.train_on_devices(micro_batch)
+        self.train_on_devices()
     seed_everything(config.run.seed)
+    state = load_checkpoint(self.folder / "checkpoints", self.resume_from) if self.resume_from else None
     with self.stop:
-        trainer = self.trainer = Trainer(
-            self.model,
+        trainer = Trainer(
+            self.built.model,
             make_criterion(config, self.folder),
-            self.loaders["train"],
-            self.loaders.get("val"),
+            prepared.loaders["train"],
+            prepared.loaders.get("val"),
             TrainSettings(
                 config.train,
                 config.optim,
@@ -654,38 +696,16 @@ def train(
                 self.device,
                 on_epoch=on_epoch,
                 stop=self.stop,
-                metrics=create_metrics(self.splits.classes.names, config.data.labelled),
+                metrics=create_metrics(prepared.splits.classes.names, config.data.labelled),
             ),
         )
-        trainer.micro_batch = micro_batch
-        history = fit(
-            trainer, load_checkpoint(self.folder / "checkpoints", self.resume_from) if self.resume_from else None
-        )
-    if trainer.best.epoch:
-        trainer.model.load_state_dict(trainer.best_weights)
-        if trainer.val_loader is None:
-            logger.info("last epoch: %d, no validation images", trainer.best.epoch)
-        else:
-            logger.info("best epoch: %d, val %s %.4f", trainer.best.epoch, trainer.metrics.iou_name, trainer.best.value)
-    self.timings["train"] = time.perf_counter() - start
+        trainer.micro_batch = self.built.micro_batch
+        history = fit(trainer, state)
+    self.trained = keep_best(trainer, history, time.perf_counter() - start)
     return history
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #6cf4d1e6
-@patch
-def validation_metrics(self: Experiment) -> ImageCounts | None:
-    "Return the metrics of the best epoch on the validation images, as training counted them; None without such images."
-    if "val" not in self.loaders:
-        return None
-    trainer, metrics = self.trainer, self.trainer.metrics.blank()
-    if trainer.best_rows is None:
-        return evaluate(
-            trainer.model, self.loaders["val"], trainer.accelerator, progress="validation", metrics=metrics
-        )[0]
-    metrics.add_state(trainer.best_rows)
-    return metrics
-
-
 @patch
 def stop_if_asked(self: Experiment) -> None:
     "Raise Stopped when the run was asked to stop; training is over and its state is written."
@@ -701,55 +721,45 @@ def stop_if_asked(self: Experiment) -> None:
 @step
 def test(self: Experiment) -> dict:
     "Choose the threshold on the validation images if there is one, evaluate the test images, and return the results."
-    trainer, classes, names = self.trainer, self.splits.classes, [sample.name for sample in self.splits.test]
+    config, prepared, trained = self.config, self.prepared, self.trained
+    names = [sample.name for sample in prepared.splits.test]
 
-    def keep(batch, answers):
-        if answers.ndim == 1:
+    def keep(batch, predictions):
+        if predictions.ndim == 1:
             return  # labels stand in per_image.csv
-        for index, answer in zip(batch["index"], answers):
-            save_prediction(self.folder / "predictions", names[index], answer.numpy(), classes)
+        for index, prediction in zip(batch["index"], predictions):
+            save_prediction(self.folder / "predictions", names[index], prediction.numpy(), prepared.splits.classes)
 
-    self.val_metrics, self.threshold = self.validation_metrics(), None
-    if self.binary:
-        self.threshold = (
-            self.val_metrics.best_threshold(self.config.run.threshold_criterion) if self.val_metrics else 0.5
-        )
-    start = time.perf_counter()
     with self.stop:
-        self.test_metrics, _ = evaluate(
-            trainer.model,
-            self.loaders["test"],
-            trainer.accelerator,
+        tested = self.tested = score_model(
+            trained.model,
+            config,
+            prepared.splits,
+            prepared.loaders,
+            trained.accelerator,
+            trained.val_metrics,
             on_batch=keep,
-            progress="test",
             interrupt=self.stop_if_asked,
-            metrics=trainer.metrics.blank(),
         )
-    self.timings["test"] = time.perf_counter() - start
-    self.keep_tables()
-    self.results = collect_results(self)
+    keep_tables(self.folder, tested, prepared.splits.classes)
+    self.results = collect_results(config, prepared, self.built, trained, tested, len(resumes(self.folder)))
     scores = ", ".join(
         f"{name} {value:.4f}" for name, value in self.results["test"]["pooled"].items() if name != "dice"
     )
-    logger.info("test: pooled %s%s", scores, "" if self.threshold is None else f" at threshold {self.threshold:.2f}")
+    chosen = "" if tested.threshold is None else f" at threshold {tested.threshold:.2f}"
+    logger.info("test: pooled %s%s", scores, chosen)
     return self.results
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #5728d6ab
-@patch
-def keep_tables(self: Experiment) -> None:
+def keep_tables(folder: RunFolder, tested: Tested, classes: Classes) -> None:
     "Write the scores of each test image, and for several classes the confusion matrix."
-    self.per_image = image_scores(self.test_metrics, self.threshold, self.splits.test)
-    with atomic_write(self.folder / "predictions" / "per_image.csv", "w") as handle:
-        self.per_image.to_csv(handle, index=False)
-    if self.threshold is not None:
+    write_table(folder / "predictions" / "per_image.csv", tested.per_image)
+    if tested.threshold is not None:
         return
-    classes = self.splits.classes.names
-    matrix = pd.DataFrame(
-        self.test_metrics.matrix, index=pd.Index(classes, name="true class, predicted as"), columns=classes
-    )
-    with atomic_write(self.folder / "confusion_matrix.csv", "w") as handle:
-        matrix.to_csv(handle)
+    names = pd.Index(classes.names, name="true class, predicted as")
+    matrix = pd.DataFrame(tested.metrics.matrix, index=names, columns=classes.names)
+    write_table(folder / "confusion_matrix.csv", matrix, index=True)
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #8da9bd03
@@ -759,10 +769,13 @@ def finish(self: Experiment) -> RunFolder:
     "Write the report, the manifest and, last of all, final_results.yaml; mark the run as done and return its folder."
     if not self.results:
         raise CrackSegError("finish: found no results, expected test() before finish()")
-    write_text(self.folder / "analysis_report.txt", write_report(self))
-    write_manifest(self)
-    write_yaml(self.folder / "final_results.yaml", self.results)
-    self.folder.mark("done")
+    folder, prepared = self.folder, self.prepared
+    setup = setup_lines(self.config, self.results, prepared.splits.source)
+    report = report_text(f"Run {folder.run_id}", setup, self.results, self.trained.history, prepared.audit.warnings)
+    write_text(folder / "analysis_report.txt", report)
+    write_manifest(folder, self.results, prepared.audit.digests)
+    write_yaml(folder / "final_results.yaml", self.results)
+    folder.mark("done")
     if not self.config.train.checkpoint_every:
         prune_checkpoints(self.folder / "checkpoints", keep_last=0)  # nothing is left to resume
     logger.info("done: %s/final_results.yaml", self.folder.run_id)

@@ -28,8 +28,7 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     accelerator, experiment, share = create_accelerator(get_device(config.run.device)), None, None
     if accelerator.is_main_process:
         experiment = prepare(config)
-        experiment.settle_precision()
-        share = str(experiment.folder.path), experiment.stop.minutes_left, experiment.fitting_batch()
+        share = str(experiment.folder.path), experiment.stop.minutes_left, experiment.built.micro_batch
     arguments = gather_objects(share, accelerator)[0]
     if experiment is None:
         train_in_process(*arguments)
@@ -41,7 +40,7 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     for name in LAUNCHED:
         os.environ.pop(name, None)  # from here on the first process is alone
     experiment.resume_from = latest_checkpoint(experiment.folder / "checkpoints")
-    return run(config, experiment)
+    return run(experiment.config, experiment)
 
 
 # %% ../../nbs/runs/09_launch.ipynb #2dbe92ca

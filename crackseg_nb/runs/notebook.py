@@ -180,6 +180,8 @@ def judge(folder: Path, before: dict | None, error: str, died: bool, signals) ->
     if ended and (folder / "config.yaml").is_file():
         reason = "stopped" if state == "stopped" else error or state
         return RESUME_CODE, f"{folder.name}: {reason}; resume it with: {resume_line(folder)}"
+    if ended and signals:
+        return RESUME_CODE, f"{folder.name}: stopped before its settings were written; the same command starts it anew"
     return 1, f"{folder.name}: {error or f'the notebook ended, but the run is {state}'}"
 
 

@@ -26,13 +26,12 @@ __all__ = [
     "score_lines",
     "warn_of_amounts",
     "setup_lines",
-    "write_report",
-    "image_scores",
+    "report_text",
     "image_table",
     "kept_files",
     "write_manifest",
     "cases",
-    "show_answers",
+    "show_labels",
     "show_extremes",
     "show_decision",
 ]
@@ -47,14 +46,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/04_results.ipynb #6b9d3ac1
-from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_yaml
+from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_table, write_yaml
 from ..core.run_folder import RunFolder
 from ..figures.cases import Case, ClassCase, show_cases
 from ..figures.charts import show_confusion, show_threshold_curve
 from ..figures.photos import as_tile, show_grid
 from ..metrics.counts import ImageCounts
+from .config import ExperimentConfig
+from .stages import Built, Prepared, Tested, Trained
 from ..sources.images import read_image
-from ..sources.samples import Classes, Sample
+from ..sources.samples import Classes
 
 
 # %% ../../nbs/runs/04_results.ipynb #5c24b0f6
@@ -104,19 +105,22 @@ def scores_of(metrics: ImageCounts, threshold: float | None) -> dict:
     return {name: scores[name] for name in SCORES_KEPT if scores.get(name) is not None}
 
 
-def split_scores(experiment: "Experiment") -> dict[str, dict]:
+def split_scores(
+    tested: Tested,
+    overlapping: list[str],  # names of the test images that share a photo with others, or nearly repeat one
+) -> dict[str, dict]:
     "Return the scores on test and validation images, and on the test images without overlap where some overlap."
-    test, threshold, names = experiment.test_metrics, experiment.threshold, experiment.audit.overlapping_test_names
+    test, threshold, names = tested.metrics, tested.threshold, tested.per_image["name"]
     scores = {"test": scores_of(test, threshold)}
-    if threshold is not None and experiment.val_metrics:
+    if threshold is not None and tested.val_metrics:
         scores["test_at_0.5"] = scores_of(test, 0.5)
-    indices = [index for index, sample in enumerate(experiment.splits.test) if sample.name in names]
-    if 0 < len(indices) < len(experiment.splits.test):
+    indices = tested.per_image["index"][names.isin(overlapping)].tolist()
+    if 0 < len(indices) < len(names):
         scores["test_without_overlap"] = scores_of(without_images(test, indices), threshold)
-    if names:
-        scores["overlapping_test_images"] = names
-    if experiment.val_metrics:
-        scores["val"] = scores_of(experiment.val_metrics, threshold)
+    if overlapping:
+        scores["overlapping_test_images"] = overlapping
+    if tested.val_metrics:
+        scores["val"] = scores_of(tested.val_metrics, threshold)
     return scores
 
 
@@ -124,32 +128,38 @@ def split_scores(experiment: "Experiment") -> dict[str, dict]:
 EPOCH_SCORES = {"IoU": "pooled IoU at threshold 0.5", "mIoU": "mean IoU over the classes", "accuracy": "top-1 accuracy"}
 
 
-def choice_rules(experiment: "Experiment") -> dict[str, str]:
+def choice_rules(
+    tested: Tested,
+    criterion: str,  # that the threshold maximises
+) -> dict[str, str]:
     "Return in words how the class or the threshold, and the epoch, were chosen."
-    if not experiment.binary:
+    if tested.threshold is None:
         rules = {"class_rule": "the class with the highest logit"}
-    elif experiment.val_metrics:
-        criterion = experiment.config.run.threshold_criterion
+    elif tested.val_metrics:
         rules = {"threshold_rule": f"highest {criterion} on the validation images"}
     else:
         rules = {"threshold_rule": "0.5, not chosen"}
-    if experiment.val_metrics:
-        rules["epoch_rule"] = f"highest {EPOCH_SCORES[experiment.trainer.metrics.iou_name]} on the validation images"
+    if tested.val_metrics:
+        rules["epoch_rule"] = f"highest {EPOCH_SCORES[tested.metrics.iou_name]} on the validation images"
     else:
         rules["epoch_rule"] = "the last epoch: the validation images were learned too"
     return rules
 
 
-def protocol_of(experiment: "Experiment") -> dict:
+def protocol_of(
+    config: ExperimentConfig,
+    trained: Trained,
+    tested: Tested,
+    lengths: dict[str, int],  # images by split
+) -> dict:
     "Return how the scores came about."
-    config = experiment.config
     return {
-        "epoch": experiment.trainer.best.epoch,
-        "epochs_trained": experiment.trainer.epoch,
-        **choice_rules(experiment),
+        "epoch": trained.epoch,
+        "epochs_trained": trained.epochs,
+        **choice_rules(tested, config.run.threshold_criterion),
         "evaluation": config.data.eval_fit,
-        "split": experiment.splits.lengths,
-        "text": " ".join(experiment.test_metrics.protocol.split()),
+        "split": lengths,
+        "text": " ".join(tested.metrics.protocol.split()),
         **({"test_epoch": True} if config.run.test_epoch else {}),
     }
 
@@ -160,33 +170,46 @@ def resumes(folder: RunFolder) -> list[dict]:
     return read_yaml(folder / "resumes.yaml") if (folder / "resumes.yaml").is_file() else []
 
 
-def performance_of(experiment: "Experiment") -> dict:
+def performance_of(
+    prepared: Prepared,
+    trained: Trained,
+    tested: Tested,
+    devices: int,
+    resumed: int,  # how often
+) -> dict:
     "Return seconds, images per second and memory of a run."
-    trainer, timings, table = experiment.trainer, experiment.timings, pd.DataFrame(experiment.trainer.performance)
-    if len(table):
-        timings = {**timings, "train": float(table["epoch_seconds"].sum())}  # of all lives of a resumed run
+    table = trained.performance
+    training = float(table["epoch_seconds"].sum()) if len(table) else trained.seconds  # of all lives of a resumed run
+    seconds = {"data": prepared.seconds, "train": training, "test": tested.seconds}
     memory = "peak_cuda_mib" if "peak_cuda_mib" in table else "peak_rss_mib"
     return {
-        "seconds": {name: round(value, 2) for name, value in timings.items()},
-        "precision": trainer.accelerator.mixed_precision,
-        "devices": experiment.config.run.devices,
-        "images_at_a_time": trainer.micro_batch,
-        "resumed": len(resumes(experiment.folder)),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "precision": trained.accelerator.mixed_precision,
+        "devices": devices,
+        "images_at_a_time": trained.micro_batch,
+        "resumed": resumed,
         "train_images_per_second": float(table["images_per_second"].median()) if len(table) else None,
-        "test_images_per_second": round(len(experiment.splits.test) / timings["test"], 2),
+        "test_images_per_second": round(len(prepared.splits.test) / tested.seconds, 2),
         "peak_memory_mib": float(table[memory].max()) if len(table) else None,
     }
 
 
 # %% ../../nbs/runs/04_results.ipynb #93fe5c40
-def collect_results(experiment: "Experiment") -> dict:
+def collect_results(
+    config: ExperimentConfig,
+    prepared: Prepared,
+    built: Built,
+    trained: Trained,
+    tested: Tested,
+    resumed: int = 0,  # how often the run was resumed
+) -> dict:
     "Return what goes to final_results.yaml."
     return {
-        **split_scores(experiment),
-        "protocol": protocol_of(experiment),
-        "model": {"parameters": experiment.parameters["total"], "weights": experiment.model.weights["loaded"]},
-        "data_fingerprint": experiment.audit.fingerprint,
-        "performance": performance_of(experiment),
+        **split_scores(tested, prepared.audit.overlapping_test_names),
+        "protocol": protocol_of(config, trained, tested, prepared.splits.lengths),
+        "model": {"parameters": built.parameters["total"], "weights": built.model.weights["loaded"]},
+        "data_fingerprint": prepared.audit.fingerprint,
+        "performance": performance_of(prepared, trained, tested, config.run.devices, resumed),
     }
 
 
@@ -301,41 +324,42 @@ def warn_of_amounts(
 
 
 # %% ../../nbs/runs/04_results.ipynb #d60aef79
-def setup_lines(experiment: "Experiment") -> list[str]:
+def setup_lines(
+    config: ExperimentConfig,
+    results: dict,
+    source: str,  # name of the data
+) -> list[str]:
     "Return recipe, model, weights, data and choice rules of a run as lines of text."
-    results, config = experiment.results, experiment.config
     model, protocol = results["model"], results["protocol"]
-    sizes = ", ".join(f"{split} {size}" for split, size in experiment.splits.lengths.items())
+    sizes = ", ".join(f"{split} {size}" for split, size in protocol["split"].items())
     rules = {name.removesuffix("_rule"): rule for name, rule in protocol.items() if name.endswith("_rule")}
     return [
         f"Recipe {config.run.recipe}, {config.model}, {model['parameters']:,} parameters, weights: {model['weights']}.",
-        f"Data {experiment.source.name}: {sizes} images.",
+        f"Data {source}: {sizes} images.",
         " ".join(f"{name.capitalize()}: {rule}." for name, rule in rules.items()),
     ]
 
 
-def write_report(experiment: "Experiment") -> str:
+def report_text(
+    title: str,
+    setup: list[str],  # of `setup_lines`
+    results: dict,
+    history: pd.DataFrame,
+    warnings: list[str],  # of the audit
+) -> str:
     "Return the text of analysis_report.txt."
-    results = experiment.results
-    warnings = [*warn_of_amounts(results["test"]), *experiment.audit.warnings]
+    warnings = [*warn_of_amounts(results["test"]), *warnings]
     sections = (
-        [f"Run {experiment.folder.run_id}"],
-        setup_lines(experiment),
+        [title],
+        setup,
         score_lines(results),
-        read_training(pd.DataFrame(experiment.trainer.history)),
+        read_training(history),
         [*(f"Warning: {warning}" for warning in warnings), results["protocol"]["text"]],
     )
     return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
 # %% ../../nbs/runs/04_results.ipynb #c9b4d8de
-def image_scores(metrics: ImageCounts, threshold: float | None, samples: list[Sample]) -> pd.DataFrame:
-    "Return the scores of each image with its name, as they go to predictions/per_image.csv."
-    table = metrics.per_image(threshold)
-    table.insert(1, "name", [samples[index].name for index in table["index"]])
-    return table
-
-
 def image_table(
     digests: dict[str, dict[str, tuple[str, str]]],  # by split and sample name, as an `Audit` has them
 ) -> pd.DataFrame:
@@ -360,65 +384,62 @@ def kept_files(folder: RunFolder) -> dict[str, str]:
     return {path.relative_to(folder.path).as_posix(): sha256_file(path) for path in paths}
 
 
-def write_manifest(experiment: "Experiment") -> None:
+def write_manifest(
+    folder: RunFolder,
+    results: dict,
+    digests: dict[str, dict[str, tuple[str, str]]],  # of the images and masks, as an `Audit` has them
+) -> None:
     "Write images.csv and manifest.yaml; every other file that holds results is there, but for final_results.yaml."
-    folder = experiment.folder
-    with atomic_write(folder / "images.csv", "w") as handle:
-        image_table(experiment.audit.digests).to_csv(handle, index=False, lineterminator="\n")
-    manifest = to_plain(
-        {"config": read_yaml(folder / "config.yaml"), "results": experiment.results, "files": kept_files(folder)}
-    )
+    write_table(folder / "images.csv", image_table(digests))
+    config = read_yaml(folder / "config.yaml")
+    manifest = to_plain({"config": config, "results": results, "files": kept_files(folder)})
     write_yaml(folder / "manifest.yaml", {**manifest, "sum": manifest_sum(manifest)})
 
 
 # %% ../../nbs/runs/04_results.ipynb #9ae07e42
 def cases(
-    experiment: "Experiment",
+    folder: RunFolder,
+    prepared: Prepared,
+    tested: Tested,
     count: int = 3,
     worst: bool = True,  # the lowest IoU, else the highest
 ) -> list[Case] | list[ClassCase]:
     "Return `count` test images with mask and prediction, by IoU."
-    classes, found = experiment.splits.classes, []
-    for row in experiment.per_image.sort_values(["iou", "name"], ascending=[worst, True]).head(count).itertuples():
-        image, mask = experiment.datasets["test"].pair(row.index)
-        answer = read_prediction(experiment.folder / "predictions", row.name, classes)
+    classes, found = prepared.splits.classes, []
+    for row in tested.per_image.sort_values(["iou", "name"], ascending=[worst, True]).head(count).itertuples():
+        image, mask = prepared.datasets["test"].pair(row.index)
+        answer = read_prediction(folder / "predictions", row.name, classes)
         found.append(
-            Case(row.name, image, mask, answer, experiment.threshold, row.iou)
+            Case(row.name, image, mask, answer, tested.threshold, row.iou)
             if classes.binary
             else ClassCase(row.name, image, mask, answer, row.iou)
         )
     return found
 
 
-def show_answers(experiment: "Experiment", worst: bool, count: int = 6) -> Figure:
-    "Return a grid of labelled test images, titled by label and answer."
-    samples = experiment.splits.test
-    rows = experiment.per_image.sort_values(["rank", "name"], ascending=[not worst, True]).head(count)
+def show_labels(prepared: Prepared, tested: Tested, worst: bool, count: int = 6) -> Figure:
+    "Return a grid of labelled test images, titled by label and prediction."
+    samples = prepared.splits.test
+    rows = tested.per_image.sort_values(["rank", "name"], ascending=[not worst, True]).head(count)
     titles = [row.label if row.rank == 0 else f"{row.label}, called {row.answer}" for row in rows.itertuples()]
     return show_grid([as_tile(read_image(samples[index].image)) for index in rows["index"]], titles)
 
 
-def show_extremes(experiment: "Experiment", worst: bool = True, count: int = 3) -> Figure:
+def show_extremes(folder: RunFolder, prepared: Prepared, tested: Tested, worst: bool = True, count: int = 3) -> Figure:
     "Return a figure of the worst or the best test images; of labelled ones those whose label ranks lowest or highest."
-    if experiment.config.data.labelled:
-        return show_answers(experiment, worst)
-    return show_cases(
-        cases(experiment, count, worst), f"{'Worst' if worst else 'Best'} test images", experiment.splits.classes
-    )
+    if prepared.labelled:
+        return show_labels(prepared, tested, worst)
+    title = f"{'Worst' if worst else 'Best'} test images"
+    return show_cases(cases(folder, prepared, tested, count, worst), title, prepared.splits.classes)
 
 
-def show_decision(experiment: "Experiment") -> Figure:
+def show_decision(tested: Tested, classes: Classes) -> Figure:
     "Return the picture of the threshold's choice, or of the confusion between classes."
-    if experiment.binary:
-        if experiment.val_metrics:
-            return show_threshold_curve(
-                experiment.val_metrics.curve(), experiment.threshold, "validation: the threshold is chosen here"
-            )
-        return show_threshold_curve(
-            experiment.test_metrics.curve(), experiment.threshold, "test: the threshold is 0.5, nothing is chosen here"
-        )
-    return show_confusion(
-        experiment.test_metrics.matrix,
-        experiment.splits.classes.names,
-        "test: what each class is taken for, in per cent",
-    )
+    if tested.threshold is None:
+        title = "test: what each class is taken for, in per cent"
+        return show_confusion(tested.metrics.matrix, classes.names, title)
+    if tested.val_metrics:
+        title = "validation: the threshold is chosen here"
+        return show_threshold_curve(tested.val_metrics.curve(), tested.threshold, title)
+    title = "test: the threshold is 0.5, nothing is chosen here"
+    return show_threshold_curve(tested.metrics.curve(), tested.threshold, title)

@@ -50,7 +50,6 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -63,13 +62,12 @@ from ..core.machine import describe_environment, get_device, quiet_loggers
 from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import digests_of, fingerprint_from
 from ..data.splits import Splits, make_splits
-from ..metrics.counts import create_metrics
 from .config import SYNTHETIC, ExperimentConfig, configure, read_config
-from .experiment import Experiment, find_source, learned_splits, make_datasets, make_loaders, make_model
+from .experiment import find_source, learned_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
-from .results import image_scores, image_table, kept_files, resumes, split_scores
+from .results import image_table, kept_files, resumes, split_scores
+from .stages import score_model
 from ..training.checkpoint import read_manifest
-from ..training.evaluation import evaluate
 from ..training.precision import choose_precision
 from ..training.weights import load_model_weights
 from ..training.window import create_accelerator
@@ -463,22 +461,8 @@ def evaluate_again(
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
     model = accelerator.prepare_model(model.to(device, memory_format=layout), evaluation_mode=True)
     loaders = make_loaders(config, make_datasets(config, replace(splits, train=[])))
-
-    def blank():
-        return create_metrics(splits.classes.names, config.data.labelled)
-
-    metrics = {
-        split: evaluate(model, loader, accelerator, progress=split, metrics=blank())[0]
-        for split, loader in loaders.items()
-    }
-    threshold, val = None, metrics.get("val")
-    if splits.classes.binary and not config.data.labelled:
-        threshold = val.best_threshold(config.run.threshold_criterion) if val else 0.5
-    overlap = SimpleNamespace(overlapping_test_names=run.results.get("overlapping_test_images", []))
-    tested = SimpleNamespace(
-        test_metrics=metrics["test"], val_metrics=val, threshold=threshold, audit=overlap, splits=splits
-    )
-    return split_scores(tested), image_scores(metrics["test"], threshold, splits.test)
+    tested = score_model(model, config, splits, loaders, accelerator)
+    return split_scores(tested, run.results.get("overlapping_test_images", [])), tested.per_image
 
 
 # %% ../../nbs/runs/12_verify.ipynb #1e6017ae
@@ -556,10 +540,9 @@ def changed_on_the_way(run: KeptRun) -> dict:
     }
 
 
-def compare_training(run: KeptRun, again: Experiment, exact: bool) -> list[Check]:
+def compare_training(run: KeptRun, new: KeptRun, exact: bool) -> list[Check]:
     "Compare a repeated training with the run's own."
-    otherwise, new = "different" if exact else "noted", KeptRun(again.folder)
-    new.read()
+    otherwise = "different" if exact else "noted"
     checks = []
     if "sha256" in run.environment["weights"]:
         checks.append(
@@ -578,7 +561,7 @@ def compare_training(run: KeptRun, again: Experiment, exact: bool) -> list[Check
         checks.append(
             compare("trained weights", {"sha256": kept}, {"sha256": weights_digest(new)}, "digest", otherwise=otherwise)
         )
-    return [*checks, *compare_scores("trained", run, again.results, new.table(PER_IMAGE), exact)]
+    return [*checks, *compare_scores("trained", run, new.results, new.table(PER_IMAGE), exact)]
 
 
 def trained(run: KeptRun, data_dir: str, exact: bool) -> list[Check]:
@@ -594,7 +577,8 @@ def trained(run: KeptRun, data_dir: str, exact: bool) -> list[Check]:
         ]
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            again = run_experiment(settled(run, data_dir, run_name=f"{run.folder.run_id}-again"))
+            again = KeptRun(run_experiment(settled(run, data_dir, run_name=f"{run.folder.run_id}-again")).folder)
+        again.read()
     except CrackSegError as error:
         return [Check("trained scores", "not checked", [str(error)])]
     return [*compare_training(run, again, exact), Check("trained folder", "noted", [again.folder.run_id])]
