@@ -964,6 +964,7 @@ d = {
                 "figures/photos.html#in_notebook",
                 "crackseg_nb/figures/photos.py",
             ),
+            "crackseg_nb.figures.photos.name_tile": ("figures/photos.html#name_tile", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.number_regions": (
                 "figures/photos.html#number_regions",
                 "crackseg_nb/figures/photos.py",
@@ -972,10 +973,6 @@ d = {
             "crackseg_nb.figures.photos.overlay": ("figures/photos.html#overlay", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.paint_outcomes": (
                 "figures/photos.html#paint_outcomes",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.plain_axis": (
-                "figures/photos.html#plain_axis",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.save_figure": (
@@ -1018,6 +1015,10 @@ d = {
             ),
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
+        },
+        "crackseg_nb.figures.style": {
+            "crackseg_nb.figures.style.style_sheet": ("figures/style.html#style_sheet", "crackseg_nb/figures/style.py"),
+            "crackseg_nb.figures.style.styled": ("figures/style.html#styled", "crackseg_nb/figures/style.py"),
         },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
@@ -3595,10 +3596,6 @@ d = {
             ),
             "crackseg_nb.studies.training_speed.phase_of": (
                 "studies/training_speed.html#phase_of",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.plain_axes": (
-                "studies/training_speed.html#plain_axes",
                 "crackseg_nb/studies/training_speed.py",
             ),
             "crackseg_nb.studies.training_speed.read_phases": (
