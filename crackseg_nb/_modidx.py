@@ -718,14 +718,8 @@ d = {
                 "evidence/report.html#comparisonconfig",
                 "crackseg_nb/evidence/report.py",
             ),
-            "crackseg_nb.evidence.report.as_html": ("evidence/report.html#as_html", "crackseg_nb/evidence/report.py"),
-            "crackseg_nb.evidence.report.as_image": ("evidence/report.html#as_image", "crackseg_nb/evidence/report.py"),
             "crackseg_nb.evidence.report.begin_comparison": (
                 "evidence/report.html#begin_comparison",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.comparison_page": (
-                "evidence/report.html#comparison_page",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.finish_comparison": (
@@ -738,15 +732,6 @@ d = {
             ),
             "crackseg_nb.evidence.report.protocol_lines": (
                 "evidence/report.html#protocol_lines",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.published_parts": (
-                "evidence/report.html#published_parts",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.run_page": ("evidence/report.html#run_page", "crackseg_nb/evidence/report.py"),
-            "crackseg_nb.evidence.report.write_page": (
-                "evidence/report.html#write_page",
                 "crackseg_nb/evidence/report.py",
             ),
         },
@@ -2107,6 +2092,8 @@ d = {
             ),
         },
         "crackseg_nb.runs.commands": {
+            "crackseg_nb.runs.commands.page_main": ("runs/commands.html#page_main", "crackseg_nb/runs/commands.py"),
+            "crackseg_nb.runs.commands.page_parser": ("runs/commands.html#page_parser", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.sweep_main": ("runs/commands.html#sweep_main", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.sweep_parser": (
                 "runs/commands.html#sweep_parser",
@@ -2414,6 +2401,7 @@ d = {
             "crackseg_nb.runs.notebook.one_line": ("runs/notebook.html#one_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.resume_line": ("runs/notebook.html#resume_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.status_of": ("runs/notebook.html#status_of", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.write_page": ("runs/notebook.html#write_page", "crackseg_nb/runs/notebook.py"),
         },
         "crackseg_nb.runs.recipes": {
             "crackseg_nb.runs.recipes.Recipe": ("runs/recipes.html#recipe", "crackseg_nb/runs/recipes.py")
