@@ -17,6 +17,7 @@ d = {
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_settings": ("core/checks.html#check_settings", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
@@ -25,6 +26,7 @@ d = {
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
+            "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
@@ -43,6 +45,7 @@ d = {
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.write_table": ("core/files.html#write_table", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_text": ("core/files.html#write_text", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_yaml": ("core/files.html#write_yaml", "crackseg_nb/core/files.py"),
         },
@@ -1487,6 +1490,18 @@ d = {
                 "metrics/statistics.html#difference",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.Difference.evidence": (
+                "metrics/statistics.html#difference.evidence",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.rule": (
+                "metrics/statistics.html#difference.rule",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.too_few": (
+                "metrics/statistics.html#difference.too_few",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.Interval": (
                 "metrics/statistics.html#interval",
                 "crackseg_nb/metrics/statistics.py",
@@ -1535,8 +1550,16 @@ d = {
                 "metrics/statistics.html#compare_all",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.compare_repeats": (
+                "metrics/statistics.html#compare_repeats",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.conclude": (
                 "metrics/statistics.html#conclude",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.corrected": (
+                "metrics/statistics.html#corrected",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.finite": (
@@ -1555,6 +1578,10 @@ d = {
                 "metrics/statistics.html#holm",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.least_effect": (
+                "metrics/statistics.html#least_effect",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.middle": (
                 "metrics/statistics.html#middle",
                 "crackseg_nb/metrics/statistics.py",
@@ -1565,6 +1592,14 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.paired_bootstrap": (
                 "metrics/statistics.html#paired_bootstrap",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.paired_t": (
+                "metrics/statistics.html#paired_t",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.pairs_of": (
+                "metrics/statistics.html#pairs_of",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.resampled_means": (
@@ -1597,6 +1632,10 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.spread": (
                 "metrics/statistics.html#spread",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.tell_pairs": (
+                "metrics/statistics.html#tell_pairs",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.verdict": (
@@ -2124,7 +2163,6 @@ d = {
             ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
-            "crackseg_nb.runs.config.check_settings": ("runs/config.html#check_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_weighted_loss": (
                 "runs/config.html#check_weighted_loss",
                 "crackseg_nb/runs/config.py",
@@ -2184,10 +2222,6 @@ d = {
                 "runs/experiment.html#experiment.begin",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.binary": (
-                "runs/experiment.html#experiment.binary",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.build_model": (
                 "runs/experiment.html#experiment.build_model",
                 "crackseg_nb/runs/experiment.py",
@@ -2204,24 +2238,12 @@ d = {
                 "runs/experiment.html#experiment.finish",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.fitting_batch": (
-                "runs/experiment.html#experiment.fitting_batch",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.keep_tables": (
-                "runs/experiment.html#experiment.keep_tables",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.load_data": (
                 "runs/experiment.html#experiment.load_data",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.refuse_seen_images": (
-                "runs/experiment.html#experiment.refuse_seen_images",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.settle_precision": (
-                "runs/experiment.html#experiment.settle_precision",
+            "crackseg_nb.runs.experiment.Experiment.record": (
+                "runs/experiment.html#experiment.record",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.Experiment.stop_if_asked": (
@@ -2240,23 +2262,36 @@ d = {
                 "runs/experiment.html#experiment.train_on_devices",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.validation_metrics": (
-                "runs/experiment.html#experiment.validation_metrics",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.weigh_classes": (
-                "runs/experiment.html#experiment.weigh_classes",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.describe_world": (
+                "runs/experiment.html#describe_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.find_precision": (
+                "runs/experiment.html#find_precision",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.find_source": (
                 "runs/experiment.html#find_source",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.fitting_batch": (
+                "runs/experiment.html#fitting_batch",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.keep_best": (
+                "runs/experiment.html#keep_best",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.keep_tables": (
+                "runs/experiment.html#keep_tables",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.lay_out": ("runs/experiment.html#lay_out", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.learned_splits": (
                 "runs/experiment.html#learned_splits",
                 "crackseg_nb/runs/experiment.py",
@@ -2294,6 +2329,14 @@ d = {
             ),
             "crackseg_nb.runs.experiment.train_in_process": (
                 "runs/experiment.html#train_in_process",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.warn_of_seen_images": (
+                "runs/experiment.html#warn_of_seen_images",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.weigh_classes": (
+                "runs/experiment.html#weigh_classes",
                 "crackseg_nb/runs/experiment.py",
             ),
         },
@@ -2382,7 +2425,6 @@ d = {
                 "runs/results.html#collect_results",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.image_scores": ("runs/results.html#image_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
@@ -2403,6 +2445,7 @@ d = {
                 "runs/results.html#read_training",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.report_text": ("runs/results.html#report_text", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.resumes": ("runs/results.html#resumes", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.save_prediction": (
                 "runs/results.html#save_prediction",
@@ -2412,7 +2455,6 @@ d = {
             "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.setup_lines": ("runs/results.html#setup_lines", "crackseg_nb/runs/results.py"),
-            "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_decision": (
                 "runs/results.html#show_decision",
                 "crackseg_nb/runs/results.py",
@@ -2421,6 +2463,7 @@ d = {
                 "runs/results.html#show_extremes",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.show_labels": ("runs/results.html#show_labels", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.split_scores": ("runs/results.html#split_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.warn_of_amounts": (
                 "runs/results.html#warn_of_amounts",
@@ -2434,7 +2477,19 @@ d = {
                 "runs/results.html#write_manifest",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.write_report": ("runs/results.html#write_report", "crackseg_nb/runs/results.py"),
+        },
+        "crackseg_nb.runs.stages": {
+            "crackseg_nb.runs.stages.Built": ("runs/stages.html#built", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared": ("runs/stages.html#prepared", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared.binary": (
+                "runs/stages.html#prepared.binary",
+                "crackseg_nb/runs/stages.py",
+            ),
+            "crackseg_nb.runs.stages.Tested": ("runs/stages.html#tested", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Trained": ("runs/stages.html#trained", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.image_scores": ("runs/stages.html#image_scores", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.score_model": ("runs/stages.html#score_model", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
         },
         "crackseg_nb.runs.sweep": {
             "crackseg_nb.runs.sweep.LiveTable": ("runs/sweep.html#livetable", "crackseg_nb/runs/sweep.py"),
@@ -2487,6 +2542,28 @@ d = {
                 "crackseg_nb/runs/sweep.py",
             ),
             "crackseg_nb.runs.sweep.with_spread": ("runs/sweep.html#with_spread", "crackseg_nb/runs/sweep.py"),
+        },
+        "crackseg_nb.runs.trained_model": {
+            "crackseg_nb.runs.trained_model.TrainedModel": (
+                "runs/trained_model.html#trainedmodel",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.classes_of": (
+                "runs/trained_model.html#classes_of",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.config_beside": (
+                "runs/trained_model.html#config_beside",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.load_model": (
+                "runs/trained_model.html#load_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.open_model": (
+                "runs/trained_model.html#open_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
         },
         "crackseg_nb.runs.verify": {
             "crackseg_nb.runs.verify.Check": ("runs/verify.html#check", "crackseg_nb/runs/verify.py"),
@@ -2890,16 +2967,16 @@ d = {
                 "studies/ablation.html#ablationconfig.__post_init__",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.check_same_images": (
+                "studies/ablation.html#check_same_images",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.effects": (
                 "studies/ablation.html#effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.finish_ablation": (
                 "studies/ablation.html#finish_ablation",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.paired_scores": (
-                "studies/ablation.html#paired_scores",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.results_of": (
@@ -2910,16 +2987,16 @@ d = {
                 "studies/ablation.html#run_all",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.scores_by_seed": (
+                "studies/ablation.html#scores_by_seed",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.show_effects": (
                 "studies/ablation.html#show_effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.sweeps_of": (
                 "studies/ablation.html#sweeps_of",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.tell_effect": (
-                "studies/ablation.html#tell_effect",
                 "crackseg_nb/studies/ablation.py",
             ),
         },
@@ -3120,10 +3197,6 @@ d = {
                 "studies/encoder_benchmark.html#encoderbenchmark.remarks",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.report": (
-                "studies/encoder_benchmark.html#encoderbenchmark.report",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run": (
                 "studies/encoder_benchmark.html#encoderbenchmark.run",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3168,20 +3241,12 @@ d = {
                 "studies/encoder_benchmark.html#cautions",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.chance_of_false_difference": (
-                "studies/encoder_benchmark.html#chance_of_false_difference",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.check_same_data": (
                 "studies/encoder_benchmark.html#check_same_data",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.class_means": (
                 "studies/encoder_benchmark.html#class_means",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.compare_pair": (
-                "studies/encoder_benchmark.html#compare_pair",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
@@ -3224,10 +3289,6 @@ d = {
                 "studies/encoder_benchmark.html#readable",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.sentences": (
-                "studies/encoder_benchmark.html#sentences",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.shared_machine": (
                 "studies/encoder_benchmark.html#shared_machine",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3258,10 +3319,6 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (
                 "studies/encoder_benchmark.html#training_speed",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.verdict": (
-                "studies/encoder_benchmark.html#verdict",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
         },
@@ -3332,6 +3389,10 @@ d = {
         "crackseg_nb.studies.pretraining": {
             "crackseg_nb.studies.pretraining.arms": (
                 "studies/pretraining.html#arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.compare_arms": (
+                "studies/pretraining.html#compare_arms",
                 "crackseg_nb/studies/pretraining.py",
             ),
             "crackseg_nb.studies.pretraining.paired_results": (
