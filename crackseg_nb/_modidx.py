@@ -1018,7 +1018,38 @@ d = {
         },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch": ("measure/cracks.html#_branch", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch.__init__": (
+                "measure/cracks.html#_branch.__init__",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.direction": (
+                "measure/cracks.html#_branch.direction",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.end": (
+                "measure/cracks.html#_branch.end",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.lead_to": (
+                "measure/cracks.html#_branch.lead_to",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.outside": (
+                "measure/cracks.html#_branch.outside",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._is_crossing": (
+                "measure/cracks.html#_is_crossing",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._join": ("measure/cracks.html#_join", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._mean_width": (
+                "measure/cracks.html#_mean_width",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._neighbours": (
                 "measure/cracks.html#_neighbours",
                 "crackseg_nb/measure/cracks.py",
@@ -1027,30 +1058,45 @@ d = {
                 "measure/cracks.html#_pixel_length",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._reach": ("measure/cracks.html#_reach", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._reach_end": (
                 "measure/cracks.html#_reach_end",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._with_millimetres": (
                 "measure/cracks.html#_with_millimetres",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._without_pinholes": (
+                "measure/cracks.html#_without_pinholes",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.center_line": (
                 "measure/cracks.html#center_line",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.inner_distance": (
+                "measure/cracks.html#inner_distance",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks.measure_cracks": (
                 "measure/cracks.html#measure_cracks",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks.measure_path": (
-                "measure/cracks.html#measure_path",
+            "crackseg_nb.measure.cracks.meeting_point": (
+                "measure/cracks.html#meeting_point",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.path_normals": (
                 "measure/cracks.html#path_normals",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.path_points": (
+                "measure/cracks.html#path_points",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.show_rose": ("measure/cracks.html#show_rose", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.smooth_path": (
                 "measure/cracks.html#smooth_path",
                 "crackseg_nb/measure/cracks.py",
@@ -1079,6 +1125,10 @@ d = {
                 "measure/widths.html#blurred_box",
                 "crackseg_nb/measure/widths.py",
             ),
+            "crackseg_nb.measure.widths.crop_around": (
+                "measure/widths.html#crop_around",
+                "crackseg_nb/measure/widths.py",
+            ),
             "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
             "crackseg_nb.measure.widths.fit_profiles": (
                 "measure/widths.html#fit_profiles",
@@ -1096,12 +1146,17 @@ d = {
                 "measure/widths.html#probability_widths",
                 "crackseg_nb/measure/widths.py",
             ),
+            "crackseg_nb.measure.widths.relative_error": (
+                "measure/widths.html#relative_error",
+                "crackseg_nb/measure/widths.py",
+            ),
             "crackseg_nb.measure.widths.sample_profiles": (
                 "measure/widths.html#sample_profiles",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
             "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.widen": ("measure/widths.html#widen", "crackseg_nb/measure/widths.py"),
         },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
