@@ -1016,6 +1016,21 @@ d = {
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
         },
+        "crackseg_nb.measure.classes": {
+            "crackseg_nb.measure.classes.WidthClasses": (
+                "measure/classes.html#widthclasses",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.classify": ("measure/classes.html#classify", "crackseg_nb/measure/classes.py"),
+            "crackseg_nb.measure.classes.length_by_class": (
+                "measure/classes.html#length_by_class",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.width_limits": (
+                "measure/classes.html#width_limits",
+                "crackseg_nb/measure/classes.py",
+            ),
+        },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
@@ -1108,6 +1123,57 @@ d = {
             "crackseg_nb.measure.cracks.trace_paths": (
                 "measure/cracks.html#trace_paths",
                 "crackseg_nb/measure/cracks.py",
+            ),
+        },
+        "crackseg_nb.measure.scale": {
+            "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.Scale.__post_init__": (
+                "measure/scale.html#scale.__post_init__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.Scale.__str__": (
+                "measure/scale.html#scale.__str__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._grey": ("measure/scale.html#_grey", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._ground_distance": (
+                "measure/scale.html#_ground_distance",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._import_rasterio": (
+                "measure/scale.html#_import_rasterio",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._local": ("measure/scale.html#_local", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._scale_from_corners": (
+                "measure/scale.html#_scale_from_corners",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.check_scale": ("measure/scale.html#check_scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.flatten": ("measure/scale.html#flatten", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.marker_dictionaries": (
+                "measure/scale.html#marker_dictionaries",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_camera": (
+                "measure/scale.html#scale_from_camera",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_checkerboard": (
+                "measure/scale.html#scale_from_checkerboard",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_geotiff": (
+                "measure/scale.html#scale_from_geotiff",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_line": (
+                "measure/scale.html#scale_from_line",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_marker": (
+                "measure/scale.html#scale_from_marker",
+                "crackseg_nb/measure/scale.py",
             ),
         },
         "crackseg_nb.measure.widths": {
