@@ -1125,6 +1125,47 @@ d = {
                 "crackseg_nb/measure/cracks.py",
             ),
         },
+        "crackseg_nb.measure.files": {
+            "crackseg_nb.measure.files.Frame": ("measure/files.html#frame", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Frame.place": ("measure/files.html#frame.place", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Measured": ("measure/files.html#measured", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Outline": ("measure/files.html#outline", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._areas": ("measure/files.html#_areas", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._corners": ("measure/files.html#_corners", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._import": ("measure/files.html#_import", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._lines": ("measure/files.html#_lines", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._plain": ("measure/files.html#_plain", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._polygon": ("measure/files.html#_polygon", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._ring_area": ("measure/files.html#_ring_area", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._run_lengths": (
+                "measure/files.html#_run_lengths",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.check_formats": (
+                "measure/files.html#check_formats",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.crack_outlines": (
+                "measure/files.html#crack_outlines",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_files": ("measure/files.html#write_files", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_geojson": (
+                "measure/files.html#write_geojson",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_geopackage": (
+                "measure/files.html#write_geopackage",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_labelme": (
+                "measure/files.html#write_labelme",
+                "crackseg_nb/measure/files.py",
+            ),
+        },
         "crackseg_nb.measure.scale": {
             "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
             "crackseg_nb.measure.scale.Scale.__post_init__": (

@@ -154,7 +154,7 @@ def path_normals(points: np.ndarray) -> np.ndarray:
     return np.column_stack([-tangents[:, 1], tangents[:, 0]])
 
 
-def _reach_end(probability, points, furthest):
+def _reach_end(probability, points, furthest, threshold):
     "Return places, a pixel apart, up to the crack's end on the parabola that goes on from the smooth points."
     count = min(len(points), int(2 * furthest) + 11)
     backwards = points[::-1][:count]
@@ -165,7 +165,7 @@ def _reach_end(probability, points, furthest):
     steps += backwards[0] - steps[0]
     inside = ((steps >= -0.5) & (steps <= np.array(probability.shape) - 0.5)).all(1)
     crop, corner = crop_around(probability, steps)
-    inside &= map_coordinates(crop.astype(float), (steps - corner).T, order=1, mode="nearest") >= 0.5
+    inside &= map_coordinates(crop.astype(float), (steps - corner).T, order=1, mode="nearest") >= threshold
     last = max((inside.argmin() if not inside.all() else len(steps)) - 1, 0)
     return steps[[*range(10, last - 4, 10), last]]
 
@@ -174,6 +174,7 @@ def path_points(
     probability: np.ndarray,  # (H, W) of 0..1, or a mask
     path: Path,
     radius: np.ndarray,  # (N,), distance of each pixel of the path from the background
+    threshold: float = 0.5,
 ) -> np.ndarray:
     "Return the middle line of a branch, `(M, 2)`, about a pixel apart, up to the ends of the crack."
     pixels = path.pixels
@@ -193,7 +194,7 @@ def path_points(
     for at, end in enumerate((0, -1)):
         if path.free[at]:
             towards = points if end else points[::-1]
-            ends.append(_reach_end(probability, towards, 2 * radius[end] + 8))
+            ends.append(_reach_end(probability, towards, 2 * radius[end] + 8, threshold))
     first = [ends.pop(0)[::-1]] if path.free[0] else []
     return np.vstack([*first, points, *ends])
 
@@ -381,6 +382,7 @@ def measure_cracks(
     threshold: float = 0.5,  # from which on a pixel belongs to a crack
     mm_per_px: float | None = None,  # without a scale there are no millimetres
     level: float = 0.95,  # of the intervals
+    mask: np.ndarray | None = None,  # boolean (H, W), which pixels are cracks; by default those above the threshold
 ) -> Tables:
     "Return the tables of cracks (connected parts of the mask), their branches and the places along them."
     probability = np.asarray(probability)
@@ -392,7 +394,9 @@ def measure_cracks(
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise CrackSegError(f"mm_per_px: found {mm_per_px}, expected a number above 0")
     check_number("threshold", threshold, float, 0.01, 0.99)
-    mask = probability >= threshold
+    mask = probability >= threshold if mask is None else np.asarray(mask, bool)
+    if mask.shape != probability.shape:
+        raise CrackSegError(f"mask: found shape {mask.shape}, expected that of the probability, {probability.shape}")
     count, numbers, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     branches, cracks, lines = [], [], []
     for crack in range(1, count):
@@ -404,7 +408,7 @@ def measure_cracks(
         for path in trace_paths(center_line(part)):
             own = radius[tuple(path.pixels.T)]
             path = replace(path, pixels=path.pixels + (top, left))
-            found.append(_Branch(path, path_points(probability, path, own), own))
+            found.append(_Branch(path, path_points(probability, path, own, threshold), own))
         parts = []
         for number, branch in enumerate(_join(found), 1):
             points = _widths(probability, branch, level)
