@@ -1079,10 +1079,6 @@ d = {
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
-            "crackseg_nb.measure.cracks._with_millimetres": (
-                "measure/cracks.html#_with_millimetres",
-                "crackseg_nb/measure/cracks.py",
-            ),
             "crackseg_nb.measure.cracks._without_pinholes": (
                 "measure/cracks.html#_without_pinholes",
                 "crackseg_nb/measure/cracks.py",
@@ -1122,6 +1118,10 @@ d = {
             ),
             "crackseg_nb.measure.cracks.trace_paths": (
                 "measure/cracks.html#trace_paths",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.with_millimetres": (
+                "measure/cracks.html#with_millimetres",
                 "crackseg_nb/measure/cracks.py",
             ),
         },
@@ -1164,6 +1164,77 @@ d = {
             "crackseg_nb.measure.files.write_labelme": (
                 "measure/files.html#write_labelme",
                 "crackseg_nb/measure/files.py",
+            ),
+        },
+        "crackseg_nb.measure.photos": {
+            "crackseg_nb.measure.photos.Folder": ("measure/photos.html#folder", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos.Prediction": (
+                "measure/photos.html#prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._background": (
+                "measure/photos.html#_background",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._read_large": (
+                "measure/photos.html#_read_large",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._size": ("measure/photos.html#_size", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._widen_all": (
+                "measure/photos.html#_widen_all",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.as_fraction": (
+                "measure/photos.html#as_fraction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.begin_report": (
+                "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.find_predictions": (
+                "measure/photos.html#find_predictions",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_folder": (
+                "measure/photos.html#measure_folder",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_photo": (
+                "measure/photos.html#measure_photo",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_prediction": (
+                "measure/photos.html#measure_prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.read_plane": (
+                "measure/photos.html#read_plane",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.short_table": (
+                "measure/photos.html#short_table",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_overview": (
+                "measure/photos.html#show_overview",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_widths": (
+                "measure/photos.html#show_widths",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_worst": (
+                "measure/photos.html#show_worst",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.worst_cracks": (
+                "measure/photos.html#worst_cracks",
+                "crackseg_nb/measure/photos.py",
             ),
         },
         "crackseg_nb.measure.scale": {

@@ -14,6 +14,7 @@ __all__ = [
     "path_normals",
     "path_points",
     "meeting_point",
+    "with_millimetres",
     "Tables",
     "measure_cracks",
     "summarize_cracks",
@@ -30,6 +31,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import map_coordinates
 from scipy.signal import savgol_filter
+from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
 # %% ../../nbs/measure/02_cracks.ipynb #b136901e
@@ -329,6 +331,9 @@ def _widths(probability, branch, level):
             widths[np.hypot(*(points - branch.places[at]).T) <= branch.radius[-at] + 2] = np.nan
         elif path.free[at] and len(points) > 2:
             widths[-at] = np.nan
+    # Where the normal runs along a neighbour, the width is far above that of the widest disc within the crack.
+    nearest = cKDTree(path.pixels).query(points)[1]
+    widths[widths[:, 0] > 3 * branch.radius[nearest] + 2] = np.nan
     return np.column_stack([points, widths])
 
 
@@ -361,11 +366,13 @@ def _describe(pieces):
     )
 
 
-def _with_millimetres(table, mm_per_px):
-    for name in [name for name in table.columns if name.endswith(("_px", "_px2"))]:
-        power = 2 if name.endswith("2") else 1
-        table[name.replace("_px", "_mm")] = table[name] * mm_per_px**power
-    return table
+# %% ../../nbs/measure/02_cracks.ipynb #9d7f1e36
+def with_millimetres(table: pd.DataFrame, mm_per_px: float) -> pd.DataFrame:
+    "Return the table with a column in millimetres for each in pixels."
+    added = {}
+    for name in table.columns[table.columns.str.endswith(("_px", "_px2"))]:
+        added[name.replace("_px", "_mm")] = table[name] * mm_per_px ** (2 if name.endswith("2") else 1)
+    return table.assign(**added)
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #017019a9
@@ -437,7 +444,7 @@ def measure_cracks(
         pd.DataFrame(branches, columns=["crack", "branch", *names]),
         points,
     ]
-    return Tables(*(tables if mm_per_px is None else [_with_millimetres(table, mm_per_px) for table in tables]))
+    return Tables(*(tables if mm_per_px is None else [with_millimetres(table, mm_per_px) for table in tables]))
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #e0634780
