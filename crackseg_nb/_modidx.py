@@ -1511,9 +1511,55 @@ d = {
                 "crackseg_nb/inference/tiles.py",
             ),
         },
+        "crackseg_nb.measure.classes": {
+            "crackseg_nb.measure.classes.WidthClasses": (
+                "measure/classes.html#widthclasses",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.classify": ("measure/classes.html#classify", "crackseg_nb/measure/classes.py"),
+            "crackseg_nb.measure.classes.length_by_class": (
+                "measure/classes.html#length_by_class",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.width_limits": (
+                "measure/classes.html#width_limits",
+                "crackseg_nb/measure/classes.py",
+            ),
+        },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch": ("measure/cracks.html#_branch", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch.__init__": (
+                "measure/cracks.html#_branch.__init__",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.direction": (
+                "measure/cracks.html#_branch.direction",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.end": (
+                "measure/cracks.html#_branch.end",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.lead_to": (
+                "measure/cracks.html#_branch.lead_to",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.outside": (
+                "measure/cracks.html#_branch.outside",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._is_crossing": (
+                "measure/cracks.html#_is_crossing",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._join": ("measure/cracks.html#_join", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._mean_width": (
+                "measure/cracks.html#_mean_width",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._neighbours": (
                 "measure/cracks.html#_neighbours",
                 "crackseg_nb/measure/cracks.py",
@@ -1522,30 +1568,41 @@ d = {
                 "measure/cracks.html#_pixel_length",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._reach": ("measure/cracks.html#_reach", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._reach_end": (
                 "measure/cracks.html#_reach_end",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks._with_millimetres": (
-                "measure/cracks.html#_with_millimetres",
+            "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._without_pinholes": (
+                "measure/cracks.html#_without_pinholes",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.center_line": (
                 "measure/cracks.html#center_line",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.inner_distance": (
+                "measure/cracks.html#inner_distance",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks.measure_cracks": (
                 "measure/cracks.html#measure_cracks",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks.measure_path": (
-                "measure/cracks.html#measure_path",
+            "crackseg_nb.measure.cracks.meeting_point": (
+                "measure/cracks.html#meeting_point",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.path_normals": (
                 "measure/cracks.html#path_normals",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.path_points": (
+                "measure/cracks.html#path_points",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.show_rose": ("measure/cracks.html#show_rose", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.smooth_path": (
                 "measure/cracks.html#smooth_path",
                 "crackseg_nb/measure/cracks.py",
@@ -1557,6 +1614,173 @@ d = {
             "crackseg_nb.measure.cracks.trace_paths": (
                 "measure/cracks.html#trace_paths",
                 "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.with_millimetres": (
+                "measure/cracks.html#with_millimetres",
+                "crackseg_nb/measure/cracks.py",
+            ),
+        },
+        "crackseg_nb.measure.files": {
+            "crackseg_nb.measure.files.Frame": ("measure/files.html#frame", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Frame.place": ("measure/files.html#frame.place", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Measured": ("measure/files.html#measured", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Outline": ("measure/files.html#outline", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._areas": ("measure/files.html#_areas", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._corners": ("measure/files.html#_corners", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._import": ("measure/files.html#_import", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._lines": ("measure/files.html#_lines", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._plain": ("measure/files.html#_plain", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._polygon": ("measure/files.html#_polygon", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._ring_area": ("measure/files.html#_ring_area", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._run_lengths": (
+                "measure/files.html#_run_lengths",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.check_formats": (
+                "measure/files.html#check_formats",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.crack_outlines": (
+                "measure/files.html#crack_outlines",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_files": ("measure/files.html#write_files", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_geojson": (
+                "measure/files.html#write_geojson",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_geopackage": (
+                "measure/files.html#write_geopackage",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_labelme": (
+                "measure/files.html#write_labelme",
+                "crackseg_nb/measure/files.py",
+            ),
+        },
+        "crackseg_nb.measure.photos": {
+            "crackseg_nb.measure.photos.Folder": ("measure/photos.html#folder", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos.Prediction": (
+                "measure/photos.html#prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._background": (
+                "measure/photos.html#_background",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._read_large": (
+                "measure/photos.html#_read_large",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._size": ("measure/photos.html#_size", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._widen_all": (
+                "measure/photos.html#_widen_all",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.as_fraction": (
+                "measure/photos.html#as_fraction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.begin_report": (
+                "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.find_predictions": (
+                "measure/photos.html#find_predictions",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_folder": (
+                "measure/photos.html#measure_folder",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_photo": (
+                "measure/photos.html#measure_photo",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_prediction": (
+                "measure/photos.html#measure_prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.read_plane": (
+                "measure/photos.html#read_plane",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.short_table": (
+                "measure/photos.html#short_table",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_overview": (
+                "measure/photos.html#show_overview",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_widths": (
+                "measure/photos.html#show_widths",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_worst": (
+                "measure/photos.html#show_worst",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.worst_cracks": (
+                "measure/photos.html#worst_cracks",
+                "crackseg_nb/measure/photos.py",
+            ),
+        },
+        "crackseg_nb.measure.scale": {
+            "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.Scale.__post_init__": (
+                "measure/scale.html#scale.__post_init__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.Scale.__str__": (
+                "measure/scale.html#scale.__str__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._grey": ("measure/scale.html#_grey", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._ground_distance": (
+                "measure/scale.html#_ground_distance",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._import_rasterio": (
+                "measure/scale.html#_import_rasterio",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._local": ("measure/scale.html#_local", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._scale_from_corners": (
+                "measure/scale.html#_scale_from_corners",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.check_scale": ("measure/scale.html#check_scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.flatten": ("measure/scale.html#flatten", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.marker_dictionaries": (
+                "measure/scale.html#marker_dictionaries",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_camera": (
+                "measure/scale.html#scale_from_camera",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_checkerboard": (
+                "measure/scale.html#scale_from_checkerboard",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_geotiff": (
+                "measure/scale.html#scale_from_geotiff",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_line": (
+                "measure/scale.html#scale_from_line",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_marker": (
+                "measure/scale.html#scale_from_marker",
+                "crackseg_nb/measure/scale.py",
             ),
         },
         "crackseg_nb.measure.widths": {
@@ -1572,6 +1796,10 @@ d = {
             ),
             "crackseg_nb.measure.widths.blurred_box": (
                 "measure/widths.html#blurred_box",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.crop_around": (
+                "measure/widths.html#crop_around",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
@@ -1591,12 +1819,17 @@ d = {
                 "measure/widths.html#probability_widths",
                 "crackseg_nb/measure/widths.py",
             ),
+            "crackseg_nb.measure.widths.relative_error": (
+                "measure/widths.html#relative_error",
+                "crackseg_nb/measure/widths.py",
+            ),
             "crackseg_nb.measure.widths.sample_profiles": (
                 "measure/widths.html#sample_profiles",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
             "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.widen": ("measure/widths.html#widen", "crackseg_nb/measure/widths.py"),
         },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
