@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
-__all__ = ["compare", "configure", "load_model", "run"]
+__all__ = ["compare", "configure", "load_model", "predict", "run"]
 
 if TYPE_CHECKING:
     from .evidence.comparison import compare
+    from .inference.prediction import predict
     from .runs.config import configure
     from .runs.experiment import run
     from .runs.trained_model import load_model
@@ -20,6 +21,7 @@ _HOMES = {
     "compare": "evidence.comparison",
     "configure": "runs.config",
     "load_model": "runs.trained_model",
+    "predict": "inference.prediction",
     "run": "runs.experiment",
 }
 

@@ -1005,9 +1005,547 @@ d = {
             "crackseg_nb.figures.style.style_sheet": ("figures/style.html#style_sheet", "crackseg_nb/figures/style.py"),
             "crackseg_nb.figures.style.styled": ("figures/style.html#styled", "crackseg_nb/figures/style.py"),
         },
+        "crackseg_nb.inference.files": {
+            "crackseg_nb.inference.files.BandStore": (
+                "inference/files.html#bandstore",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.__init__": (
+                "inference/files.html#bandstore.__init__",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.add": (
+                "inference/files.html#bandstore.add",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.bands": (
+                "inference/files.html#bandstore.bands",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.count": (
+                "inference/files.html#bandstore.count",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.path": (
+                "inference/files.html#bandstore.path",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.read": (
+                "inference/files.html#bandstore.read",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.remove": (
+                "inference/files.html#bandstore.remove",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.KeptBand": ("inference/files.html#keptband", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.beside": ("inference/files.html#beside", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.paint": ("inference/files.html#paint", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.palette_of": (
+                "inference/files.html#palette_of",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.plane_bands": (
+                "inference/files.html#plane_bands",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.regroup": ("inference/files.html#regroup", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.result_paths": (
+                "inference/files.html#result_paths",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.save_picture": (
+                "inference/files.html#save_picture",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.shrink_rows": (
+                "inference/files.html#shrink_rows",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.tiff_options": (
+                "inference/files.html#tiff_options",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.write_results": (
+                "inference/files.html#write_results",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.write_tiffs": (
+                "inference/files.html#write_tiffs",
+                "crackseg_nb/inference/files.py",
+            ),
+        },
+        "crackseg_nb.inference.masks": {
+            "crackseg_nb.inference.masks.Parts": ("inference/masks.html#parts", "crackseg_nb/inference/masks.py"),
+            "crackseg_nb.inference.masks.Parts.__init__": (
+                "inference/masks.html#parts.__init__",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.add": (
+                "inference/masks.html#parts.add",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.kept": (
+                "inference/masks.html#parts.kept",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.root": (
+                "inference/masks.html#parts.root",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Rules": ("inference/masks.html#rules", "crackseg_nb/inference/masks.py"),
+            "crackseg_nb.inference.masks.Rules.__post_init__": (
+                "inference/masks.html#rules.__post_init__",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Rules.needs_parts": (
+                "inference/masks.html#rules.needs_parts",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.crack_probability": (
+                "inference/masks.html#crack_probability",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.levels_of": (
+                "inference/masks.html#levels_of",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.masks_of": ("inference/masks.html#masks_of", "crackseg_nb/inference/masks.py"),
+        },
+        "crackseg_nb.inference.models": {
+            "crackseg_nb.inference.models.TorchNetwork": (
+                "inference/models.html#torchnetwork",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.__init__": (
+                "inference/models.html#torchnetwork.__init__",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.begin_thread": (
+                "inference/models.html#torchnetwork.begin_thread",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.computing": (
+                "inference/models.html#torchnetwork.computing",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.probabilities": (
+                "inference/models.html#torchnetwork.probabilities",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.radius": (
+                "inference/models.html#torchnetwork.radius",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.alignment_of": (
+                "inference/models.html#alignment_of",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.data_of": (
+                "inference/models.html#data_of",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.find_trained": (
+                "inference/models.html#find_trained",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.load_model": (
+                "inference/models.html#load_model",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.load_network": (
+                "inference/models.html#load_network",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.receptive_radius": (
+                "inference/models.html#receptive_radius",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.threshold_of": (
+                "inference/models.html#threshold_of",
+                "crackseg_nb/inference/models.py",
+            ),
+        },
+        "crackseg_nb.inference.networks": {
+            "crackseg_nb.inference.networks.Averaged": (
+                "inference/networks.html#averaged",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.__init__": (
+                "inference/networks.html#averaged.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.begin_thread": (
+                "inference/networks.html#averaged.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.computing": (
+                "inference/networks.html#averaged.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.probabilities": (
+                "inference/networks.html#averaged.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.radius": (
+                "inference/networks.html#averaged.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts": (
+                "inference/networks.html#facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts.all_classes": (
+                "inference/networks.html#facts.all_classes",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts.channels": (
+                "inference/networks.html#facts.channels",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network": (
+                "inference/networks.html#network",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.begin_thread": (
+                "inference/networks.html#network.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.computing": (
+                "inference/networks.html#network.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.probabilities": (
+                "inference/networks.html#network.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.radius": (
+                "inference/networks.html#network.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork": (
+                "inference/networks.html#onnxnetwork",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork.__init__": (
+                "inference/networks.html#onnxnetwork.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork.probabilities": (
+                "inference/networks.html#onnxnetwork.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned": (
+                "inference/networks.html#turned",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.__init__": (
+                "inference/networks.html#turned.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.begin_thread": (
+                "inference/networks.html#turned.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.computing": (
+                "inference/networks.html#turned.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.probabilities": (
+                "inference/networks.html#turned.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.radius": (
+                "inference/networks.html#turned.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.normalize_rows": (
+                "inference/networks.html#normalize_rows",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.read_facts": (
+                "inference/networks.html#read_facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.to_probabilities": (
+                "inference/networks.html#to_probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.write_facts": (
+                "inference/networks.html#write_facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+        },
+        "crackseg_nb.inference.photos": {
+            "crackseg_nb.inference.photos.DecodedPhoto": (
+                "inference/photos.html#decodedphoto",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.DecodedPhoto.__init__": (
+                "inference/photos.html#decodedphoto.__init__",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.DecodedPhoto.read": (
+                "inference/photos.html#decodedphoto.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo": ("inference/photos.html#photo", "crackseg_nb/inference/photos.py"),
+            "crackseg_nb.inference.photos.Photo.check_end": (
+                "inference/photos.html#photo.check_end",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo.name": (
+                "inference/photos.html#photo.name",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo.read": (
+                "inference/photos.html#photo.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto": (
+                "inference/photos.html#rasterphoto",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.__init__": (
+                "inference/photos.html#rasterphoto.__init__",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.check_end": (
+                "inference/photos.html#rasterphoto.check_end",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.highest": (
+                "inference/photos.html#rasterphoto.highest",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.read": (
+                "inference/photos.html#rasterphoto.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.values": (
+                "inference/photos.html#rasterphoto.values",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.allow_heif": (
+                "inference/photos.html#allow_heif",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.check_photo": (
+                "inference/photos.html#check_photo",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.check_side": (
+                "inference/photos.html#check_side",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.decode": ("inference/photos.html#decode", "crackseg_nb/inference/photos.py"),
+            "crackseg_nb.inference.photos.dtypes_of": (
+                "inference/photos.html#dtypes_of",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.fill_outside": (
+                "inference/photos.html#fill_outside",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.find_photos": (
+                "inference/photos.html#find_photos",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.list_photos": (
+                "inference/photos.html#list_photos",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.need_rasterio": (
+                "inference/photos.html#need_rasterio",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.open_photo": (
+                "inference/photos.html#open_photo",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.quiet_gdal": (
+                "inference/photos.html#quiet_gdal",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.reason_for_windows": (
+                "inference/photos.html#reason_for_windows",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.to_bytes": (
+                "inference/photos.html#to_bytes",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.white_of": (
+                "inference/photos.html#white_of",
+                "crackseg_nb/inference/photos.py",
+            ),
+        },
+        "crackseg_nb.inference.prediction": {
+            "crackseg_nb.inference.prediction.PredictSettings": (
+                "inference/prediction.html#predictsettings",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.PredictSettings.__post_init__": (
+                "inference/prediction.html#predictsettings.__post_init__",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.PredictSettings.part_of": (
+                "inference/prediction.html#predictsettings.part_of",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.check_all": (
+                "inference/prediction.html#check_all",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.check_places": (
+                "inference/prediction.html#check_places",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.describe_model": (
+                "inference/prediction.html#describe_model",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.describe_place": (
+                "inference/prediction.html#describe_place",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.open_network": (
+                "inference/prediction.html#open_network",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.plan_for": (
+                "inference/prediction.html#plan_for",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.predict": (
+                "inference/prediction.html#predict",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.predict_photo": (
+                "inference/prediction.html#predict_photo",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.read_record": (
+                "inference/prediction.html#read_record",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.rules_of": (
+                "inference/prediction.html#rules_of",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.versions": (
+                "inference/prediction.html#versions",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.write_manifest": (
+                "inference/prediction.html#write_manifest",
+                "crackseg_nb/inference/prediction.py",
+            ),
+        },
+        "crackseg_nb.inference.tiles": {
+            "crackseg_nb.inference.tiles.Band": ("inference/tiles.html#band", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.Band.stop": (
+                "inference/tiles.html#band.stop",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.Span": ("inference/tiles.html#span", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.Span.last": (
+                "inference/tiles.html#span.last",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan": ("inference/tiles.html#tileplan", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.TilePlan.count": (
+                "inference/tiles.html#tileplan.count",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan.describe": (
+                "inference/tiles.html#tileplan.describe",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan.tile": (
+                "inference/tiles.html#tileplan.tile",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.append_rows": (
+                "inference/tiles.html#append_rows",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.band_bytes": (
+                "inference/tiles.html#band_bytes",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.batches_of": (
+                "inference/tiles.html#batches_of",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.cut_tile": ("inference/tiles.html#cut_tile", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.finish_band": (
+                "inference/tiles.html#finish_band",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.in_turn": ("inference/tiles.html#in_turn", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.plan_axis": (
+                "inference/tiles.html#plan_axis",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.plan_tiles": (
+                "inference/tiles.html#plan_tiles",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.predict_bands": (
+                "inference/tiles.html#predict_bands",
+                "crackseg_nb/inference/tiles.py",
+            ),
+        },
+        "crackseg_nb.measure.classes": {
+            "crackseg_nb.measure.classes.WidthClasses": (
+                "measure/classes.html#widthclasses",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.classify": ("measure/classes.html#classify", "crackseg_nb/measure/classes.py"),
+            "crackseg_nb.measure.classes.length_by_class": (
+                "measure/classes.html#length_by_class",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.width_limits": (
+                "measure/classes.html#width_limits",
+                "crackseg_nb/measure/classes.py",
+            ),
+        },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch": ("measure/cracks.html#_branch", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch.__init__": (
+                "measure/cracks.html#_branch.__init__",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.direction": (
+                "measure/cracks.html#_branch.direction",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.end": (
+                "measure/cracks.html#_branch.end",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.lead_to": (
+                "measure/cracks.html#_branch.lead_to",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.outside": (
+                "measure/cracks.html#_branch.outside",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._is_crossing": (
+                "measure/cracks.html#_is_crossing",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._join": ("measure/cracks.html#_join", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._mean_width": (
+                "measure/cracks.html#_mean_width",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._neighbours": (
                 "measure/cracks.html#_neighbours",
                 "crackseg_nb/measure/cracks.py",
@@ -1016,30 +1554,41 @@ d = {
                 "measure/cracks.html#_pixel_length",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._reach": ("measure/cracks.html#_reach", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._reach_end": (
                 "measure/cracks.html#_reach_end",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks._with_millimetres": (
-                "measure/cracks.html#_with_millimetres",
+            "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._without_pinholes": (
+                "measure/cracks.html#_without_pinholes",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.center_line": (
                 "measure/cracks.html#center_line",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.inner_distance": (
+                "measure/cracks.html#inner_distance",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks.measure_cracks": (
                 "measure/cracks.html#measure_cracks",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks.measure_path": (
-                "measure/cracks.html#measure_path",
+            "crackseg_nb.measure.cracks.meeting_point": (
+                "measure/cracks.html#meeting_point",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.path_normals": (
                 "measure/cracks.html#path_normals",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.path_points": (
+                "measure/cracks.html#path_points",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.show_rose": ("measure/cracks.html#show_rose", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.smooth_path": (
                 "measure/cracks.html#smooth_path",
                 "crackseg_nb/measure/cracks.py",
@@ -1051,6 +1600,173 @@ d = {
             "crackseg_nb.measure.cracks.trace_paths": (
                 "measure/cracks.html#trace_paths",
                 "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.with_millimetres": (
+                "measure/cracks.html#with_millimetres",
+                "crackseg_nb/measure/cracks.py",
+            ),
+        },
+        "crackseg_nb.measure.files": {
+            "crackseg_nb.measure.files.Frame": ("measure/files.html#frame", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Frame.place": ("measure/files.html#frame.place", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Measured": ("measure/files.html#measured", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Outline": ("measure/files.html#outline", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._areas": ("measure/files.html#_areas", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._corners": ("measure/files.html#_corners", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._import": ("measure/files.html#_import", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._lines": ("measure/files.html#_lines", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._plain": ("measure/files.html#_plain", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._polygon": ("measure/files.html#_polygon", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._ring_area": ("measure/files.html#_ring_area", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._run_lengths": (
+                "measure/files.html#_run_lengths",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.check_formats": (
+                "measure/files.html#check_formats",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.crack_outlines": (
+                "measure/files.html#crack_outlines",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_files": ("measure/files.html#write_files", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_geojson": (
+                "measure/files.html#write_geojson",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_geopackage": (
+                "measure/files.html#write_geopackage",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_labelme": (
+                "measure/files.html#write_labelme",
+                "crackseg_nb/measure/files.py",
+            ),
+        },
+        "crackseg_nb.measure.photos": {
+            "crackseg_nb.measure.photos.Folder": ("measure/photos.html#folder", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos.Prediction": (
+                "measure/photos.html#prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._background": (
+                "measure/photos.html#_background",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._read_large": (
+                "measure/photos.html#_read_large",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._size": ("measure/photos.html#_size", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._widen_all": (
+                "measure/photos.html#_widen_all",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.as_fraction": (
+                "measure/photos.html#as_fraction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.begin_report": (
+                "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.find_predictions": (
+                "measure/photos.html#find_predictions",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_folder": (
+                "measure/photos.html#measure_folder",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_photo": (
+                "measure/photos.html#measure_photo",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_prediction": (
+                "measure/photos.html#measure_prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.read_plane": (
+                "measure/photos.html#read_plane",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.short_table": (
+                "measure/photos.html#short_table",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_overview": (
+                "measure/photos.html#show_overview",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_widths": (
+                "measure/photos.html#show_widths",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_worst": (
+                "measure/photos.html#show_worst",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.worst_cracks": (
+                "measure/photos.html#worst_cracks",
+                "crackseg_nb/measure/photos.py",
+            ),
+        },
+        "crackseg_nb.measure.scale": {
+            "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.Scale.__post_init__": (
+                "measure/scale.html#scale.__post_init__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.Scale.__str__": (
+                "measure/scale.html#scale.__str__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._grey": ("measure/scale.html#_grey", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._ground_distance": (
+                "measure/scale.html#_ground_distance",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._import_rasterio": (
+                "measure/scale.html#_import_rasterio",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._local": ("measure/scale.html#_local", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._scale_from_corners": (
+                "measure/scale.html#_scale_from_corners",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.check_scale": ("measure/scale.html#check_scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.flatten": ("measure/scale.html#flatten", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.marker_dictionaries": (
+                "measure/scale.html#marker_dictionaries",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_camera": (
+                "measure/scale.html#scale_from_camera",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_checkerboard": (
+                "measure/scale.html#scale_from_checkerboard",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_geotiff": (
+                "measure/scale.html#scale_from_geotiff",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_line": (
+                "measure/scale.html#scale_from_line",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_marker": (
+                "measure/scale.html#scale_from_marker",
+                "crackseg_nb/measure/scale.py",
             ),
         },
         "crackseg_nb.measure.widths": {
@@ -1066,6 +1782,10 @@ d = {
             ),
             "crackseg_nb.measure.widths.blurred_box": (
                 "measure/widths.html#blurred_box",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.crop_around": (
+                "measure/widths.html#crop_around",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
@@ -1085,12 +1805,17 @@ d = {
                 "measure/widths.html#probability_widths",
                 "crackseg_nb/measure/widths.py",
             ),
+            "crackseg_nb.measure.widths.relative_error": (
+                "measure/widths.html#relative_error",
+                "crackseg_nb/measure/widths.py",
+            ),
             "crackseg_nb.measure.widths.sample_profiles": (
                 "measure/widths.html#sample_profiles",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
             "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.widen": ("measure/widths.html#widen", "crackseg_nb/measure/widths.py"),
         },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
