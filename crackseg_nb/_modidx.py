@@ -1005,6 +1005,51 @@ d = {
             "crackseg_nb.figures.style.style_sheet": ("figures/style.html#style_sheet", "crackseg_nb/figures/style.py"),
             "crackseg_nb.figures.style.styled": ("figures/style.html#styled", "crackseg_nb/figures/style.py"),
         },
+        "crackseg_nb.inference.commands": {
+            "crackseg_nb.inference.commands.export_main": (
+                "inference/commands.html#export_main",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.export_parser": (
+                "inference/commands.html#export_parser",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_main": (
+                "inference/commands.html#predict_main",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_parameters": (
+                "inference/commands.html#predict_parameters",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_parser": (
+                "inference/commands.html#predict_parser",
+                "crackseg_nb/inference/commands.py",
+            ),
+        },
+        "crackseg_nb.inference.export": {
+            "crackseg_nb.inference.export.NotEqual": (
+                "inference/export.html#notequal",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.compare_networks": (
+                "inference/export.html#compare_networks",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.export_network": (
+                "inference/export.html#export_network",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.export_run": (
+                "inference/export.html#export_run",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.fits": ("inference/export.html#fits", "crackseg_nb/inference/export.py"),
+            "crackseg_nb.inference.export.write_onnx": (
+                "inference/export.html#write_onnx",
+                "crackseg_nb/inference/export.py",
+            ),
+        },
         "crackseg_nb.inference.files": {
             "crackseg_nb.inference.files.BandStore": (
                 "inference/files.html#bandstore",
