@@ -1237,6 +1237,16 @@ d = {
                 "crackseg_nb/measure/photos.py",
             ),
         },
+        "crackseg_nb.measure.promise": {
+            "crackseg_nb.measure.promise.missed_length": (
+                "measure/promise.html#missed_length",
+                "crackseg_nb/measure/promise.py",
+            ),
+            "crackseg_nb.measure.promise.promised_threshold": (
+                "measure/promise.html#promised_threshold",
+                "crackseg_nb/measure/promise.py",
+            ),
+        },
         "crackseg_nb.measure.scale": {
             "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
             "crackseg_nb.measure.scale.Scale.__post_init__": (
