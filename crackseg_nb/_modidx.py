@@ -1149,6 +1149,10 @@ d = {
                 "measure/files.html#crack_outlines",
                 "crackseg_nb/measure/files.py",
             ),
+            "crackseg_nb.measure.files.simplify_line": (
+                "measure/files.html#simplify_line",
+                "crackseg_nb/measure/files.py",
+            ),
             "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),

@@ -7,6 +7,7 @@ __all__ = [
     "FORMATS",
     "Frame",
     "Outline",
+    "simplify_line",
     "crack_outlines",
     "Measured",
     "write_geojson",
@@ -30,7 +31,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from skimage.measure import approximate_polygon, find_contours
+from skimage.measure import find_contours
 
 # %% ../../nbs/measure/05_files.ipynb #7e0b61fd
 from ..core.checks import CrackSegError, choose
@@ -65,6 +66,15 @@ class Outline:
     mask: np.ndarray  # boolean, of the box
 
 
+def simplify_line(points: np.ndarray, tolerance: float) -> np.ndarray:
+    "Return the points `(N, 2)` without those that lie within the tolerance of the line between others."
+    closed = len(points) > 3 and bool((points[0] == points[-1]).all())
+    # OpenCV calculates in single precision: places are counted from the first one.
+    open_points = (points[:-1] if closed else points) - points[0]
+    kept = cv2.approxPolyDP(open_points.astype(np.float32), tolerance, closed)[:, 0] + points[0]
+    return np.vstack([kept, kept[:1]]) if closed else kept
+
+
 def _ring_area(ring):
     return 0.5 * float(np.sum(ring[:-1, 1] * ring[1:, 0] - ring[1:, 1] * ring[:-1, 0]))
 
@@ -95,7 +105,7 @@ def crack_outlines(
         values = np.pad(values, padding)
         shift = np.array(first) - [padding[0][0], padding[1][0]]
         rings = [ring for ring in find_contours(values, 0.99 * threshold, "high") if len(ring) > 3]
-        rings = [approximate_polygon(ring, tolerance) + shift for ring in rings]
+        rings = [simplify_line(ring + shift, tolerance) for ring in rings]
         rings = sorted((ring for ring in rings if len(ring) > 3), key=lambda ring: -abs(_ring_area(ring)))
         if rings:
             found.append(Outline(crack, rings[0], tuple(rings[1:]), (top, left, height, width), part))
@@ -122,7 +132,7 @@ def _lines(measured):
     for key, points in measured.tables.points.groupby(["crack", "branch"]):
         places = points[["row", "column"]].to_numpy()
         if len(places) > 1:
-            places = approximate_polygon(places, 0.05)
+            places = simplify_line(places, 0.05)
             yield measured.frame.place(*places.T), dict(crack=key[0], branch=key[1]) | branches.loc[key].to_dict()
 
 
