@@ -1675,6 +1675,10 @@ d = {
                 "measure/files.html#crack_outlines",
                 "crackseg_nb/measure/files.py",
             ),
+            "crackseg_nb.measure.files.simplify_line": (
+                "measure/files.html#simplify_line",
+                "crackseg_nb/measure/files.py",
+            ),
             "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
@@ -1761,6 +1765,16 @@ d = {
             "crackseg_nb.measure.photos.worst_cracks": (
                 "measure/photos.html#worst_cracks",
                 "crackseg_nb/measure/photos.py",
+            ),
+        },
+        "crackseg_nb.measure.promise": {
+            "crackseg_nb.measure.promise.missed_length": (
+                "measure/promise.html#missed_length",
+                "crackseg_nb/measure/promise.py",
+            ),
+            "crackseg_nb.measure.promise.promised_threshold": (
+                "measure/promise.html#promised_threshold",
+                "crackseg_nb/measure/promise.py",
             ),
         },
         "crackseg_nb.measure.scale": {
