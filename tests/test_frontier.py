@@ -1,7 +1,6 @@
 """The efficiency frontier end to end: its notebook on two small runs, and its tables against the models behind them."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pandas as pd
 import papermill
@@ -15,9 +14,8 @@ from crackseg_nb.models.registry import MODELS
 from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
-from crackseg_nb.sources.samples import Classes
 from crackseg_nb.studies import efficiency
-from crackseg_nb.studies.frontier import Frontier, FrontierConfig, score, take_steps
+from crackseg_nb.studies.frontier import Frontier, FrontierConfig, take_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(
@@ -96,28 +94,6 @@ def test_int8_and_pruning_are_scored_and_measured(outputs):
     for name, value in frontier.student.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert pd.read_csv(frontier.folder / "steps.csv", index_col=0).shape == steps.shape
-
-
-def test_the_threshold_is_chosen_on_validation_images_alone():
-    mask, probability = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.full((1, 8, 8), 0.1)
-    mask[:, :4] = 1
-
-    def loader(in_cracks, beside_cracks):
-        answer = probability.clone()
-        answer[:, :4], answer[:, 4] = in_cracks, beside_cracks
-        return [{"image": answer.logit()[:, None].repeat(1, 3, 1, 1), "mask": mask, "index": torch.tensor([0])}]
-
-    class First(nn.Module):
-        def forward(self, images):
-            return images[:, :1]
-
-    frontier = SimpleNamespace(
-        student=SimpleNamespace(config=configure(**TINY, model="plain")),
-        splits=SimpleNamespace(classes=Classes()),
-        loaders={"val": loader(0.34, 0.29), "test": loader(0.84, 0.79)},
-    )
-    found = score(frontier, First())
-    assert found["threshold"] == 0.3 and found["val_iou"] == 1 and found["iou"] == pytest.approx(0.8)
 
 
 def test_equal_runs_are_asked_for(outputs):

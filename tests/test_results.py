@@ -1,6 +1,5 @@
 """Which threshold, which images and which digits stand in a run's results."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 
 from crackseg_nb.data.splits import make_splits
 from crackseg_nb.metrics.counts import BinaryMetrics
-from crackseg_nb.runs import experiment as steps
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.results import image_scores, read_prediction, read_training, save_prediction, split_scores
+from crackseg_nb.runs.experiment import make_datasets
+from crackseg_nb.runs.results import read_prediction, read_training, save_prediction, split_scores
+from crackseg_nb.runs.stages import Tested, image_scores
 from crackseg_nb.sources.registry import read_source
-from crackseg_nb.sources.samples import Classes
-from crackseg_nb.studies.pretraining import LENT, SCRATCH, tell
+from crackseg_nb.studies.pretraining import LENT, SCRATCH, compare_arms, tell
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 
@@ -31,55 +30,37 @@ TEST = metrics([0.9, 0.4, 0.1, 0.1], [0.9, 0.9, 0.9, 0.4], [0.1, 0.1, 0.9, 0.9])
 SAMPLES = [SimpleNamespace(name=name) for name in "abc"]
 
 
-def experiment(threshold=0.3, overlapping=(), val=True):
-    return SimpleNamespace(
-        test_metrics=TEST,
-        val_metrics=metrics([0.4, 0.4, 0.1, 0.1]) if val else None,
-        threshold=threshold,
-        audit=SimpleNamespace(overlapping_test_names=list(overlapping)),
-        splits=SimpleNamespace(test=SAMPLES),
-    )
-
-
-@pytest.mark.parametrize(("criterion", "threshold"), [("pooled_recall", 0.4), ("pooled_precision", 0.5)])
-def test_the_threshold_is_the_best_on_the_validation_images(monkeypatch, criterion, threshold):
-    monkeypatch.setattr(steps, "evaluate", lambda *arguments, **settings: (TEST, None))
-    monkeypatch.setattr(steps, "collect_results", lambda found: {"test": {"pooled": {}}})
-    found = experiment()
-    found.trainer = SimpleNamespace(model=None, accelerator=None, metrics=TEST)
-    found.config = SimpleNamespace(run=SimpleNamespace(threshold_criterion=criterion))
-    found.splits.classes, found.binary, found.loaders, found.timings = Classes(), True, {"test": []}, {}
-    found.validation_metrics, found.keep_tables, found.stop_if_asked = lambda: found.val_metrics, lambda: None, None
-    found.val_metrics, found.stop = metrics([0.6, 0.42, 0.45, 0.1]), nullcontext()
-    steps.Experiment.test.__wrapped__(found)
-    assert found.threshold == threshold
+def scores_of(threshold=0.3, overlapping=(), val=True):
+    val_metrics = metrics([0.4, 0.4, 0.1, 0.1]) if val else None
+    tested = Tested(TEST, val_metrics, threshold, image_scores(TEST, threshold, SAMPLES), seconds=1.0)
+    return split_scores(tested, list(overlapping))
 
 
 def test_training_images_alone_are_augmented(tmp_path):
     source = read_source("folder", write_synthetic(tmp_path / "cracks", 8, (40, 40), seed=1))
     config = configure(augmentation="crack", image_size=32, preload="false", device="cpu", outputs=str(tmp_path))
-    for split, dataset in steps.make_datasets(config, make_splits(source)).items():
+    for split, dataset in make_datasets(config, make_splits(source)).items():
         same = torch.equal(dataset[0, 0]["image"], dataset[1, 0]["image"])  # in two epochs
         assert same == (split != "train"), split
         assert split == "train" or np.array_equal(dataset[0]["mask"], dataset.pair(0)[1])
 
 
 def test_each_split_is_scored_at_its_threshold():
-    found = split_scores(experiment())
+    found = scores_of()
     for part, threshold, iou in (("test", 0.3, 4 / 10), ("test_at_0.5", 0.5, 3 / 9), ("val", 0.3, 1.0)):
         assert found[part]["threshold"] == threshold
         assert found[part]["pooled"]["iou"] == pytest.approx(iou)
     assert list(found) == ["test", "test_at_0.5", "val"]
-    assert list(split_scores(experiment(0.5, val=False))) == ["test"]
+    assert list(scores_of(0.5, val=False)) == ["test"]
 
 
 def test_test_images_that_overlap_are_left_out_by_their_name():
-    found = split_scores(experiment(overlapping="b"))
+    found = scores_of(overlapping="b")
     assert found["overlapping_test_images"] == ["b"]
     assert found["test_without_overlap"]["num_images"] == 2
     assert found["test_without_overlap"]["pooled"]["iou"] == pytest.approx(2 / 6)
     assert found["test_without_overlap"]["threshold"] == 0.3
-    assert "test_without_overlap" not in split_scores(experiment(overlapping="abc"))
+    assert "test_without_overlap" not in scores_of(overlapping="abc")
 
 
 def test_the_scores_of_an_image_stand_beside_its_name():
@@ -100,9 +81,11 @@ def test_more_epochs_are_advised_where_the_best_is_in_the_last_tenth(best, told)
     assert ("more epochs may help" in " ".join(read_training(history))) == told
 
 
-@pytest.mark.parametrize(("lent", "scratch"), [((0.50, 0.60), (0.52, 0.53)), ((0.57, 0.58), (0.50, 0.60))])
-def test_a_difference_is_held_against_the_larger_spread(lent, scratch):
-    pairs = pd.DataFrame({f"test_iou, {LENT}": lent, f"test_iou, {SCRATCH}": scratch})
-    assert "the larger range over seeds is 0.1000: within the spread" in tell(pairs)
-    clear = pairs.assign(**{f"test_iou, {LENT}": [0.8, 0.8]})
-    assert "larger than the spread" in tell(clear)
+def test_a_transfer_is_told_by_the_paired_t_test_over_seeds():
+    def pairs(lent, scratch):
+        return pd.DataFrame({f"test_iou, {LENT}": lent, f"test_iou, {SCRATCH}": scratch})
+
+    close = tell(pairs((0.50, 0.60, 0.55), (0.52, 0.53, 0.56)))
+    assert "can't tell the lent encoder from random weights" in close and "ahead on 1 of 3 seeds" in close
+    clear = compare_arms(pairs((0.80, 0.81, 0.79), (0.50, 0.52, 0.49))).iloc[0]
+    assert (clear["result"], clear["rule"]) == ("better", "paired t-test over seeds, Holm's correction")
