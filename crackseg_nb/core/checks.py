@@ -26,6 +26,7 @@ __all__ = [
 # %% ../../nbs/core/01_checks.ipynb #03ca340c
 import difflib
 import importlib
+import inspect
 import math
 from pathlib import Path
 
@@ -163,7 +164,10 @@ class LateModule:
         if item.startswith("__"):
             raise AttributeError(item)
         module = importlib.import_module(self._name)
-        return getattr(module, item) if hasattr(module, item) else importlib.import_module(f"{self._name}.{item}")
+        if not hasattr(module, item):
+            importlib.import_module(f"{self._name}.{item}")
+        value = getattr(module, item)
+        return LateModule(value.__name__) if inspect.ismodule(value) else value
 
     def __repr__(self):
         return f"LateModule({self._name!r})"
