@@ -11,6 +11,19 @@ d = {
     "syms": {
         "crackseg_nb.core.checks": {
             "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.LateModule": ("core/checks.html#latemodule", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.LateModule.__getattr__": (
+                "core/checks.html#latemodule.__getattr__",
+                "crackseg_nb/core/checks.py",
+            ),
+            "crackseg_nb.core.checks.LateModule.__init__": (
+                "core/checks.html#latemodule.__init__",
+                "crackseg_nb/core/checks.py",
+            ),
+            "crackseg_nb.core.checks.LateModule.__repr__": (
+                "core/checks.html#latemodule.__repr__",
+                "crackseg_nb/core/checks.py",
+            ),
             "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.check_folder_name": (
                 "core/checks.html#check_folder_name",
@@ -411,6 +424,10 @@ d = {
                 "crackseg_nb/data/loaders.py",
             ),
             "crackseg_nb.data.loaders.Loader": ("data/loaders.html#loader", "crackseg_nb/data/loaders.py"),
+            "crackseg_nb.data.loaders.Loader.__init__": (
+                "data/loaders.html#loader.__init__",
+                "crackseg_nb/data/loaders.py",
+            ),
             "crackseg_nb.data.loaders.Loader.__iter__": (
                 "data/loaders.html#loader.__iter__",
                 "crackseg_nb/data/loaders.py",

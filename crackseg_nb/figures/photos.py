@@ -54,7 +54,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 # %% ../../nbs/figures/02_photos.ipynb #d1a75f2b
-from ..core.checks import VOID, CrackSegError
+from ..core.checks import VOID, CrackSegError, LateModule
 from ..core.files import atomic_write
 from ..core.seeds import seed_for
 from .style import styled
@@ -62,8 +62,11 @@ from ..sources.images import denormalize, read_image, read_mask
 from ..sources.samples import LABELS, Classes, Sample
 
 if TYPE_CHECKING:
-    from crackseg_nb.data.augment import Augmentation
-    from crackseg_nb.data.label_augment import LabelAugmentation
+    import crackseg_nb.data.augment as augment
+    import crackseg_nb.data.label_augment as label_augment
+else:
+    augment = LateModule("crackseg_nb.data.augment")
+    label_augment = LateModule("crackseg_nb.data.label_augment")
 
 # %% ../../nbs/figures/02_photos.ipynb #c61e0ad5
 CRACK_COLOUR = (0, 190, 255)  # mask over a photo
@@ -403,7 +406,7 @@ def show_samples(
 def show_augmentations(
     sample: Sample,
     mask_encoding: str,
-    augmentation: "Augmentation | LabelAugmentation",
+    augmentation: "augment.Augmentation | label_augment.LabelAugmentation",
     count: int = 6,  # pictures, the original among them
     seed: int = 0,
     classes: Classes = Classes(),

@@ -46,13 +46,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    import torch
-
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, first_few
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, LateModule, choose, first_few
 from ..core.files import in_threads, raise_first
 from .samples import Classes, Sample
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LateModule("torch")
 
 # %% ../../nbs/sources/02_images.ipynb #47430854
 MAX_PIXELS = 80_000_000  # largest picture that is decoded
