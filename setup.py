@@ -41,12 +41,12 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=[PACKAGE, PACKAGE + ".*"]),
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={PACKAGE: ["py.typed", "figures/*.mplstyle"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={
         name: settings[f"{name}_requirements"].split()
-        for name in ("dev", "benchmark", "artefact", "compression", "geo")
+        for name in ("dev", "benchmark", "artefact", "compression", "geo", "heif", "onnx")
     },
     cmdclass={"build_py": BuildWithDoors},
     entry_points={

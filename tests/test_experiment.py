@@ -178,12 +178,13 @@ def test_another_seed_is_another_run(tiny_run, tmp_path):
 def test_results_equal_the_kept_predictions(tiny_run):
     "The table of images is recomputed from the probability maps and masks on disk."
     table = pd.read_csv(tiny_run.folder / "predictions" / "per_image.csv", dtype={"name": str})
-    masks = {sample.name: sample.mask for sample in tiny_run.splits.test}
+    masks = {sample.name: sample.mask for sample in tiny_run.prepared.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
         kept = cv2.imread(str(prediction_path(tiny_run.folder / "predictions", row.name)), cv2.IMREAD_GRAYSCALE) / 255
-        predicted = kept >= tiny_run.threshold
-        tolerance = int((np.abs(kept - tiny_run.threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
+        threshold = tiny_run.tested.threshold
+        predicted = kept >= threshold
+        tolerance = int((np.abs(kept - threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
         assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
 
 
@@ -307,7 +308,7 @@ def test_real_photos_run_through(tmp_path, data_folder):
             outputs=str(tmp_path),
         )
     )
-    assert done.results["test"]["num_images"] == len(done.splits.test) == 18
+    assert done.results["test"]["num_images"] == len(done.prepared.splits.test) == 18
 
 
 @pytest.mark.slow
