@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
 from ..core.checks import CrackSegError, check_number, first_few, plain_variables
 from ..core.files import write_text
+from ..figures.style import styled
 from .classes import WidthClasses, classify, width_limits
 from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
@@ -313,6 +314,7 @@ def _background(axis, prediction, box=None):
     axis.set(xticks=[], yticks=[])
 
 
+@styled
 def show_overview(
     result: Folder,
     place,  # the folder that was measured
@@ -343,6 +345,7 @@ def show_overview(
     return figure
 
 
+@styled
 def show_worst(
     result: Folder,
     place,
@@ -382,6 +385,7 @@ def show_worst(
     return figure
 
 
+@styled
 def show_widths(
     result: Folder,
     classes: str | list[float] | WidthClasses | None = None,  # whose limits are drawn
