@@ -326,9 +326,7 @@ def show_overview(
     photos = result.photos.sort_values("length_px", ascending=False, kind="stable")[:count]
     columns = min(columns, len(photos))
     rows = -(-len(photos) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns + 0.8, 2.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns + 0.8, 2.4 * rows), squeeze=False)
     highest = result.points[f"width_{unit}"].quantile(0.99) if len(result.points) else 1
     drawn = None
     for axis, photo in zip(axes.flat, photos.itertuples()):
@@ -381,7 +379,6 @@ def show_worst(
         axis.set_title(title, fontsize=8)
     for axis in axes.flat[len(cracks) :]:
         axis.axis("off")
-    figure.tight_layout()
     return figure
 
 
