@@ -531,5 +531,7 @@ def test_gallery_is_sorted_and_shrinks_large_photos():
     assert figure.axes[2].get_title() == "missed thin crack 260 px"
     picture = figure.axes[2].images[0].get_array()
     assert picture.shape[0] == 150 and (picture == ERROR_TYPES["missed thin crack"]).all(2).any()
+    truth = figure.axes[1].images[0].get_array()
+    assert truth.shape[0] == 150 and (truth == 255).all(2).any()  # the missed crack, though nothing was found
     one_line(lambda: show_worst([]), "cases: found none")
     one_line(lambda: show_worst(cases, 0), "count: found 0")

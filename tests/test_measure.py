@@ -150,6 +150,13 @@ def test_lengths_of_lines_at_all_angles(hard):
             assert abs(cracks.tortuosity[0] - 1) < 0.01
 
 
+def test_a_pixel_at_the_threshold_belongs_to_the_crack():
+    probability = np.zeros((40, 60))
+    probability[20:23, 5:55] = 0.3
+    assert [len(measure_cracks(probability, threshold)[0]) for threshold in (0.29, 0.3, 0.31)] == [1, 1, 0]
+    assert measure_cracks(probability, 0.3)[0].loc[0, "area_px2"] == 150
+
+
 def test_turned_and_mirrored_masks_have_the_same_figures():
     drawn = np.maximum(slanted(91, 70, 4, 20), slanted(91, 30, 3, 110, 8))
     names = ["length_px", "width_mean_px", "width_max_px", "tortuosity", "area_px2", "branches"]

@@ -13,7 +13,7 @@ from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.audit import Audit
 from crackseg_nb.data.augment import create_augmentation
 from crackseg_nb.figures.cases import Case, ClassCase, mask_picture, show_cases
-from crackseg_nb.figures.charts import show_class_balance, show_class_scores, show_confusion
+from crackseg_nb.figures.charts import show_class_balance, show_class_scores, show_confusion, show_history
 from crackseg_nb.figures.photos import (
     CRACK_COLOUR,
     ERROR_COLOURS,
@@ -181,6 +181,35 @@ def test_case_legend_names_every_class_and_stays_inside(count):
     assert max(box.y1 for box in boxes) <= min(axis.get_window_extent().y0 for axis in figure.axes)
     assert png_size(figure) < 150_000
     assert plt.get_fignums() == []
+
+
+def test_each_panel_shows_what_it_is_called():
+    image, (mask, probability) = np.full((40, 60, 3), 128, np.uint8), np.zeros((2, 40, 60))
+    mask, probability[5:10], probability[20:25] = mask.astype(np.uint8), 0.8, 0.3
+    mask[8:16], mask[30:33] = 1, VOID
+    photo, truth, answer, errors = (
+        axis.images[0].get_array() for axis in show_cases([Case("a", image, mask, probability, 0.5, 0.1)]).axes
+    )
+    assert (photo[..., 0] == photo[0, 0, 0]).all()
+    np.testing.assert_array_equal((truth == 255).all(2), mask == 1)
+    np.testing.assert_allclose(answer, probability)
+    for name, rows in {"hit": (8, 10), "missed": (10, 16), "false alarm": (5, 8)}.items():
+        shown = (errors == ERROR_COLOURS[name]).all(2)
+        assert shown[slice(*rows)].all() and shown.sum() == 60 * (rows[1] - rows[0]), name
+
+
+def test_each_line_of_a_history_has_its_name_and_the_best_epoch_its_star():
+    history = pd.DataFrame(
+        dict(epoch=[1, 2, 3], train_loss=[3, 2, 1], val_loss=[6, 5, 4], val_iou=[0.1, 0.4, 0.3], val_f1=[0.2, 0.6, 0.5])
+    )
+    figure = show_history(history)
+    names = {"training": "train_loss", "validation": "val_loss", "IoU": "val_iou", "F1": "val_f1"}
+    lines = [line for axis in figure.axes for line in axis.lines]
+    for name, column in names.items():
+        line = next(line for line in lines if line.get_label() == name)
+        assert list(line.get_ydata()) == list(history[column]) and list(line.get_xdata()) == [1, 2, 3]
+    star = next(line for line in lines if line.get_marker() == "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([2], [0.4])
 
 
 def test_numbers_stand_on_their_regions():

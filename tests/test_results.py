@@ -7,10 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
+from crackseg_nb.data.splits import make_splits
 from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import make_datasets
 from crackseg_nb.runs.results import read_prediction, read_training, save_prediction, split_scores
 from crackseg_nb.runs.stages import Tested, image_scores
+from crackseg_nb.sources.registry import read_source
 from crackseg_nb.studies.pretraining import LENT, SCRATCH, compare_arms, tell
+from crackseg_nb.synthetic.cracks import write_synthetic
 
 
 def metrics(*rows):
@@ -29,6 +34,15 @@ def scores_of(threshold=0.3, overlapping=(), val=True):
     val_metrics = metrics([0.4, 0.4, 0.1, 0.1]) if val else None
     tested = Tested(TEST, val_metrics, threshold, image_scores(TEST, threshold, SAMPLES), seconds=1.0)
     return split_scores(tested, list(overlapping))
+
+
+def test_training_images_alone_are_augmented(tmp_path):
+    source = read_source("folder", write_synthetic(tmp_path / "cracks", 8, (40, 40), seed=1))
+    config = configure(augmentation="crack", image_size=32, preload="false", device="cpu", outputs=str(tmp_path))
+    for split, dataset in make_datasets(config, make_splits(source)).items():
+        same = torch.equal(dataset[0, 0]["image"], dataset[1, 0]["image"])  # in two epochs
+        assert same == (split != "train"), split
+        assert split == "train" or np.array_equal(dataset[0]["mask"], dataset.pair(0)[1])
 
 
 def test_each_split_is_scored_at_its_threshold():

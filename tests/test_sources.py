@@ -199,6 +199,20 @@ def test_jpeg_masks_are_cut_at_128(tmp_path, suffix):
     assert (read_mask(source.samples[0].mask, "threshold") == CRACK).all()
 
 
+@pytest.mark.parametrize(
+    ("encoding", "values", "expected"),
+    [
+        ("ids", [0, 1, 255], [0, 1, 255]),
+        ("0/255", [0, 255], [0, 1]),
+        ("threshold", [0, 127, 128, 255], [0, 0, 1, 1]),
+        ("class_ids", [0, 1, 2, 253, 255], [0, 1, 2, 253, 255]),
+    ],
+)
+def test_each_value_of_an_encoding_has_its_class(tmp_path, encoding, values, expected):
+    Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", encoding).tolist() == [expected]
+
+
 def test_jpeg_of_class_ids_is_refused(tmp_path):
     one_line(
         lambda: read_folder(write_folder(tmp_path, [CRACK] * 2, mask_names=["00.jpg", "01.jpg"])),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from crackseg_nb.core.files import read_yaml, write_yaml
 from crackseg_nb.core.seeds import seed_for
 from crackseg_nb.synthetic import cracks as synthetic
 from crackseg_nb.synthetic.cracks import MANIFEST, SyntheticConfig, synthesize, write_synthetic
-from crackseg_nb.synthetic.drawing import DISTRACTOR_NAMES, SURFACES
+from crackseg_nb.synthetic.drawing import DISTRACTOR_NAMES, LITTER, SURFACES
 
 SIZE = (48, 64)
 # The child imports the package from where the parent found it, whatever its working directory is.
@@ -145,6 +146,39 @@ def test_sizes_that_make_no_sense_are_refused(size):
     with pytest.raises(CrackSegError) as error:
         synthesize(0, size)
     assert line_of(error).startswith("size: found")
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_a_mask_moved_by_a_pixel_lies_on_lighter_ground():
+    "In any direction: the mask is neither shifted nor turned against its image."
+    config = SyntheticConfig(distractors=(), empty_probability=0, stain_probability=0, shadow_probability=0)
+    for seed in range(4):
+        image, mask = synthesize(seed, (96, 128), config)
+        inner, moves = image.mean(2)[1:-1, 1:-1], itertools.product(range(3), repeat=2)
+        grey = {(row, column): inner[mask[row : row + 94, column : column + 126] == 1].mean() for row, column in moves}
+        assert min(grey, key=grey.get) == (1, 1)
+
+
+@pytest.mark.parametrize("name", LITTER)
+def test_what_lies_on_a_crack_hides_it_in_the_mask(name, monkeypatch):
+    covers = []
+
+    def lay(*args):
+        scene, cover = LITTER[name](*args)
+        covers.append(cover > 0.5)
+        return scene, cover
+
+    monkeypatch.setattr(synthetic, "LITTER", {name: lay})
+    bare, littered = (SyntheticConfig(distractors=names, distractor_probability=1) for names in ((), (name,)))
+    lost = 0
+    for seed in range(4):
+        covers.clear()
+        whole, seen = (synthesize(seed, (96, 128), config)[1] for config in (bare, littered))
+        assert np.array_equal(seen, np.where(np.any(covers, axis=0), 0, whole))
+        lost += int((whole != seen).sum())
+    assert lost > 0
 
 
 # ---------------------------------------------------------------- folders
