@@ -31,7 +31,6 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.viewcode",
-    "sphinx_codeautolink",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx-mathjax-offline",
@@ -55,8 +54,6 @@ default_role = "py:obj"
 add_module_names = False
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
-codeautolink_concat_default = True
-codeautolink_warn_on_default_parse_fail = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = "crackseg_nb"
@@ -82,9 +79,11 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 def setup(app):
     pages.homes()  # imports the package once, before pages are read in processes that are forked from this one
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True  # it only copies files, at the end
     pages.write_reference()
     app.connect("source-read", pages.prepare)
     app.connect("autodoc-process-docstring", pages.describe)
     app.connect("doctree-read", pages.link_names)
+    app.connect("html-page-context", pages.link_code)
     app.connect("build-finished", pages.write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 FENCED_BLOCK = re.compile(r"(^```.*?^```)", re.M | re.S)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+IMPORT = re.compile(r"^from (crackseg_nb[\w.]*) import (\([^)]*\)|.*)$", re.M)
+# A name in highlighted Python that is neither an attribute nor the left side of an assignment or a keyword.
+CODE_NAME = re.compile(r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!<span class="o">=</span>)')
 DEFAULT_EXPORT = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
@@ -54,16 +57,17 @@ def sections() -> dict[str, list[str]]:
     }
 
 
+def read_notebook(page: str) -> dict:
+    "Return the notebook behind a page."
+    return json.loads((ROOT / f"{page}.ipynb").read_text("utf-8"))
+
+
 @cache
 def chapters() -> dict[str, str]:
     "Map the modules of the package to the pages of their chapters, in reading order."
     found = {}
     for page in sum(sections().values(), []):
-        match = DEFAULT_EXPORT.search(
-            "\n".join(
-                "".join(cell["source"]) for cell in json.loads((ROOT / f"{page}.ipynb").read_text("utf-8"))["cells"]
-            )
-        )
+        match = DEFAULT_EXPORT.search("\n".join("".join(cell["source"]) for cell in read_notebook(page)["cells"]))
         if match:
             found[f"crackseg_nb.{match[1]}"] = page
     return found
@@ -199,6 +203,34 @@ def link_names(app, tree) -> None:
             link += literal
 
 
+def known_names(page: str) -> dict[str, str]:
+    "Map the names that a notebook imports from the package or exports into it to their full names."
+    text = "\n".join("".join(cell["source"]) for cell in read_notebook(page)["cells"] if cell["cell_type"] == "code")
+    module = DEFAULT_EXPORT.search(text)
+    home = f"crackseg_nb.{module[1]}" if module else ""
+    known = {name: f"{home}.{name}" for name in public_names(home)} if home else {}
+    for home, names in IMPORT.findall(text):
+        if home in chapters():
+            known |= {name: f"{home}.{name}" for name in re.findall(r"\w+", names) if name in public_names(home)}
+    return known
+
+
+def link_code(app, page: str, template: str, context: dict, tree) -> None:
+    "Link the names of the package in a notebook's code to the reference."
+    if not (ROOT / f"{page}.ipynb").exists():
+        return
+    known = known_names(page)
+
+    def link(match):
+        if match[1] not in known:
+            return match[0]
+        module = known[match[1]].rpartition(".")[0]
+        target = context["pathto"](f"docs/reference/{module}")
+        return f'<a class="name" href="{target}#{known[match[1]]}">{match[0]}</a>'
+
+    context["body"] = CODE_NAME.sub(link, context["body"])
+
+
 @cache
 def homes() -> dict[str, str]:
     "Map each public name of the package that only one module has to its full name."
@@ -238,7 +270,7 @@ def protocol(results: dict) -> str:
 def card(folder: Path) -> str:
     "Return the card of the run or study in `folder` for the gallery."
     page = f"outputs/{folder.name}/result"
-    blurb = re.search(r"> (.+)", "".join(json.loads((ROOT / f"{page}.ipynb").read_text("utf-8"))["cells"][0]["source"]))
+    blurb = re.search(r"> (.+)", "".join(read_notebook(page)["cells"][0]["source"]))
     lines = [f":::{{grid-item-card}} {folder.name}", f":link: /{page}", ":link-type: doc"]
     pictures = [folder / "visualizations" / "best_cases.png", *sorted(folder.glob("*.png"))]
     picture = next((path for path in pictures if path.exists()), None)

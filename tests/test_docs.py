@@ -99,6 +99,18 @@ def test_parameters_are_described_by_the_comments_beside_them():
     )
 
 
+def test_names_in_code_link_to_the_reference():
+    span = '<span class="n">{}</span>'.format
+    point, equals = '<span class="o">.</span>', '<span class="o">=</span>'
+    body = span("choose") + span("unknown") + point + span("choose") + span("choose") + equals
+    context = dict(body=body, pathto=lambda page: f"/{page}.html")
+    pages.link_code(None, "nbs/core/01_checks", "", context, None)
+    target = "/docs/reference/crackseg_nb.core.checks.html#crackseg_nb.core.checks.choose"
+    link = f'<a class="name" href="{target}">{span("choose")}</a>'
+    assert context["body"] == body.replace(span("choose"), link, 1)
+    assert pages.known_names("nbs/training/02_losses")["CrackSegError"] == "crackseg_nb.core.checks.CrackSegError"
+
+
 def test_a_card_of_the_gallery_says_score_and_protocol():
     card = pages.card(ROOT / "outputs" / "quickstart")
     assert "**IoU 0.622, F1 0.767 (pooled)**" in card and "36 test images, threshold 0.45 chosen on 36" in card
