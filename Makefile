@@ -107,7 +107,7 @@ hooks: $(STAMP)  ## install the pre-commit hooks
 constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
 	@rm -rf $(VENV)-constraints
 	@$(PYTHON) -m venv $(VENV)-constraints
-	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,docs]' $(TORCH)
+	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,geo,docs]' $(TORCH)
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints

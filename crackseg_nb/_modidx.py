@@ -718,14 +718,8 @@ d = {
                 "evidence/report.html#comparisonconfig",
                 "crackseg_nb/evidence/report.py",
             ),
-            "crackseg_nb.evidence.report.as_html": ("evidence/report.html#as_html", "crackseg_nb/evidence/report.py"),
-            "crackseg_nb.evidence.report.as_image": ("evidence/report.html#as_image", "crackseg_nb/evidence/report.py"),
             "crackseg_nb.evidence.report.begin_comparison": (
                 "evidence/report.html#begin_comparison",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.comparison_page": (
-                "evidence/report.html#comparison_page",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.finish_comparison": (
@@ -738,15 +732,6 @@ d = {
             ),
             "crackseg_nb.evidence.report.protocol_lines": (
                 "evidence/report.html#protocol_lines",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.published_parts": (
-                "evidence/report.html#published_parts",
-                "crackseg_nb/evidence/report.py",
-            ),
-            "crackseg_nb.evidence.report.run_page": ("evidence/report.html#run_page", "crackseg_nb/evidence/report.py"),
-            "crackseg_nb.evidence.report.write_page": (
-                "evidence/report.html#write_page",
                 "crackseg_nb/evidence/report.py",
             ),
         },
@@ -964,6 +949,7 @@ d = {
                 "figures/photos.html#in_notebook",
                 "crackseg_nb/figures/photos.py",
             ),
+            "crackseg_nb.figures.photos.name_tile": ("figures/photos.html#name_tile", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.number_regions": (
                 "figures/photos.html#number_regions",
                 "crackseg_nb/figures/photos.py",
@@ -972,10 +958,6 @@ d = {
             "crackseg_nb.figures.photos.overlay": ("figures/photos.html#overlay", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.paint_outcomes": (
                 "figures/photos.html#paint_outcomes",
-                "crackseg_nb/figures/photos.py",
-            ),
-            "crackseg_nb.figures.photos.plain_axis": (
-                "figures/photos.html#plain_axis",
                 "crackseg_nb/figures/photos.py",
             ),
             "crackseg_nb.figures.photos.save_figure": (
@@ -1018,6 +1000,55 @@ d = {
             ),
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
+        },
+        "crackseg_nb.figures.style": {
+            "crackseg_nb.figures.style.style_sheet": ("figures/style.html#style_sheet", "crackseg_nb/figures/style.py"),
+            "crackseg_nb.figures.style.styled": ("figures/style.html#styled", "crackseg_nb/figures/style.py"),
+        },
+        "crackseg_nb.inference.commands": {
+            "crackseg_nb.inference.commands.export_main": (
+                "inference/commands.html#export_main",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.export_parser": (
+                "inference/commands.html#export_parser",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_main": (
+                "inference/commands.html#predict_main",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_parameters": (
+                "inference/commands.html#predict_parameters",
+                "crackseg_nb/inference/commands.py",
+            ),
+            "crackseg_nb.inference.commands.predict_parser": (
+                "inference/commands.html#predict_parser",
+                "crackseg_nb/inference/commands.py",
+            ),
+        },
+        "crackseg_nb.inference.export": {
+            "crackseg_nb.inference.export.NotEqual": (
+                "inference/export.html#notequal",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.compare_networks": (
+                "inference/export.html#compare_networks",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.export_network": (
+                "inference/export.html#export_network",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.export_run": (
+                "inference/export.html#export_run",
+                "crackseg_nb/inference/export.py",
+            ),
+            "crackseg_nb.inference.export.fits": ("inference/export.html#fits", "crackseg_nb/inference/export.py"),
+            "crackseg_nb.inference.export.write_onnx": (
+                "inference/export.html#write_onnx",
+                "crackseg_nb/inference/export.py",
+            ),
         },
         "crackseg_nb.inference.files": {
             "crackseg_nb.inference.files.BandStore": (
@@ -1644,6 +1675,10 @@ d = {
                 "measure/files.html#crack_outlines",
                 "crackseg_nb/measure/files.py",
             ),
+            "crackseg_nb.measure.files.simplify_line": (
+                "measure/files.html#simplify_line",
+                "crackseg_nb/measure/files.py",
+            ),
             "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
@@ -1730,6 +1765,16 @@ d = {
             "crackseg_nb.measure.photos.worst_cracks": (
                 "measure/photos.html#worst_cracks",
                 "crackseg_nb/measure/photos.py",
+            ),
+        },
+        "crackseg_nb.measure.promise": {
+            "crackseg_nb.measure.promise.missed_length": (
+                "measure/promise.html#missed_length",
+                "crackseg_nb/measure/promise.py",
+            ),
+            "crackseg_nb.measure.promise.promised_threshold": (
+                "measure/promise.html#promised_threshold",
+                "crackseg_nb/measure/promise.py",
             ),
         },
         "crackseg_nb.measure.scale": {
@@ -2831,6 +2876,8 @@ d = {
             ),
         },
         "crackseg_nb.runs.commands": {
+            "crackseg_nb.runs.commands.page_main": ("runs/commands.html#page_main", "crackseg_nb/runs/commands.py"),
+            "crackseg_nb.runs.commands.page_parser": ("runs/commands.html#page_parser", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.sweep_main": ("runs/commands.html#sweep_main", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.sweep_parser": (
                 "runs/commands.html#sweep_parser",
@@ -3138,6 +3185,7 @@ d = {
             "crackseg_nb.runs.notebook.one_line": ("runs/notebook.html#one_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.resume_line": ("runs/notebook.html#resume_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.status_of": ("runs/notebook.html#status_of", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.write_page": ("runs/notebook.html#write_page", "crackseg_nb/runs/notebook.py"),
         },
         "crackseg_nb.runs.recipes": {
             "crackseg_nb.runs.recipes.Recipe": ("runs/recipes.html#recipe", "crackseg_nb/runs/recipes.py")
@@ -4320,10 +4368,6 @@ d = {
             ),
             "crackseg_nb.studies.training_speed.phase_of": (
                 "studies/training_speed.html#phase_of",
-                "crackseg_nb/studies/training_speed.py",
-            ),
-            "crackseg_nb.studies.training_speed.plain_axes": (
-                "studies/training_speed.html#plain_axes",
                 "crackseg_nb/studies/training_speed.py",
             ),
             "crackseg_nb.studies.training_speed.read_phases": (

@@ -18,6 +18,7 @@ from crackseg_nb.evidence.comparison import compare
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.notebook import write_page
 from crackseg_nb.runs.results import prediction_path, save_prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,8 +197,9 @@ def test_the_notebook_runs(outputs, tmp_path):
         progress_bar=False,
         parameters=dict(runs="first,second", outputs=str(outputs), name="both"),
     )
-    page = (outputs / "both" / "comparison.html").read_text("utf-8")
-    assert page.count("<img") == 5 and not [word for word in ('src="http', "href=", "<script", "<link") if word in page]
+    page = write_page(tmp_path / "out.ipynb").read_text("utf-8")
+    assert page.count("<img") == 5 and not [word for word in ('src="http', "<script", "<link") if word in page]
+    assert "begin_comparison" not in page
     assert len(pd.read_csv(outputs / "both" / "tests.csv")) == 1
 
 

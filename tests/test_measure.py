@@ -48,6 +48,7 @@ def test_widths_of_bars_at_all_angles(blur):
             found = probability_widths(drawn.clip(0, 1), points[middle], normals[middle])
             errors.append(found.width_px - width)
             contained.append((found.low_px <= width) & (width <= found.high_px))
+            assert abs(found.offset_px).max() < 0.2
     errors = np.array(errors).reshape(4, -1)
     assert abs(errors.mean(1)).max() < 0.05 and abs(errors).mean(1).max() < 0.15
     assert np.mean(contained) > 0.95

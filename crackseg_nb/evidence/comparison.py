@@ -41,7 +41,8 @@ from ..core.checks import CrackSegError, choose, first_few
 from ..core.files import display_path, fingerprint_of, read_yaml
 from ..core.run_folder import RunFolder, find_run_folder
 from .scores import Evidence, evidence_of
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
+from ..figures.photos import CURVE_COLOURS, shorten
+from ..figures.style import styled
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
 from ..runs.config import SAME_NUMBERS
 from ..runs.results import read_training
@@ -378,9 +379,10 @@ def training_table(comparison: Comparison) -> pd.DataFrame:
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #66d522b7
+@styled
 def show_width_recall(systems: dict[str, System]) -> Figure:
     "Return a figure of each system's recall by the width of the crack, means over seeds."
-    figure, axis = plt.subplots(figsize=(7.5, 2.6), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 2.6))
     bar = 0.8 / len(systems)
     for number, (name, system) in enumerate(systems.items()):
         tables = [entry.evidence.tables["widths"] for entry in system.entries]
@@ -395,11 +397,9 @@ def show_width_recall(systems: dict[str, System]) -> Figure:
     axis.set_xticks(
         range(len(recall)),
         [f"{width} px\n{pixels / 1000:,.0f}k pixels" for width, pixels in zip(tables[0]["width"], tables[0]["pixels"])],
-        fontsize=7,
+        size="small",
     )
     axis.set(ylim=(0, 1), xlim=(-0.5, len(recall) - 0.5))
-    axis.set_ylabel("recall", fontsize=8)
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    plain_axis(axis)
-    plt.close(figure)
+    axis.set_ylabel("recall")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -41,6 +41,7 @@ from crackseg_nb.figures.photos import (
     OUTCOMES,
     add_legend,
     check_pair,
+    name_tile,
     paint_outcomes,
     shorten,
     shrink_image,
@@ -48,6 +49,7 @@ from crackseg_nb.figures.photos import (
     shrunk_size,
     tiles,
 )
+from ..figures.style import styled
 from ..metrics.widths import Outline, local_widths, near, show_panels, trace_pair
 
 # %% ../../nbs/evidence/05_error_types.ipynb #87d09f15
@@ -193,10 +195,11 @@ def draw_errors(axes, case: Case) -> None:
     ):
         axis.imshow(picture, interpolation="nearest")
     most = sorted((name for name in counts if counts[name]), key=counts.get, reverse=True)[:2]
-    axes[0].set_title(f"{shorten(case.name)}: IoU {case.iou:.2f}", fontsize=7, pad=2)
-    axes[2].set_title(", ".join(f"{name} {counts[name]:,} px" for name in most) or "no errors", fontsize=7, pad=2)
+    name_tile(axes[0], f"{shorten(case.name)}: IoU {case.iou:.2f}")
+    name_tile(axes[2], ", ".join(f"{name} {counts[name]:,} px" for name in most) or "no errors")
 
 
+@styled
 def show_worst(cases: Sequence[Case], count: int = 4) -> Figure:
     "Return a figure of the `count` cases of lowest IoU, the worst first, their errors coloured by type."
     if not len(cases):
@@ -206,6 +209,6 @@ def show_worst(cases: Sequence[Case], count: int = 4) -> Figure:
     figure, axes = tiles(len(worst), 3, (tallest, GALLERY_TILE[1]))
     for row, case in zip(axes, worst):
         draw_errors(row, case)
-    axes[0, 1].set_title("truth", fontsize=7, pad=2)
+    name_tile(axes[0, 1], "truth")
     figure.set_figheight(figure.get_figheight() + add_legend(figure, type_legend()))
     return figure

@@ -36,7 +36,8 @@ from torch import nn
 
 # %% ../../nbs/evidence/04_model_maps.ipynb #9447bed6
 from ..core.checks import CrackSegError, check_number, choose
-from ..figures.photos import CURVE_COLOURS, DPI, check_pair, shrink_image, tiles
+from ..figures.photos import CURVE_COLOURS, check_pair, name_tile, shrink_image, tiles
+from ..figures.style import styled
 from ..models.encoders import Encoder
 from ..models.layers import ASPP, CBAM
 from ..models.swinv2_hybrid import DecoderBlock
@@ -97,6 +98,7 @@ def spread(
 
 
 # %% ../../nbs/evidence/04_model_maps.ipynb #ba56cb1d
+@styled
 def show_maps(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     maps: dict[str, np.ndarray],  # float (H, W) by title
@@ -120,7 +122,7 @@ def show_maps(
         )
     for axis, (title, picture) in zip(axes.flat, pictures.items()):
         axis.imshow(picture, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        axis.set_title(title, fontsize=7, pad=2)
+        name_tile(axis, title)
     if pixel is not None:
         for axis in axes.flat[:count]:
             axis.plot(pixel[1], pixel[0], "o", markersize=7, markerfacecolor="none", markeredgecolor="#00e5ff")
@@ -240,29 +242,25 @@ def cbam_maps(
 
 
 # %% ../../nbs/evidence/04_model_maps.ipynb #f50cbff7
+@styled
 def show_cbam(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     gates: dict[str, Gates],  # of `cbam_maps`
 ) -> Figure:
     "Return a figure with the weights of the channels as bars and of the places as a map, a row for each decoder block."
     check_pair(image, **{name: gate.spatial for name, gate in gates.items()})
-    figure, axes = plt.subplots(
-        len(gates), 2, figsize=(8, 1.6 * len(gates)), dpi=DPI, width_ratios=(3, 1), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(gates), 2, figsize=(8, 1.6 * len(gates)), width_ratios=(3, 1), squeeze=False)
     for (bars, place), (name, gate) in zip(axes, gates.items()):
         ends = np.arange(len(gate.deep) + len(gate.skip) + 1)
         bars.stairs(gate.deep, ends[: len(gate.deep) + 1], fill=True, color=CURVE_COLOURS[0], label="deep features")
         bars.stairs(gate.skip, ends[len(gate.deep) :], fill=True, color=CURVE_COLOURS[1], label="skip connection")
         bars.set(ylim=(0, 1), xlim=(0, ends[-1]))
-        bars.set_title(f"{name}: weight of each channel", fontsize=8, loc="left")
+        bars.set_title(f"{name}: weight of each channel", loc="left")
         drawn = place.imshow(gate.spatial, cmap="magma", vmin=0, vmax=1)
         place.axis("off")
         figure.colorbar(drawn, ax=place, shrink=0.8)
-    axes[0, 1].set_title("weight of each place", fontsize=8)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7
-    )
-    plt.close(figure)
+    axes[0, 1].set_title("weight of each place")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
 from ..core.checks import CrackSegError, check_number, first_few
-from ..core.files import atomic_write, read_yaml, sha256_file, write_yaml
+from ..core.files import atomic_write, read_yaml, sha256_file, write_table, write_yaml
 from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
@@ -210,8 +210,7 @@ def save(self: Evidence, folder: Path) -> None:
     "Write scores.yaml, per_image.csv, the tables and sums.npz below a run's folder."
     folder.mkdir(exist_ok=True)
     for name, table in {"per_image": self.per_image.reset_index(), **self.tables}.items():
-        with atomic_write(folder / f"{name}.csv", "w") as handle:
-            table.to_csv(handle, index=False, lineterminator="\n")
+        write_table(folder / f"{name}.csv", table)
     with atomic_write(folder / "sums.npz") as handle:
         np.savez_compressed(
             handle,

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 
 # %% ../../nbs/evidence/06_uncertainty.ipynb #e1410f65
 from ..core.checks import CrackSegError
-from ..figures.photos import TILE, check_pair, overlay, shrink_image, shrink_labels, shrink_probability, tiles
+from crackseg_nb.figures.photos import (
+    TILE,
+    check_pair,
+    name_tile,
+    overlay,
+    shrink_image,
+    shrink_labels,
+    shrink_probability,
+    tiles,
+)
+from ..figures.style import styled
 from ..metrics.counts import check_logits
 
 
@@ -82,6 +92,7 @@ def uncertainty_maps(
 
 
 # %% ../../nbs/evidence/06_uncertainty.ipynb #f06c9829
+@styled
 def show_uncertainty(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
@@ -96,11 +107,11 @@ def show_uncertainty(
     figure, axes = tiles(2, 3, small.shape[:2])
     for axis, picture, name in zip(axes.flat, (small, overlay(small, shrink_labels(mask, TILE))), ("photo", "mask")):
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(name, fontsize=7, pad=2)
+        name_tile(axis, name)
     for axis, (name, plane) in zip(axes.flat[2:], planes.items()):
         highest = 1.0 if name == "mean" else plane.max()
         shown = np.round(15 * shrink_probability(plane, TILE) / max(highest, 1e-9)) / 15  # few levels, small files
         axis.imshow(shown, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
-        axis.set_title(name if name == "mean" else f"{name}, up to {highest:.2f}", fontsize=7, pad=2)
-    figure.suptitle(title, fontsize=8)
+        name_tile(axis, name if name == "mean" else f"{name}, up to {highest:.2f}")
+    figure.suptitle(title)
     return figure

@@ -26,6 +26,7 @@ from crackseg_nb.figures.photos import (
     class_legend,
     colour_table,
     grey_out,
+    name_tile,
     number_regions,
     outcomes,
     paint_outcomes,
@@ -36,6 +37,7 @@ from crackseg_nb.figures.photos import (
     shrunk_size,
     tiles,
 )
+from .style import styled
 from ..sources.samples import Classes
 
 
@@ -108,8 +110,8 @@ def draw_case(axes, case: Case | ClassCase, classes: Classes) -> None:
         axes[2].imshow(levels, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
     axes[3].imshow(paint_outcomes(image, outcome), interpolation="nearest")
     score, errors = ("IoU", f"errors at {case.threshold:.2f}") if isinstance(case, Case) else ("mIoU", "errors")
-    axes[0].set_title(f"{shorten(case.name, 20)}: {score} {case.iou:.2f}", fontsize=7, pad=2, loc="left")
-    axes[3].set_title(errors, fontsize=7, pad=2)
+    name_tile(axes[0], f"{shorten(case.name, 20)}: {score} {case.iou:.2f}", "left")
+    name_tile(axes[3], errors)
 
 
 # %% ../../nbs/figures/04_cases.ipynb #14ce1432
@@ -121,6 +123,7 @@ def error_legend(several_classes: bool = False) -> list[Patch]:
     return [Patch(facecolor=np.array(colour) / 255, label=name) for name, colour in colours.items()]
 
 
+@styled
 def show_cases(cases: Sequence[Case] | Sequence[ClassCase], title: str = "", classes: Classes = Classes()) -> Figure:
     "Return a figure with a row of photo, mask, answer and error map per case; meant for up to four cases."
     if not len(cases):
@@ -131,10 +134,10 @@ def show_cases(cases: Sequence[Case] | Sequence[ClassCase], title: str = "", cla
     for row, case in zip(axes, cases):
         draw_case(row, case, classes)
     for axis, name in zip(axes[0][1:3], ("mask", answer_plane(cases[0], classes)[0])):
-        axis.set_title(name, fontsize=7, pad=2)
-    figure.suptitle(title, fontsize=9)
+        name_tile(axis, name)
+    figure.suptitle(title)
     if classes.binary:
-        figure.legend(handles=error_legend(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+        figure.legend(handles=error_legend(), loc="outside lower center", ncols=4)
     else:
         heights = [
             add_legend(figure, class_legend(classes, with_background=True), "left", 0.74, "mask and prediction"),

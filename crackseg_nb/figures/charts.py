@@ -43,17 +43,19 @@ from matplotlib.transforms import Bbox
 # %% ../../nbs/figures/03_charts.ipynb #9c66e365
 from ..core.checks import CrackSegError
 from ..data.audit import Audit
-from .photos import CURVE_COLOURS, DPI, in_notebook, plain_axis, shorten
+from .photos import CURVE_COLOURS, in_notebook, shorten
+from .style import styled
 from ..sources.samples import Classes
 
 
 # %% ../../nbs/figures/03_charts.ipynb #b5801800
+@styled
 def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
     "Return a figure of the classes' shares of pixels (or of labelled images) per split: bars for cracks, points else."
     if not classes.binary or "crack %" not in report.table:
         return draw_shares(report, classes) if len(classes) <= 40 else draw_spread(report)
     table = report.table
-    figure, axis = plt.subplots(figsize=(5, 0.6 + 0.34 * len(table)), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 0.6 + 0.34 * len(table)))
     share = table["crack %"].fillna(0).to_numpy(float)
     bars = axis.barh(
         [f"{split} ({int(images)} images)" for split, images in table["images"].items()],
@@ -61,11 +63,9 @@ def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
         color=CURVE_COLOURS[0],
         height=0.6,
     )
-    axis.bar_label(bars, [f"{value:.2f} %" for value in share], padding=4, fontsize=8)
+    axis.bar_label(bars, [f"{value:.2f} %" for value in share], padding=4)
     axis.set(xlabel="crack pixels, % of annotated pixels", xlim=(0, 1.2 * max(share.max(initial=0), 0.1)))
     axis.invert_yaxis()
-    plain_axis(axis)
-    plt.close(figure)
     return figure
 
 
@@ -83,18 +83,19 @@ def share_text(share: float) -> str:
 def write_shares(axis: Axes, column: int, title: str, shares: np.ndarray) -> None:
     "Write a column of shares, one for each row of `axis`, to the right of it."
     place = TABLE_START + TABLE_STEP * column
-    style = dict(transform=axis.get_yaxis_transform(), ha="center", fontsize=7)
+    style = dict(transform=axis.get_yaxis_transform(), ha="center", size="small")
     axis.text(place, -0.9, title, va="bottom", **style)
     for row, share in enumerate(shares):
         axis.text(place, row, share_text(share), va="center", color="grey" if share == 0 else "black", **style)
 
 
 # %% ../../nbs/figures/03_charts.ipynb #15f0feba
+@styled
 def draw_shares(report: Audit, classes: Classes) -> Figure:
     "Return a figure with a row per class: a point for its share in each split, and the shares in figures."
     shares = {split: 100 * pixels / max(pixels.sum(), 1) for split, pixels in report.pixels.items()}
     rows = np.arange(len(classes))
-    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(classes)), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(classes)))
     axis.hlines(rows, 0, 1, transform=axis.get_yaxis_transform(), color="0.9", linewidth=0.8, zorder=0)
     for column, ((split, share), marker, colour) in enumerate(zip(shares.items(), "os^", CURVE_COLOURS)):
         shown, label = share > 0, f"{split} ({int(report.table['images'][split])} images)"
@@ -109,22 +110,19 @@ def draw_shares(report: Audit, classes: Classes) -> Figure:
     axis.set_yticks(rows, [shorten(name) for name in classes.names])
     unit = "labelled images" if "fewest per class" in report.table else "annotated pixels"
     axis.set(xlabel=f"share of a class, % of {unit}", ylim=(len(classes) - 0.5, -0.7))
-    plain_axis(axis)
-    axis.legend(frameon=False, fontsize=7, ncols=len(shares), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
-    plt.close(figure)
+    axis.legend(ncols=len(shares), loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
     return figure
 
 
 # %% ../../nbs/figures/03_charts.ipynb #ba0cd885
+@styled
 def draw_spread(report: Audit) -> Figure:
     "Return a figure with the number of images that show each class, the rarest class first, a line per split."
-    figure, axis = plt.subplots(figsize=(5.5, 2.2), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.5, 2.2))
     for (split, images), colour in zip(report.images.items(), CURVE_COLOURS):
         axis.plot(np.sort(images), label=split, color=colour, linewidth=1.4)
     axis.set(xlabel="classes, the rarest first", ylabel="images", ylim=(0, None))
-    axis.legend(frameon=False, fontsize=8)
-    plain_axis(axis)
-    plt.close(figure)
+    axis.legend()
     return figure
 
 
@@ -138,12 +136,10 @@ def draw_curves(axis, history: pd.DataFrame, names: dict[str, str]) -> None:
                 history["epoch"], history[column], color=colour, label=label, marker=marker, markersize=3, linewidth=1.4
             )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.tick_params(labelsize=8)
-    axis.set_xlabel("epoch", fontsize=8)
+    axis.set_xlabel("epoch")
     if axis.lines and len(history):
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend()
     elif not len(history):
         axis.text(0.5, 0.5, "no epoch yet", ha="center", va="center", transform=axis.transAxes, color="grey")
 
@@ -167,18 +163,19 @@ def mark_best(axis, history: pd.DataFrame, label: str) -> None:
         markeredgecolor="black",
         markeredgewidth=0.6,
     )
-    axis.set_title(f"best epoch {int(best['epoch'])}: {label} {best[column]:.3f}", fontsize=9)
+    axis.set_title(f"best epoch {int(best['epoch'])}: {label} {best[column]:.3f}")
 
 
 # %% ../../nbs/figures/03_charts.ipynb #2c938ebb
+@styled
 def show_history(
     history: pd.DataFrame,
     several_classes: bool = False,  # the scores are means over classes
 ) -> Figure:
     "Return a figure with the losses, and the validation scores with the best epoch marked; any number of rows."
-    figure, (losses, scores) = plt.subplots(1, 2, figsize=(7, 2.4), dpi=DPI, layout="constrained")
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(7, 2.4))
     draw_curves(losses, history, {"train_loss": "training", "val_loss": "validation"})
-    losses.set_title("loss", fontsize=9)
+    losses.set_title("loss")
     scores.set_ylim(0, 1)
     mean = "m" if several_classes else ""
     labels = {
@@ -189,11 +186,9 @@ def show_history(
     names = {"val_iou": f"{mean}IoU", "val_f1": f"{mean}F1"} if "train_accuracy" not in history else labels
     scores.set_title(
         "validation" if len(history) == 0 or any(name in history for name in names) else "no validation images",
-        fontsize=9,
     )
     draw_curves(scores, history, names)
     mark_best(scores, history, next(iter(names.values())))
-    plt.close(figure)
     return figure
 
 
@@ -215,30 +210,29 @@ class LiveCurves:
 
 
 # %% ../../nbs/figures/03_charts.ipynb #b753b480
+@styled
 def show_threshold_curve(
     curve: pd.DataFrame,  # of BinaryMetrics.curve(): threshold, precision, recall, f1, iou
     chosen: float,  # the threshold to mark
     title: str = "",
 ) -> Figure:
     "Return a figure with precision, recall, F1 and IoU against the threshold."
-    figure, axis = plt.subplots(figsize=(5.5, 2.8), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.5, 2.8))
     scores = {"f1": ("F1", "-"), "iou": ("IoU", "-"), "precision": ("precision", "--"), "recall": ("recall", ":")}
     for colour, (column, (label, line)) in zip(CURVE_COLOURS, scores.items()):
         axis.plot(curve["threshold"], curve[column], color=colour, linestyle=line, label=label, linewidth=1.6)
     axis.axvline(chosen, color="grey", linewidth=1)
-    axis.annotate(f" {chosen:.2f}", (chosen, 0.02), fontsize=8, color="dimgrey")
+    axis.annotate(f" {chosen:.2f}", (chosen, 0.02), color="dimgrey")
     axis.set(xlim=(0, 1), ylim=(0, 1.02))
-    axis.set_xlabel("threshold", fontsize=8)
-    axis.set_title(title, fontsize=9)
-    axis.tick_params(labelsize=8)
+    axis.set_xlabel("threshold")
+    axis.set_title(title)
     axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    plt.close(figure)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 # %% ../../nbs/figures/03_charts.ipynb #ae60677c
+@styled
 def show_class_scores(
     per_class: dict[str, dict],  # name -> {"iou": float or None, "pixels": true pixels, ...}
     title: str = "",
@@ -246,22 +240,20 @@ def show_class_scores(
     "Return a figure with the IoU of each class and the number of its true pixels."
     scores = [score["iou"] for score in per_class.values()]
     known = [score for score in scores if score is not None]
-    figure, axis = plt.subplots(figsize=(6, 0.9 + 0.24 * len(scores)), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 0.9 + 0.24 * len(scores)))
     axis.barh(range(len(scores)), [score or 0 for score in scores], color=CURVE_COLOURS[0], height=0.6)
     beside, white = axis.get_yaxis_transform(), dict(facecolor="white", edgecolor="none", pad=0.5)
     for row, (score, facts) in enumerate(zip(scores, per_class.values())):
         text, shade = ("no true pixel", "grey") if score is None else (f"{score:.2f}", "black")
-        axis.text((score or 0) + 0.015, row, text, va="center", fontsize=8, color=shade, bbox=white)
-        axis.text(1.16, row, f"{facts['pixels']:,}", va="center", ha="right", fontsize=7, transform=beside)
-    axis.text(1.16, -0.8, "true pixels", va="bottom", ha="right", fontsize=7, transform=beside)
+        axis.text((score or 0) + 0.015, row, text, va="center", color=shade, bbox=white)
+        axis.text(1.16, row, f"{facts['pixels']:,}", va="center", ha="right", size="small", transform=beside)
+    axis.text(1.16, -0.8, "true pixels", va="bottom", ha="right", size="small", transform=beside)
     if known:
         axis.axvline(np.mean(known), color=CURVE_COLOURS[1], linestyle="--", linewidth=1.2, zorder=0)
         title = f"{title}{': ' if title else ''}mIoU {np.mean(known):.3f} over {len(known)} classes (dashed)"
     axis.set_yticks(range(len(scores)), [shorten(name) for name in per_class])
     axis.set(xlabel="IoU", xlim=(0, 1.06), ylim=(len(scores) - 0.5, -0.7))
-    axis.set_title(title, fontsize=9, loc="left")
-    plain_axis(axis)
-    plt.close(figure)
+    axis.set_title(title, loc="left")
     return figure
 
 
@@ -282,7 +274,7 @@ def write_share(axis, row: int, column: int, share: float) -> None:
     if share == 0:
         return
     text = "<1" if share < 1 else ">99" if 99.5 <= share < 100 else f"{share:.0f}"
-    axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if share > 55 else "black")
+    axis.text(column, row, text, ha="center", va="center", size="small", color="white" if share > 55 else "black")
 
 
 def mark_row(axis, row: int, width: int, text: str) -> None:
@@ -296,12 +288,13 @@ def mark_row(axis, row: int, width: int, text: str) -> None:
         text,
         ha="center",
         va="center",
-        fontsize=7,
+        size="small",
         bbox=dict(facecolor="white", edgecolor="none", pad=1),
     )
 
 
 # %% ../../nbs/figures/03_charts.ipynb #fcae8e8b
+@styled
 def show_confusion(
     matrix: np.ndarray,  # pixels (C, C), true classes down
     class_names: Sequence[str],
@@ -310,7 +303,7 @@ def show_confusion(
     "Return a heat map of what the pixels of each true class are taken for, in per cent; in figures up to 12 classes."
     shares, names = row_shares(matrix, class_names), [shorten(name) for name in class_names]
     side = len(names) * (0.42 if len(names) <= 12 else 0.26)
-    figure, axis = plt.subplots(figsize=(side + 2.4, side + 1.5), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(side + 2.4, side + 1.5))
     drawn = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     for row, line in enumerate(shares):
         if np.isnan(line).any():
@@ -318,15 +311,13 @@ def show_confusion(
         elif len(names) <= 12:
             for column, share in enumerate(line):
                 write_share(axis, row, column, share)
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_xlabel("predicted", fontsize=8)
-    axis.set_ylabel("true", fontsize=8)
-    axis.set_title(title, fontsize=9)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title)
     bar = figure.colorbar(drawn, shrink=0.8, aspect=30)
-    bar.set_label("% of the true class", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
-    plt.close(figure)
+    bar.set_label("% of the true class")
     return figure
 
 
@@ -376,7 +367,6 @@ def label_means(
             textcoords="offset pixels",
             ha="center",
             va="center",
-            fontsize=8,
             color=colour,
         )
         box = text.get_window_extent()

@@ -27,6 +27,7 @@ __all__ = [
     "shrink_probability",
     "shorten",
     "tiles",
+    "name_tile",
     "show_grid",
     "as_tile",
     "class_legend",
@@ -35,7 +36,6 @@ __all__ = [
     "show_pairs",
     "show_samples",
     "show_augmentations",
-    "plain_axis",
     "in_notebook",
     "save_figure",
 ]
@@ -48,6 +48,7 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -56,6 +57,7 @@ from matplotlib.patheffects import withStroke
 from ..core.checks import VOID, CrackSegError
 from ..core.files import atomic_write
 from ..core.seeds import seed_for
+from .style import styled
 from ..sources.images import denormalize, read_image, read_mask
 from ..sources.samples import LABELS, Classes, Sample
 
@@ -249,14 +251,14 @@ def shorten(name: str, limit: int = 22) -> str:
     return name if len(name) <= limit else f"{name[:head]}…{name[len(name) - (limit - 1 - head) :]}"
 
 
+@styled
 def tiles(rows: int, columns: int, tile: tuple[int, int], margin: int = 18) -> tuple[Figure, np.ndarray]:
     "Return a closed figure and its axes (rows, columns), each of `tile` (height, width) pixels with `margin` above."
     size = (columns * (tile[1] + 8) / DPI, rows * (tile[0] + margin) / DPI)
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     figure.get_layout_engine().set(w_pad=2 / DPI, h_pad=2 / DPI, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.axis("off")
-    plt.close(figure)
     return figure, axes
 
 
@@ -264,6 +266,12 @@ def tiles(rows: int, columns: int, tile: tuple[int, int], margin: int = 18) -> t
 TILE = (120, 144)  # height and width of a picture in a grid, in pixels
 
 
+def name_tile(axis: Axes, title: str, side: str = "center") -> None:
+    "Write a title close above a picture."
+    axis.set_title(title, size="small", pad=2, loc=side)
+
+
+@styled
 def show_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 3) -> Figure:
     "Return a figure with the pictures, which may differ in size, row by row under their titles."
     columns = min(columns, len(pictures))
@@ -271,7 +279,7 @@ def show_grid(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: in
     figure, axes = tiles(-(-len(pictures) // columns), columns, (tallest, TILE[1]))
     for axis, picture, title in zip(axes.flat, pictures, titles):
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(shorten(title), fontsize=7, pad=2)
+        name_tile(axis, shorten(title))
     return figure
 
 
@@ -312,10 +320,7 @@ def add_legend(
             handles=list(entries),
             loc=f"outside lower {place}",
             ncols=columns,
-            frameon=False,
-            fontsize=7,
             title=title,
-            title_fontsize=7,
             columnspacing=1.2,
             handlelength=1.4,
         )
@@ -343,13 +348,14 @@ def number_regions(axis, ids: np.ndarray) -> None:
             textcoords="offset points",
             ha="center",
             va="center",
-            fontsize=7,
+            size="small",
             weight="bold",
             color="white",
             path_effects=[withStroke(linewidth=1.5, foreground="black")],
         )
 
 
+@styled
 def show_pairs(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],  # images and masks
     names: Sequence[str],
@@ -413,14 +419,6 @@ def show_augmentations(
         )
     pair = read_image(sample.image), read_mask(sample.mask, mask_encoding)
     return show_pairs([pair, *(augmentation(*pair, seed) for seed in seeds)], [sample.name, *titles], classes)
-
-
-# %% ../../nbs/figures/02_photos.ipynb #9a81df5d
-def plain_axis(axis) -> None:
-    "Give `axis` small labels and no frame at the top and on the right."
-    axis.tick_params(labelsize=8)
-    axis.xaxis.label.set_size(8)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 # %% ../../nbs/figures/02_photos.ipynb #e84896dd

@@ -188,6 +188,7 @@ def load_network(
         threshold,
         origin,
         alignment_of(built),
+        multiple=getattr(built.encoder, "multiple", 32),
         licence="Apache-2.0",
     )
     return TorchNetwork(built, facts, place, precision)

@@ -28,7 +28,7 @@ import numpy as np
 from scipy.special import expit, softmax
 
 # %% ../../nbs/inference/02_networks.ipynb #1736e3ed
-from ..core.checks import CrackSegError, choose, first_line
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, choose, first_line
 from ..core.files import sha256_file
 from ..sources.images import NORMALIZED
 from ..sources.samples import Classes
@@ -47,6 +47,7 @@ class Facts:
     threshold_origin: str = "0.5, not chosen"
     align: int = 32  # tiles begin at multiples of this, so that strides and windows lie as in the whole
     radius: int = 0  # pixels that a prediction looks far; 0: not measured
+    multiple: int = 32  # of which the sides of an image are, after its border is repeated
     fixed_size: int = 0  # side of the only image that fits; 0: any size
     licence: str = ""
 
@@ -149,8 +150,8 @@ class Averaged(Network):
             f"mean of {len(several)} models: " + "; ".join(facts.threshold_origin for facts in several),
             int(np.lcm.reduce([facts.align for facts in several])),
             max(facts.radius for facts in several),
-            first.fixed_size,
-            "; ".join(dict.fromkeys(facts.licence for facts in several)),
+            fixed_size=first.fixed_size,
+            licence="; ".join(dict.fromkeys(facts.licence for facts in several)),
         )
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -202,7 +203,7 @@ class OnnxNetwork(Network):
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         height, width = images.shape[2:]
-        multiple = 1 if self.facts.fixed_size else 32
+        multiple = 1 if self.facts.fixed_size else self.facts.multiple
         edges = ((0, 0), (0, 0), (0, -height % multiple), (0, -width % multiple))
         padded = np.pad(images, edges, mode="edge") if any(map(any, edges)) else images
         logits = self.session.run(None, {self.input: padded})[0]
@@ -224,5 +225,6 @@ def read_facts(path: Path, metadata: dict[str, str]) -> Facts:
 
 
 def write_facts(facts: Facts) -> dict[str, str]:
-    "Return facts as the metadata of an exported file."
-    return {METADATA: json.dumps(asdict(facts), sort_keys=True)}
+    "Return facts as the metadata of an exported file; the scale of the images is for programs other than this one."
+    scale = {"order": "RGB", "range": [0, 1], "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    return {METADATA: json.dumps(asdict(facts), sort_keys=True), "normalisation": json.dumps(scale)}

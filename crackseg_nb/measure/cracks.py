@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import map_coordinates
 from scipy.signal import savgol_filter
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from skimage.morphology import skeletonize
 
 # %% ../../nbs/measure/02_cracks.ipynb #b136901e
@@ -332,7 +332,7 @@ def _widths(probability, branch, level):
         elif path.free[at] and len(points) > 2:
             widths[-at] = np.nan
     # Where the normal runs along a neighbour, the width is far above that of the widest disc within the crack.
-    nearest = cKDTree(path.pixels).query(points)[1]
+    nearest = KDTree(path.pixels).query(points)[1]
     widths[widths[:, 0] > 3 * branch.radius[nearest] + 2] = np.nan
     return np.column_stack([points, widths])
 

@@ -74,9 +74,9 @@ def measure_photo(
         mask = (probability >= threshold if mask is None else mask) & known
     tables = measure_cracks(probability, threshold, mask=mask)
     outlines = crack_outlines(probability, threshold, mask)
-    long = tables.cracks.loc[tables.cracks["length_px"] >= min_length_px, "crack"]
+    long = set(tables.cracks.loc[tables.cracks["length_px"] >= min_length_px, "crack"])
     tables = Tables(*(table[table["crack"].isin(long)].reset_index(drop=True) for table in tables))
-    outlines = [outline for outline in outlines if outline.crack in set(long)]
+    outlines = [outline for outline in outlines if outline.crack in long]
     if width_error:
         tables = _widen_all(tables, width_error)
     figures = summarize_cracks(tables, probability.shape, mm_per_px, None if known is None else int(known.sum()))

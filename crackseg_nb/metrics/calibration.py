@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/metrics/04_calibration.ipynb #4cc7ce54
 from ..core.checks import VOID, check_number, choose
+from ..figures.style import styled
 from .curves import Sums, check_planes, highest_within, levels
 
 # %% ../../nbs/metrics/04_calibration.ipynb #8eb31be2
@@ -175,6 +176,7 @@ def draw_reliability(
     axes[1].stairs(np.maximum(table["pixels"], 0.5), [*table["low"], 1], baseline=None, color=colour, linewidth=1.2)
 
 
+@styled
 def show_reliability(
     metrics: Mapping[str, Calibration],  # name -> metric
     title: str = "",
@@ -182,11 +184,9 @@ def show_reliability(
     "Draw the fraction of crack pixels against the probability, over all pixels and near cracks, and pixels per bin."
     import matplotlib.pyplot as plt
 
-    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+    from crackseg_nb.figures.photos import CURVE_COLOURS
 
-    figure, axes = plt.subplots(
-        2, 2, figsize=(7.5, 4), dpi=DPI, layout="constrained", sharex=True, height_ratios=(3, 1)
-    )
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 4), sharex=True, height_ratios=(3, 1))
     distances = sorted({metric.distance for metric in metrics.values()})
     titles = (
         "all pixels",
@@ -196,15 +196,12 @@ def show_reliability(
         axes[0, column].plot((0, 1), (0, 1), color="grey", linestyle=":", linewidth=1)
         for number, (name, metric) in enumerate(metrics.items()):
             draw_reliability(axes[:, column], metric, region, name, CURVE_COLOURS[number % len(CURVE_COLOURS)])
-        axes[0, column].set_title(titles[column], fontsize=9)
+        axes[0, column].set_title(titles[column])
         axes[0, column].set(xlim=(0, 1), ylim=(0, 1))
         axes[1, column].set(xlabel="probability of a crack", yscale="log", ylim=(0.5, None))
         if metrics:
-            axes[0, column].legend(frameon=False, fontsize=7, loc="upper left")
-    axes[0, 0].set_ylabel("share of cracks", fontsize=8)
-    axes[1, 0].set_ylabel("pixels", fontsize=8)
-    for axis in axes.flat:
-        plain_axis(axis)
-    figure.suptitle(title, fontsize=9)
-    plt.close(figure)
+            axes[0, column].legend(loc="upper left")
+    axes[0, 0].set_ylabel("share of cracks")
+    axes[1, 0].set_ylabel("pixels")
+    figure.suptitle(title)
     return figure

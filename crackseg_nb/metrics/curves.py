@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/metrics/03_curves.ipynb #9605a19a
 from ..core.checks import VOID, CrackSegError, check_number
+from ..figures.style import styled
 
 # %% ../../nbs/metrics/03_curves.ipynb #d6480a2f
 CURVE_PROTOCOL = """\
@@ -360,13 +361,14 @@ def draw_iso_f1(axis) -> None:
             (1, f1 / (2 - f1)),
             (2, 0),
             textcoords="offset points",
-            fontsize=6,
+            size="small",
             color="grey",
             va="center",
             annotation_clip=False,
         )
 
 
+@styled
 def show_curves(
     curves: Mapping[str, ThresholdCurves],  # name -> metric
     title: str = "",
@@ -374,9 +376,9 @@ def show_curves(
     "Draw precision against recall, and pooled F1 (strong) and mean F1 (faint) against the threshold."
     import matplotlib.pyplot as plt
 
-    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+    from crackseg_nb.figures.photos import CURVE_COLOURS
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), dpi=DPI, layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
     draw_iso_f1(left)
     for number, (name, metric) in enumerate(curves.items()):
         table, style = (
@@ -398,10 +400,8 @@ def show_curves(
                 axis.plot(point[x], point[y], marker, color=style["color"], markersize=5)
     for axis, x, y in ((left, "recall", "precision"), (right, "threshold", "F1")):
         axis.set(xlabel=x, xlim=(0, 1), ylim=(0, 1.02))
-        axis.set_ylabel(y, fontsize=8)
-        plain_axis(axis)
+        axis.set_ylabel(y)
     if right.lines:
-        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=9)
-    plt.close(figure)
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title)
     return figure

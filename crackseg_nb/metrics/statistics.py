@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/metrics/07_statistics.ipynb #ed9b0107
 from ..core.checks import CrackSegError, check_number, choose
+from ..figures.style import styled
 from .scores import SCORES, scores_from_counts
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a11069f8
@@ -580,6 +581,7 @@ def compare_repeats(
 
 
 # %% ../../nbs/metrics/07_statistics.ipynb #7bcc73bc
+@styled
 def show_intervals(
     intervals: dict[str, Interval],  # a run, or a pair, and its score or difference
     label: str = "score",
@@ -587,9 +589,9 @@ def show_intervals(
     "Return a figure with a dot and a bar for each interval; differences have a line at 0."
     import matplotlib.pyplot as plt
 
-    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis, shorten
+    from crackseg_nb.figures.photos import CURVE_COLOURS, shorten
 
-    figure, axis = plt.subplots(figsize=(5, 0.7 + 0.28 * len(intervals)), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 0.7 + 0.28 * len(intervals)))
     for place, found in enumerate(intervals.values()):
         axis.plot(
             [found.low, found.high], [place] * 2, color=CURVE_COLOURS[0], linewidth=2, alpha=0.6, solid_capstyle="butt"
@@ -599,23 +601,22 @@ def show_intervals(
         axis.axvline(0, color="0.5", linewidth=0.8)
     axis.set_yticks(range(len(intervals)), [shorten(name, 30) for name in intervals])
     axis.set(xlabel=label, ylim=(len(intervals) - 0.5, -0.5))
-    plain_axis(axis)
     axis.grid(axis="x", alpha=0.2)
-    plt.close(figure)
     return figure
 
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a8df0c3f
+@styled
 def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "Figure":
     "Return a figure with a point for each image: its score by the first run across, by the second up."
     import matplotlib.pyplot as plt
 
-    from crackseg_nb.figures.photos import CURVE_COLOURS, DPI, plain_axis
+    from crackseg_nb.figures.photos import CURVE_COLOURS
 
     ours, theirs, function, _ = select_pair(a, b, statistic, None, names)
     one, other = function(ours), function(theirs)
     ahead = np.sign(apart(one, other))
-    figure, axis = plt.subplots(figsize=(3.6, 3.6), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(3.6, 3.6))
     for sign, colour, label in (
         (1, CURVE_COLOURS[0], f"{names[0]} ahead"),
         (-1, CURVE_COLOURS[1], f"{names[1]} ahead"),
@@ -637,8 +638,5 @@ def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("
     axis.set(
         xlabel=names[0], ylabel=names[1], xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal"
     )
-    axis.legend(frameon=False, fontsize=8, loc="upper left")
-    plain_axis(axis)
-    axis.yaxis.label.set_size(8)
-    plt.close(figure)
+    axis.legend(loc="upper left")
     return figure

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/metrics/05_widths.ipynb #3ce498e0
 from ..core.checks import VOID, CrackSegError
+from ..figures.style import styled
 from .curves import highest_within
 
 # %% ../../nbs/metrics/05_widths.ipynb #a8ade5cc
@@ -173,16 +174,17 @@ def by_width(counts: np.ndarray) -> dict[str, float]:
 
 
 # %% ../../nbs/metrics/05_widths.ipynb #4a21b8d5
+@styled
 def show_panels(panels: dict[str, np.ndarray], legend: list["Patch"]) -> "Figure":
     "Show images, uint8 RGB (H, W, 3), side by side under their titles, at least 300 pixels large, with a legend."
-    from crackseg_nb.figures.photos import add_legend, tiles
+    from crackseg_nb.figures.photos import add_legend, name_tile, tiles
 
     height, width = next(iter(panels.values())).shape[:2]
     factor = -(-300 // max(height, width))
     figure, axes = tiles(1, len(panels), (factor * height, factor * width))
     for axis, (title, picture) in zip(axes[0], panels.items()):
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(title, fontsize=8, pad=2)
+        name_tile(axis, title)
     figure.set_figheight(figure.get_figheight() + add_legend(figure, legend))
     return figure
 

@@ -15,10 +15,12 @@ __all__ = [
     "resume_line",
     "judge",
     "execute",
+    "write_page",
 ]
 
 # %% ../../nbs/runs/07_notebook.ipynb #7e611ee5
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/runs/07_notebook.ipynb #f714bfbd
-from ..core.checks import RESUME_CODE, CrackSegError
-from ..core.files import door
+from ..core.checks import RESUME_CODE, CrackSegError, first_line
+from ..core.files import door, write_text
 from ..core.machine import signal_handlers
 from ..core.run_folder import RunFolder
 
@@ -204,3 +206,25 @@ def execute(
     if result is None and folder.is_dir() and target.is_file():
         target = target.replace(folder / "result.ipynb")
     return Outcome(code, message, target, tuple(relay.received), died)
+
+
+# %% ../../nbs/runs/07_notebook.ipynb #101d4799
+def write_page(
+    notebook: Path,  # an executed one
+    page: Path | None = None,  # None: beside it, as .html
+) -> Path:
+    "Write an executed notebook as one HTML file without code, and return its path; raise CrackSegError without one."
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = Path(notebook)
+    try:
+        content = nbformat.read(notebook, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        raise CrackSegError(f"{notebook}: found no notebook ({first_line(error)}), expected an executed one") from None
+    exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    title = next((line[2:] for cell in content.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
+    body, _ = exporter.from_notebook_node(content, {"metadata": {"name": title or notebook.stem}})
+    page = Path(page) if page else notebook.with_suffix(".html")
+    write_text(page, re.sub(r"<script.*?</script>", "", body, flags=re.S))
+    return page

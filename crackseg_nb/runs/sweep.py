@@ -46,13 +46,13 @@ from fastcore.basics import patch
 # %% ../../nbs/runs/11_sweep.ipynb #d4294545
 from ..core.checks import PLAIN, CrackSegError, check_folder_name, choose, plain_variables
 from crackseg_nb.core.files import (
-    atomic_write,
     find_path,
     outputs_folder,
     project_root,
     read_if_there,
     read_yaml,
     to_plain,
+    write_table,
     write_text,
     write_yaml,
 )
@@ -446,12 +446,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     def text(value):
         return "-" if pd.isna(value) else f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
-    rows = [
-        table.columns,
-        ["---"] * len(table.columns),
-        *[[text(value) for value in row] for row in table.itertuples(index=False)],
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table.astype(object).map(text).to_markdown(index=False, disable_numparse=True)
 
 
 def with_spread(table: pd.DataFrame) -> pd.DataFrame:
@@ -490,8 +485,7 @@ def compare(self: Sweep) -> pd.DataFrame:
     results, settings = self.results(), [name for name in self.varying if name != "seed"]
     ranked = rank(results, settings)
     for name, table in (("comparison.csv", ranked), ("runs.csv", results)):
-        with atomic_write(self.folder / name, "w") as handle:
-            table.to_csv(handle, index=False, lineterminator="\n")
+        write_table(self.folder / name, table)
     notes = [f"- {note}" for note in notes_on(results)]
     fixed = ", ".join(f"{name}={value}" for name, value in self.fixed.items()) or "nothing"
     parts = [

@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 # %% ../../nbs/studies/05_ablation.ipynb #ba7e1158
 from ..core.checks import CrackSegError, check_folder_name, choose
 from ..core.files import outputs_folder, write_table
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
+from ..figures.photos import CURVE_COLOURS
+from ..figures.style import styled
 from ..metrics.statistics import compare_repeats
 from ..runs.sweep import Sweep, read_fixed
 
@@ -137,10 +138,11 @@ def effects(
 
 
 # %% ../../nbs/studies/05_ablation.ipynb #1267703d
+@styled
 def show_effects(results: pd.DataFrame, score: str = "test_iou") -> Figure:
     "Return a figure with each arm's difference from the base: a point for each seed, the mean and its interval."
     table, scores = effects(results, score), scores_by_seed(results, score)
-    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.32 * len(table)), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.32 * len(table)))
     for place, (arm, row) in enumerate(table.iterrows()):
         if not row["seeds"]:
             continue
@@ -161,10 +163,7 @@ def show_effects(results: pd.DataFrame, score: str = "test_iou") -> Figure:
         xlabel=f"difference of {score.replace('_', ' ')} from the base; grey: seeds, bar: 95 % interval of the mean",
         ylim=(len(table) - 0.5, -0.5),
     )
-    axis.xaxis.label.set_size(8)
-    plain_axis(axis)
     axis.grid(axis="x", alpha=0.2)
-    plt.close(figure)
     return figure
 
 

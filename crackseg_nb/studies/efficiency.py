@@ -40,7 +40,8 @@ from torch import nn
 # %% ../../nbs/studies/07_efficiency.ipynb #fc3f43bb
 from ..core.checks import CrackSegError, check_number, choose, first_line
 from ..figures.charts import label_means
-from ..figures.photos import CURVE_COLOURS, DPI
+from ..figures.photos import CURVE_COLOURS
+from ..figures.style import styled
 from ..models.registry import count_flops
 from .compression import Int8Model
 from .race import enter_inference, race
@@ -218,6 +219,7 @@ COSTS = {
 }
 
 
+@styled
 def show_frontier(
     table: pd.DataFrame,  # of frontier_table(), with a column of scores
     x: str = "file_bytes",  # column of a cost
@@ -230,7 +232,7 @@ def show_frontier(
     if shown.empty:
         raise CrackSegError(f"frontier: found no row with both {x} and {y}, expected at least one")
     best = shown[front[shown.index]].sort_values("cost")
-    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4.2))
     colours = {name: CURVE_COLOURS[0] if front[name] else "#555555" for name in shown.index}
     axis.plot(
         best["cost"],
@@ -256,9 +258,7 @@ def show_frontier(
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set(xlabel=label, ylabel=y)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend()
     label_means(axis, {name: (row["cost"], pd.Series([row["score"]]), colours[name]) for name, row in shown.iterrows()})
-    plt.close(figure)
     return figure

@@ -62,7 +62,8 @@ from ..core.machine import get_device
 from ..data.augment import create_augmentation
 from ..data.splits import make_splits
 from ..figures.charts import label_means
-from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
+from ..figures.photos import CURVE_COLOURS, save_figure, shorten
+from ..figures.style import styled
 from ..metrics.statistics import compare_repeats, least_effect
 from ..models.registry import count_flops, count_parameters
 from ..models.settings import ENCODERS
@@ -409,27 +410,24 @@ def finish_axis(axis: Axes, label: str, families) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(label, fontsize=8)
-    axis.set_ylabel("test IoU", fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(label)
+    axis.set_ylabel("test IoU")
     axis.grid(alpha=0.2)
     for family in families:
         axis.plot([], [], "o", color=FAMILY_COLOURS[family], label=family)
     if len(families):
-        axis.legend(
-            frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title="family", title_fontsize=8
-        )
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), title="family")
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #654a52e8
+@styled
 def show_accuracy(
     table: pd.DataFrame,
     runs: pd.DataFrame,
     cost: str = "gflops",  # a name of COST_LABELS
 ) -> Figure:
     "Return a figure with test IoU against cost: a point for each run, a bar for each mean, coloured by family."
-    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4.2))
     drawn, done = {}, runs[runs["state"] == "done"].dropna(subset="test_iou")
     for encoder, row in table.dropna(subset=["test_iou", cost]).iterrows():
         colour, scores = FAMILY_COLOURS[row["family"]], done.loc[done["encoder"] == encoder, "test_iou"]
@@ -448,20 +446,17 @@ def show_accuracy(
     finish_axis(axis, COST_LABELS[cost], table.loc[list(drawn), "family"].unique())
     if drawn:
         label_means(axis, drawn)
-    plt.close(figure)
     return figure
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #0d11a813
+@styled
 def show_classes(
     means: pd.DataFrame,  # of EncoderBenchmark.per_class()
 ) -> Figure:
     "Return a heat map of the test IoU, encoders down and classes across."
     values = means.to_numpy(float)
-    figure, axis = plt.subplots(
-        figsize=(2.0 + 0.52 * values.shape[1], 1.3 + 0.32 * len(values)), dpi=DPI, layout="constrained"
-    )
-    plt.close(figure)
+    figure, axis = plt.subplots(figsize=(2.0 + 0.52 * values.shape[1], 1.3 + 0.32 * len(values)))
     if means.empty:
         axis.set_axis_off()
         axis.text(0, 0.5, "no run is done")
@@ -469,24 +464,22 @@ def show_classes(
     drawn = axis.imshow(np.ma.masked_invalid(values), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axis.set_facecolor("0.93")
     for (row, column), value in np.ndenumerate(values):
-        text, colour, size = f"{value:.2f}", "white" if value > 0.55 else "black", 8
+        text, colour, size = f"{value:.2f}", "white" if value > 0.55 else "black", "medium"
         if np.isnan(value):
-            text, colour, size = "no\npixel", "0.4", 6
-        axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour, linespacing=0.9)
+            text, colour, size = "no\npixel", "0.4", "small"
+        axis.text(column, row, text, ha="center", va="center", size=size, color=colour, linespacing=0.9)
     axis.set_xticks(
         range(values.shape[1]),
         [shorten(name) for name in means.columns],
         rotation=40,
         ha="right",
         rotation_mode="anchor",
-        fontsize=8,
     )
-    axis.set_yticks(range(len(values)), means.index, fontsize=8)
+    axis.set_yticks(range(len(values)), means.index)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, ax=axis, aspect=12, pad=0.02, ticks=(0, 0.5, 1))
-    bar.set_label("test IoU", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar.set_label("test IoU")
     return figure
 
 

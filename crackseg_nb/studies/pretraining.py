@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/04_pretraining.ipynb #ae7f048c
 from ..core.checks import CrackSegError
-from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
+from ..figures.photos import CURVE_COLOURS
+from ..figures.style import styled
 from ..metrics.statistics import compare_repeats
 from ..runs.sweep import Sweep
 
@@ -77,9 +78,10 @@ def tell(
 
 
 # %% ../../nbs/studies/04_pretraining.ipynb #f01e52c2
+@styled
 def show_arms(sweep: Sweep) -> Figure:
     "Return a figure with the validation IoU of each run against the epoch, coloured by arm."
-    figure, axis = plt.subplots(figsize=(5.5, 2.8), dpi=DPI, layout="constrained")
+    figure, axis = plt.subplots(figsize=(5.5, 2.8))
     for run, parameters in sweep.runs.items():
         path, lent = sweep.folder / run / "history.csv", parameters["encoder_weights"] != "none"
         if not path.is_file():
@@ -96,8 +98,6 @@ def show_arms(sweep: Sweep) -> Figure:
             label="_" if arm in known else arm,
         )
     axis.set(xlabel="epoch", ylabel="validation IoU", ylim=(0, 1))
-    axis.legend(frameon=False, fontsize=8)
-    plain_axis(axis)
+    axis.legend()
     axis.grid(alpha=0.2)
-    plt.close(figure)
     return figure

@@ -27,7 +27,6 @@ __all__ = [
     "not_measured",
     "relative_to",
     "rounded",
-    "plain_axes",
     "show_ratios",
     "show_cost",
 ]
@@ -62,7 +61,8 @@ from ..core.seeds import seed_everything
 from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
-from ..figures.photos import CURVE_COLOURS, DPI
+from ..figures.photos import CURVE_COLOURS
+from ..figures.style import styled
 from ..models.registry import MODELS, count_parameters, create_model
 from ..models.settings import CLASSIFIER
 from ..runs.config import configure, model_settings
@@ -600,16 +600,7 @@ def rounded(value):
 
 
 # %% ../../nbs/studies/02_training_speed.ipynb #e1478e39
-def plain_axes(columns: int = 1, height: float = 2.4) -> tuple[Figure, list]:
-    "Return a figure with a row of axes without frame."
-    figure, axes = plt.subplots(1, columns, figsize=(7, height), dpi=DPI, layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    plt.close(figure)
-    return figure, list(axes[0])
-
-
+@styled
 def show_ratios(
     table: pd.DataFrame,  # of Benchmark.contest()
 ) -> Figure | None:
@@ -617,7 +608,7 @@ def show_ratios(
     if "not measured" in table:
         return None
     table = table.dropna(subset="ratio")
-    figure, [axis] = plain_axes(height=0.8 + 0.34 * len(table))
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(table)))
     for row, ((_, _name), found) in enumerate(table.iterrows()):
         axis.plot(
             [found["low"], found["high"]],
@@ -635,17 +626,17 @@ def show_ratios(
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
-            fontsize=8,
         )
     several = table.index.get_level_values(0).nunique() > 1
     axis.set_yticks(range(len(table)), [f"{model}: {name}" if several else name for model, name in table.index])
     axis.axvline(1, color="grey", linewidth=1, linestyle=":")
     axis.set_ylim(len(table) - 0.4, -0.7)
-    axis.set_xlabel("images/s of the trainer / images/s of the other", fontsize=8)
+    axis.set_xlabel("images/s of the trainer / images/s of the other")
     return figure
 
 
 # %% ../../nbs/studies/02_training_speed.ipynb #6c25c550
+@styled
 def show_cost(
     table: pd.DataFrame,  # of Benchmark.cost()
 ) -> Figure | None:
@@ -654,18 +645,18 @@ def show_cost(
         return None
     of = table.index.names[1]
     label = {"image_size": "image size, pixels on a side", "batch_size": "batch size, images at once"}[of]
-    figure, (time_axis, memory_axis) = plain_axes(2)
+    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(7, 2.4))
     for colour, (name, rows) in zip(cycle(CURVE_COLOURS), table.groupby(level=0)):
         points = rows.index.get_level_values(1)
         time_axis.plot(points, 1 / rows["images_per_second"], color=colour, marker="o", markersize=4, label=name)
         memory_axis.plot(points, rows["memory_mib"], color=colour, marker="o", markersize=4, label=name)
     for axis, title in ((time_axis, "seconds per image"), (memory_axis, "memory of training, MiB")):
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(label, fontsize=8)
+        axis.set_title(title)
+        axis.set_xlabel(label)
         axis.set_xticks(table.index.unique(1))
         axis.margins(y=0.12)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
     if table.index.get_level_values(0).nunique() > 1:
-        time_axis.legend(frameon=False, fontsize=8)
+        time_axis.legend()
     return figure

@@ -62,7 +62,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/training/14_trainer.ipynb #63d29c58
 from ..core.checks import CrackSegError, Stopped
-from ..core.files import atomic_write, display_path
+from ..core.files import display_path, write_table
 from ..core.machine import logger
 from ..core.run_folder import RunFolder
 from ..core.seeds import capture_rng_state, restore_rng_state
@@ -463,8 +463,7 @@ def save_tables(trainer: Trainer) -> None:
         if not rows:
             (trainer.folder / name).unlink(missing_ok=True)
         else:
-            with atomic_write(trainer.folder / name, "w") as handle:
-                pd.DataFrame(rows).to_csv(handle, index=False, lineterminator="\n")
+            write_table(trainer.folder / name, pd.DataFrame(rows))
 
 
 def save_epoch(trainer: Trainer, improved: bool) -> None:
