@@ -20,6 +20,7 @@ from .augment import Augmentation, check_image_size
 from .label_augment import LabelAugmentation
 from .store import PRELOAD, create_store, read_pair, read_sizes
 from ..sources.images import normalize, read_image
+from ..sources.inspection import FileFacts, digests_of
 from ..sources.samples import Sample
 
 
@@ -36,18 +37,21 @@ class CrackDataset(Dataset):
         preload: bool | str = False,  # hold decoded images: True (memory), 'disk', 'auto' (what fits) or False
         resize: int | tuple[int, int] | None = None,  # bring every image to (height, width) first
         progress: bool = True,  # show a bar while preloading
-        copies: int = 1,  # processes on this machine that hold the same images
         cache: Path | None = None,  # folder for decoded images on disk; None: they are never kept there
+        facts: dict[str, FileFacts] | None = None,  # by name, of an inspection; None: files are looked at again
     ):
         if not samples:
             raise CrackSegError("samples: found an empty list, expected at least one image")
         self.samples, self.mask_encoding, self.seed = list(samples), mask_encoding, seed
         self.augmentation, self.progress = augmentation, progress
         self.resize = None if resize is None else check_image_size(resize)
-        self.known_sizes = self.store = None
+        self.known_sizes = self.store = digests = None
+        if facts:
+            self.known_sizes = [facts[sample.name].size[::-1] for sample in self.samples]
+            digests = [digests_of(sample, facts[sample.name]) for sample in self.samples]
         if choose("preload", preload, PRELOAD) is not False:
             self.store = create_store(
-                self.samples, mask_encoding, self.source_sizes, self.resize, preload, cache, progress, copies
+                self.samples, mask_encoding, self.source_sizes, self.resize, preload, cache, progress, digests
             )
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     if accelerator.is_main_process:
         experiment = prepare(config)
         experiment.settle_precision()
-        share = str(experiment.folder.path), experiment.stop.minutes_left, experiment.fitting_batch()
+        share = experiment.share(experiment.fitting_batch())
     arguments = gather_objects(share, accelerator)[0]
     if experiment is None:
         train_in_process(*arguments)

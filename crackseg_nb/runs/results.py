@@ -309,7 +309,7 @@ def setup_lines(experiment: "Experiment") -> list[str]:
     rules = {name.removesuffix("_rule"): rule for name, rule in protocol.items() if name.endswith("_rule")}
     return [
         f"Recipe {config.run.recipe}, {config.model}, {model['parameters']:,} parameters, weights: {model['weights']}.",
-        f"Data {experiment.source.name}: {sizes} images.",
+        f"Data {experiment.splits.source}: {sizes} images.",
         " ".join(f"{name.capitalize()}: {rule}." for name, rule in rules.items()),
     ]
 

@@ -13,6 +13,8 @@ __all__ = [
     "MEAN",
     "DEVIATION",
     "NORMALIZED",
+    "Content",
+    "read_content",
     "open_picture",
     "to_rgb",
     "read_image",
@@ -26,33 +28,59 @@ __all__ = [
     "raw_values",
     "read_mask",
     "image_size",
+    "check_same_size",
     "value_counts",
-    "MaskFacts",
-    "read_mask_facts",
-    "decide_encoding",
-    "check_ids",
-    "scan_masks",
+    "is_jpeg",
     "normalize",
     "denormalize",
 ]
 
 # %% ../../nbs/sources/02_images.ipynb #89579a18
+import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, first_few
-from ..core.files import in_threads, raise_first
-from .samples import Classes, Sample
+from .samples import Sample
+
+
+# %% ../../nbs/sources/02_images.ipynb #5d0c9e11
+@dataclass(frozen=True)
+class Content:
+    "Hold the bytes of a file, so that it is opened once however often it is decoded."
+
+    path: Path
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+
+def read_content(
+    path,
+    what: str = "an image",  # for the error
+) -> Content:
+    "Read a file's bytes; raise CrackSegError if it is missing or cannot be read."
+    try:
+        return Content(Path(path), Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise CrackSegError(f"{path}: no such file; expected {what}") from error
+    except OSError as error:
+        raise CrackSegError(f"{path}: cannot read it ({error.strerror}); expected {what}") from error
+
 
 # %% ../../nbs/sources/02_images.ipynb #47430854
 MAX_PIXELS = 80_000_000  # largest picture that is decoded
@@ -60,12 +88,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pi
 
 
 def open_picture(
-    path,  # file of any format that Pillow reads
+    path,  # file of any format that Pillow reads, or its Content
     use: Callable,  # gets the opened Pillow image, returns the result
 ):
     "Return `use(picture)`; raise CrackSegError if the file is missing, too large, truncated or damaged."
     try:
-        with Image.open(path) as picture:
+        with Image.open(path.open() if isinstance(path, Content) else path) as picture:
             pixels = picture.width * picture.height
             if pixels <= MAX_PIXELS:
                 return use(picture)
@@ -76,7 +104,8 @@ def open_picture(
     except FileNotFoundError as error:
         raise CrackSegError(f"{path}: no such file; expected an image") from error
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = str(error).splitlines()[0].replace(f" {str(path)!r}", "") if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else reason
         raise CrackSegError(f"{path}: found a damaged or unreadable image ({reason}), expected a whole one") from error
     raise CrackSegError(
         f"{path}: found {pixels / 1e6:.0f} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
@@ -214,7 +243,8 @@ def matlab_values(path) -> np.ndarray:
     from scipy.io import loadmat  # scipy takes longer to start than all the rest of this chapter
 
     try:
-        values = loadmat(path, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
+        file = path.open() if isinstance(path, Content) else path
+        values = loadmat(file, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
         if values.ndim == 2 and values.size and values.max() <= 255:
             return values.astype(np.uint8)
     except FileNotFoundError as error:
@@ -264,118 +294,37 @@ def image_size(path) -> tuple[tuple[int, int], bool]:
     return open_picture(path, look)
 
 
+# %% ../../nbs/sources/02_images.ipynb #1f0a6c52
+def check_same_size(
+    sample: Sample,
+    size: tuple[int, int],  # of the image: width, height
+    mask_size: tuple[int, int],
+    turned: bool = False,  # the image was turned by its EXIF orientation
+) -> None:
+    "Raise CrackSegError unless a sample's image and mask have one size."
+    if mask_size != size:
+        hint = " after its EXIF orientation is applied" if turned else ""
+        raise CrackSegError(
+            f"{sample.mask}: found a mask of {mask_size[0]}x{mask_size[1]} for an image of "
+            f"{size[0]}x{size[1]} ({Path(sample.image).name}){hint}, expected equal sizes"
+        )
+
+
 # %% ../../nbs/sources/02_images.ipynb #e5219ce1
 def value_counts(values: np.ndarray) -> np.ndarray:
     "Return how often each of 0..255 occurs in uint8 (H, W), without NumPy's eight bytes for each pixel."
     return np.array(Image.fromarray(values).histogram(), np.int64)
 
 
-# %% ../../nbs/sources/02_images.ipynb #2354763a
-@dataclass(frozen=True)
-class MaskFacts:
-    "Hold the facts that a scan keeps of a mask and its image."
-
-    values: frozenset[int]  # raw values that occur
-    is_jpeg: bool
-    turned: bool  # the image carries an EXIF orientation
-
-
-# %% ../../nbs/sources/02_images.ipynb #a67e6623
-def read_mask_facts(sample: Sample, encoding: str) -> MaskFacts:
-    "Read a sample's mask and its image's header; raise CrackSegError if their sizes differ."
-    size, turned = image_size(sample.image)
-    values = raw_values(sample.mask, encoding)
-    if values.shape != size[::-1]:
-        hint = " after its EXIF orientation is applied" if turned else ""
-        raise CrackSegError(
-            f"{sample.mask}: found a mask of {values.shape[1]}x{values.shape[0]} for an image of "
-            f"{size[0]}x{size[1]} ({sample.image.name}){hint}, expected equal sizes"
-        )
-    with open(sample.mask, "rb") as handle:
-        is_jpeg = handle.read(3) == b"\xff\xd8\xff"  # whatever its suffix says
-    return MaskFacts(frozenset(np.flatnonzero(value_counts(values)).tolist()), is_jpeg, turned)
-
-
-# %% ../../nbs/sources/02_images.ipynb #82206b5a
-def decide_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
-    "Return the encoding that explains the masks of all samples; raise CrackSegError naming a file that fits none."
-    if any(fact.is_jpeg for fact in facts):
-        highest = max(max(fact.values) for fact in facts if fact.is_jpeg)
-        ids = any(1 in fact.values for fact in facts if not fact.is_jpeg)
-        if (highest >= 128 or highest == 0) and not ids:
-            return "threshold"
-        found = "others with class ids" if ids else f"values up to {highest}"
-        raise CrackSegError(
-            f"{samples[0].mask.parent}: found JPEG masks and {found}, expected JPEG masks of 0 and 255 only"
-        )
-    for sample, fact in zip(samples, facts):
-        if unknown := sorted(fact.values - {0, 1, 255}):
-            hint = "; several classes are read as 'folder' with class_names" if unknown[-1] < 64 else ""
-            raise CrackSegError(
-                f"{sample.mask}: found mask values {first_few(unknown, 5)}, expected 0 and 1, 0 and 255, "
-                f"or 0, 1 and 255 (void){hint}"
-            )
-    ids = [sample for sample, fact in zip(samples, facts) if 1 in fact.values]
-    full = [sample for sample, fact in zip(samples, facts) if 255 in fact.values]
-    if ids and full and not set(ids) & set(full):
-        raise CrackSegError(
-            f"{full[0].mask}: found 0 and 255, but {ids[0].mask.name} holds 0 and 1 and no mask holds all "
-            "three, so 255 could mean crack or void; expected one encoding for all masks"
-        )
-    return "0/255" if full and not ids else "ids"
-
-
-# %% ../../nbs/sources/02_images.ipynb #8c0a8290
-def check_ids(samples: list[Sample], facts: list[MaskFacts], classes: Classes) -> None:
-    "Raise CrackSegError naming the first mask that holds anything but ids of `classes` and void."
-    expected = f"0 to {len(classes) - 1} ({first_few(classes.names, 6)}) or {VOID} for void"
-    known, errors = {*range(len(classes)), VOID}, []
-    for sample, fact in zip(samples, facts):
-        if fact.is_jpeg:
-            errors.append(f"{sample.mask}: found a JPEG mask, which smears class ids; expected PNG")
-        elif beyond := sorted(fact.values - known):
-            errors.append(
-                f"{sample.mask}: found class id{'s' * (len(beyond) > 1)} {first_few(beyond, 5)}, expected {expected}"
-            )
-    raise_first([CrackSegError(error) for error in errors])
-    if {VOID} <= frozenset().union(*(fact.values for fact in facts)) <= {0, VOID}:
-        raise CrackSegError(
-            f"{samples[0].mask.parent}: found only 0 and {VOID} in all masks, expected class ids {expected}; "
-            "masks of 0 and 255 are read without class_names, or with mask_encoding '0/255'"
-        )
-
-
-# %% ../../nbs/sources/02_images.ipynb #442f0770
-def scan_masks(
-    samples: list[Sample],
-    encoding: str = "auto",  # or a key of ENCODINGS: then masks are only checked against it
-    classes: Classes = Classes(),  # that 'class_ids' may name
-) -> tuple[str, list[str]]:
-    "Look at every mask; return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
-    choose("mask_encoding", encoding, ["auto", *ENCODINGS])
-    facts = in_threads(partial(read_mask_facts, encoding=encoding), samples, "masks")
-    raise_first(facts)
-    if encoding == "auto":
-        encoding = decide_encoding(samples, facts)
-    if encoding == "class_ids":
-        check_ids(samples, facts, classes)
-    known = set(np.flatnonzero(ENCODINGS[encoding] != UNKNOWN).tolist())
-    odd = [(sample.mask, sorted(fact.values - known)) for sample, fact in zip(samples, facts) if fact.values - known]
-    expected = EXPECTED[encoding]
-    raise_first(
-        [
-            CrackSegError(f"{mask}: found mask values {first_few(odd_values, 5)}, expected {expected}")
-            for mask, odd_values in odd
-        ]
-    )
-    notes = []
-    if encoding == "threshold":
-        notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
-    if encoding in ("ids", "class_ids") and any(VOID in fact.values for fact in facts):
-        notes.append("mask value 255 means void")
-    if turned := sum(fact.turned for fact in facts):
-        notes.append(f"{turned} images are turned by their EXIF orientation")
-    return encoding, notes
+# %% ../../nbs/sources/02_images.ipynb #71b5a0ce
+def is_jpeg(
+    path,  # of a picture, or its Content
+) -> bool:
+    "Tell whether a file is a JPEG, whatever its suffix says."
+    if isinstance(path, Content):
+        return path.data.startswith(b"\xff\xd8\xff")
+    with open(path, "rb") as handle:
+        return handle.read(3) == b"\xff\xd8\xff"
 
 
 # %% ../../nbs/sources/02_images.ipynb #882fad02

@@ -15,7 +15,9 @@ __all__ = [
     "read_deepcrack",
     "read_crackforest",
     "read_unified360",
+    "group_tiles",
     "read_neu_seg",
+    "group_turned_copies",
     "voc_folder",
     "voc_lists",
     "read_voc",
@@ -29,9 +31,9 @@ from pathlib import Path
 
 # %% ../../nbs/sources/06_published.ipynb #def6ca7f
 from ..core.checks import CrackSegError, first_few
-from ..core.files import in_threads, raise_first
-from .duplicates import describe_tile, photo_numbers, same_photos
+from .duplicates import photo_numbers, same_photos
 from .folders import IMAGE_FOLDERS, MASK_FOLDERS, pair_folders, subfolder
+from .inspection import FileFacts
 from .samples import Classes, Reader, Sample
 
 # %% ../../nbs/sources/06_published.ipynb #c1c7fdd6
@@ -71,7 +73,7 @@ CRACKFOREST_READER = Reader(read_crackforest, "image/*.jpg and groundTruth/*.mat
 
 # %% ../../nbs/sources/06_published.ipynb #7eb8b28d
 def read_unified360(root: Path) -> tuple[list[Sample], list[str]]:
-    "Read the unified 360 folder: `images/*.jpg` and `masks/*.png`, grouped by photo where tiles reveal it."
+    "Read the unified 360 folder: `images/*.jpg` and `masks/*.png`."
     image_folder, mask_folder = subfolder(root, IMAGE_FOLDERS), subfolder(root, MASK_FOLDERS)
     if not image_folder or not mask_folder:
         raise CrackSegError(f"{root}: found no images/ and masks/ in it; expected {UNIFIED360_READER.layout}")
@@ -80,22 +82,24 @@ def read_unified360(root: Path) -> tuple[list[Sample], list[str]]:
         raise CrackSegError(
             f"{image_folder}: found the name {named[0]!r}, expected numbers only (read other names as 'folder')"
         )
-    keys = sorted(pairs, key=int)
-    tiles = in_threads(describe_tile, [pairs[key][0] for key in keys], "tiles")
-    raise_first(tiles)
-    photos = photo_numbers([int(key) for key in keys], tiles)
-    notes.append(f"names do not tell the photo: {len(set(photos))} groups were told from colours and touching borders")
-    return [Sample(key, *pairs[key], group=f"photo {photo}") for key, photo in zip(keys, photos)], notes
+    return [Sample(key, *pairs[key], group=key) for key in sorted(pairs, key=int)], notes
 
 
-UNIFIED360_READER = Reader(read_unified360, "images/*.jpg and masks/*.png, numbered")
+def group_tiles(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[list[Sample], list[str]]:
+    "Group tiles by photo where colours and borders reveal it."
+    photos = photo_numbers([int(sample.name) for sample in samples], [facts[sample.name].tile for sample in samples])
+    note = f"names do not tell the photo: {len(set(photos))} groups were told from colours and touching borders"
+    return [replace(sample, group=f"photo {photo}") for sample, photo in zip(samples, photos)], [note]
+
+
+UNIFIED360_READER = Reader(read_unified360, "images/*.jpg and masks/*.png, numbered", group=group_tiles, tiles=True)
 
 # %% ../../nbs/sources/06_published.ipynb #d90234b5
 NEU_SEG = Classes(("background", "inclusion", "patches", "scratches"))
 
 
 def read_neu_seg(root: Path) -> tuple[list[Sample], list[str]]:
-    "Read NEU-Seg as published: `training` and `test` in `images/` and `annotations/`; turned copies share a group."
+    "Read NEU-Seg as published: `training` and `test` in `images/` and `annotations/`."
     samples, notes = [], []
     for folder, split in (("training", "train"), ("test", "test")):
         places = root / "images" / folder, root / "annotations" / folder
@@ -105,14 +109,25 @@ def read_neu_seg(root: Path) -> tuple[list[Sample], list[str]]:
         pairs, more = pair_folders(*places)
         samples += [Sample(f"{folder}/{key}", *paths, f"{folder}/{key}", split) for key, paths in pairs.items()]
         notes += more
-    firsts = same_photos([sample.image for sample in samples])
+    return samples, notes
+
+
+def group_turned_copies(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[list[Sample], list[str]]:
+    "Group images that show the same, as they are, turned or mirrored."
+    looks = [facts[sample.name] for sample in samples]
+    firsts = same_photos([look.small for look in looks], [look.large for look in looks])
     groups = f"{len(set(firsts))} groups of {len(samples)} images were told from the pictures"
-    notes.append(f"names do not tell turned copies: {groups}")
-    return [replace(sample, group=samples[index].name) for sample, index in zip(samples, firsts)], notes
+    return [replace(sample, group=samples[index].name) for sample, index in zip(samples, firsts)], [
+        f"names do not tell turned copies: {groups}"
+    ]
 
 
 NEU_SEG_READER = Reader(
-    read_neu_seg, "images/training images/test annotations/training annotations/test", "class_ids", NEU_SEG
+    read_neu_seg,
+    "images/training images/test annotations/training annotations/test",
+    "class_ids",
+    NEU_SEG,
+    group=group_turned_copies,
 )
 
 # %% ../../nbs/sources/06_published.ipynb #b13e4f38

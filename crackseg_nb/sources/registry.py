@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core.checks import CrackSegError, choose, first_few, nearest
 from .artefact import ARTEFACT_READER
 from .folders import FOLDER_READER
-from .images import ENCODINGS, scan_masks
+from .images import ENCODINGS
+from .inspection import inspect_all, settle_encoding
 from .labelled import IMAGE_FOLDER_READER, TINY_IMAGENET_READER
 from crackseg_nb.sources.published import (
     CRACKFOREST_READER,
@@ -150,6 +151,12 @@ def read_source(
         samples, notes = reader.read(root, **options)
     if not samples:
         raise CrackSegError(f"{root}: found no images of {name!r}, expected {reader.layout}")
+    facts = inspect_all(samples, "auto" if reader.labels else encoding, reader.tiles)
+    if reader.group:
+        samples, more = reader.group(samples, facts)
+        notes += more
     samples = sorted(samples, key=lambda sample: sample.name)
-    encoding, more = (encoding, []) if reader.labels else scan_masks(samples, encoding, classes)
-    return Source(name, samples, classes, encoding, notes + more)
+    if not reader.labels:
+        encoding, more = settle_encoding(samples, facts, encoding, classes)
+        notes += more
+    return Source(name, samples, classes, encoding, notes, facts)

@@ -121,6 +121,7 @@ class Source:
     classes: Classes = Classes()
     mask_encoding: str = "ids"  # how `read_mask` is to understand the mask files; LABELS where there are none
     notes: list[str] = field(default_factory=list)  # what a reader of results should know
+    facts: dict = field(default_factory=dict, repr=False, compare=False)  # by name, what the inspection found
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,3 +147,5 @@ class Reader:
     classes: Classes | None = Classes()  # of the published masks; None: any that the user names, or those of `labels`
     fetch: Callable | None = None  # () -> root, for a set that can be downloaded
     labels: Callable | None = None  # (root) -> names of the classes, where images carry labels and no masks
+    group: Callable | None = None  # (samples, facts) -> (samples, notes), where pictures tell which share a photo
+    tiles: bool = False  # `group` compares the borders of images

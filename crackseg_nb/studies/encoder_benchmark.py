@@ -66,13 +66,12 @@ from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import display_path, read_if_there, read_yaml, write_text
 from ..core.machine import get_device
 from ..data.augment import create_augmentation
-from ..data.splits import make_splits
 from ..figures.charts import label_means
 from ..figures.photos import CURVE_COLOURS, DPI, save_figure, shorten
 from ..models.registry import count_flops, count_parameters
 from ..models.settings import ENCODERS
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
-from ..runs.experiment import find_source, make_model
+from ..runs.experiment import load_splits, make_model
 from ..runs.jobs import JobConfig
 from ..runs.results import class_table
 from ..runs.sweep import Sweep, markdown_table, rank, read_fixed, read_settings, score
@@ -545,8 +544,7 @@ def loading(
     "Return images per second of loading, and of the fastest and the slowest encoder in use and in training."
     config, table = self.run_config(self.config.encoders[0]), self.table()
     with hidden_bars():
-        source = find_source(config)
-    splits, size = make_splits(source, config.data.fractions, config.run.seed), (config.data.image_size,) * 2
+        splits, size = load_splits(config), (config.data.image_size,) * 2
     augmentation = create_augmentation(config.data.augmentation, size, fit=config.data.fit)
     found = measure_loading(
         splits.train[:images],
