@@ -2660,6 +2660,12 @@ d = {
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.of_the_system": (
+                "sources/folders.html#of_the_system",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.pair_files": (
                 "sources/folders.html#pair_files",
                 "crackseg_nb/sources/folders.py",
@@ -2686,6 +2692,11 @@ d = {
                 "sources/folders.html#subfolders",
                 "crackseg_nb/sources/folders.py",
             ),
+            "crackseg_nb.sources.folders.unread_folders": (
+                "sources/folders.html#unread_folders",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.walk": ("sources/folders.html#walk", "crackseg_nb/sources/folders.py"),
         },
         "crackseg_nb.sources.images": {
             "crackseg_nb.sources.images.Content": ("sources/images.html#content", "crackseg_nb/sources/images.py"),
@@ -2697,16 +2708,40 @@ d = {
                 "sources/images.html#content.open",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.as_content": (
+                "sources/images.html#as_content",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.check_pixels": (
+                "sources/images.html#check_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.check_same_size": (
                 "sources/images.html#check_same_size",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.check_single": (
+                "sources/images.html#check_single",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.colour_values": (
                 "sources/images.html#colour_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.deep_plane": (
+                "sources/images.html#deep_plane",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.denormalize": (
                 "sources/images.html#denormalize",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.describe_file": (
+                "sources/images.html#describe_file",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.find_white": (
+                "sources/images.html#find_white",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.id_values": ("sources/images.html#id_values", "crackseg_nb/sources/images.py"),
@@ -2714,6 +2749,7 @@ d = {
                 "sources/images.html#image_size",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.is_deep": ("sources/images.html#is_deep", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.is_jpeg": ("sources/images.html#is_jpeg", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.mask_values": (
                 "sources/images.html#mask_values",
@@ -2723,9 +2759,18 @@ d = {
                 "sources/images.html#matlab_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.naming": ("sources/images.html#naming", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.normalize": ("sources/images.html#normalize", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.open_picture": (
                 "sources/images.html#open_picture",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.opencv_pixels": (
+                "sources/images.html#opencv_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.opened_tiff": (
+                "sources/images.html#opened_tiff",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.palette_values": (
@@ -2749,7 +2794,21 @@ d = {
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.read_mask": ("sources/images.html#read_mask", "crackseg_nb/sources/images.py"),
-            "crackseg_nb.sources.images.to_rgb": ("sources/images.html#to_rgb", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.read_pixels": (
+                "sources/images.html#read_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.stored_as": ("sources/images.html#stored_as", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.tiff_pixels": (
+                "sources/images.html#tiff_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.to_bytes": ("sources/images.html#to_bytes", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.turn": ("sources/images.html#turn", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.unknown_tiff": (
+                "sources/images.html#unknown_tiff",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.value_counts": (
                 "sources/images.html#value_counts",
                 "crackseg_nb/sources/images.py",
@@ -2794,6 +2853,10 @@ d = {
             ),
             "crackseg_nb.sources.inspection.settle_encoding": (
                 "sources/inspection.html#settle_encoding",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.settle_white": (
+                "sources/inspection.html#settle_white",
                 "crackseg_nb/sources/inspection.py",
             ),
             "crackseg_nb.sources.inspection.unknown_values": (

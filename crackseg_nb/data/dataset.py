@@ -122,5 +122,5 @@ class LabelDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index: found {index}, expected 0 to {len(self) - 1}")
         sample = self.samples[index]
-        image = self.augmentation(read_image(sample.image), seed_for(self.seed, epoch, index))
+        image = self.augmentation(read_image(sample.image, sample.white), seed_for(self.seed, epoch, index))
         return {"image": image, "mask": torch.tensor(sample.label), "index": int(index)}

@@ -62,7 +62,7 @@ def read_pair(
     resize: tuple[int, int] | None = None,  # (height, width)
 ) -> tuple[np.ndarray, np.ndarray]:
     "Read a sample's image (H, W, 3) and mask (H, W); raise CrackSegError naming the file that cannot be used."
-    image, mask = read_image(sample.image), read_mask(sample.mask, mask_encoding)
+    image, mask = read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)
     check_same_size(sample, image.shape[1::-1], mask.shape[::-1])
     return resize_pair(image, mask, resize) if resize else (image, mask)
 
@@ -203,6 +203,7 @@ def cache_file(
     "Return where in `folder` these samples are kept decoded; raise CrackSegError naming a file that is missing."
     items = [f"format {CACHE_FORMAT}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}", mask_encoding, resize]
     items += digests or [digest_pair(sample) for sample in samples]
+    items += sorted({sample.white for sample in samples if sample.white})
     return Path(folder) / f"{fingerprint_of(items)[:32]}.images"
 
 

@@ -7,6 +7,7 @@ __all__ = [
     "FileFacts",
     "inspect",
     "inspect_all",
+    "settle_white",
     "occurring",
     "decide_encoding",
     "check_ids",
@@ -18,24 +19,29 @@ __all__ = [
 
 # %% ../../nbs/sources/05_inspection.ipynb #0cf3d7e8
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
 # %% ../../nbs/sources/05_inspection.ipynb #6a8e2b91
 from ..core.checks import VOID, CrackSegError, choose, first_few
 from ..core.files import in_threads, raise_first
-from .duplicates import describe_tile, thumbnails, unit_vector
+from .duplicates import describe_tile, shrink, thumbnails, unit_vector
 from crackseg_nb.sources.images import (
     ENCODINGS,
     EXPECTED,
     UNKNOWN,
     check_same_size,
+    check_single,
+    find_white,
     image_size,
     is_jpeg,
+    naming,
     raw_values,
     read_content,
+    read_pixels,
     value_counts,
 )
 from .samples import Classes, Sample
@@ -54,6 +60,8 @@ class FileFacts:
     large: np.ndarray  # (128, 128) grey
     values: np.ndarray | None = None  # (256,) how often each raw value occurs in the mask
     mask_is_jpeg: bool = False
+    mask_content: str = ""  # digest of the mask's values, whatever its format
+    deep: tuple[bool, float, float] | None = None  # of more than 8 bits: whole numbers, lowest and highest value
     tile: object = None  # see `describe_tile`, where a reader wants it
 
 
@@ -65,9 +73,17 @@ def inspect(
 ) -> FileFacts:
     "Open a sample's files once each; raise CrackSegError if one is damaged or their sizes differ."
     image = read_content(sample.image)
+    deep = check_single(image)
     size, turned = image_size(image)
-    small, large = thumbnails(image, 32, 128)
+    if deep:
+        pixels = read_pixels(image)
+        grey = Image.fromarray((pixels if pixels.ndim == 2 else pixels.mean(-1)).astype(np.float32))
+        small, large = shrink(grey, 32), shrink(grey, 128)
+        deep = pixels.dtype.kind in "iu", float(pixels.min()), float(pixels.max())
+    else:
+        small, large = thumbnails(image, 32, 128)
     facts = dict(
+        deep=deep or None,
         image_digest=hashlib.sha256(image.data).hexdigest(),
         mask_digest=None,
         size=size,
@@ -78,10 +94,15 @@ def inspect(
     )
     if sample.mask:
         mask = read_content(sample.mask, "a mask")
+        if encoding != "CrackForest":
+            check_single(mask)
         values = raw_values(mask, encoding)
         check_same_size(sample, size, values.shape[::-1], turned)
         facts |= dict(
-            mask_digest=hashlib.sha256(mask.data).hexdigest(), values=value_counts(values), mask_is_jpeg=is_jpeg(mask)
+            mask_digest=hashlib.sha256(mask.data).hexdigest(),
+            values=value_counts(values),
+            mask_is_jpeg=is_jpeg(mask),
+            mask_content=hashlib.sha256(np.ascontiguousarray(values)).hexdigest(),
         )
     return FileFacts(**facts)
 
@@ -93,6 +114,25 @@ def inspect_all(samples: list[Sample], encoding: str = "auto", tiles: bool = Fal
     found = in_threads(partial(inspect, encoding=encoding, tiles=tiles), samples, "inspection")
     raise_first(found)
     return {sample.name: facts for sample, facts in zip(samples, found)}
+
+
+# %% ../../nbs/sources/05_inspection.ipynb #cf27d601
+def settle_white(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[list[Sample], list[str]]:
+    "Return the samples with what their images show as white, and notes; raise CrackSegError on values of no image."
+    notes, whites = [], {}
+    for whole, kind in ((True, "whole numbers of more than 8 bits"), (False, "floating-point numbers")):
+        found = [(sample, facts[sample.name].deep) for sample in samples if facts[sample.name].deep]
+        found = [(sample, deep) for sample, deep in found if deep[0] == whole]
+        if not found:
+            continue
+        lowest, highest = min(found, key=lambda pair: pair[1][1]), max(found, key=lambda pair: pair[1][2])
+        odd = next((sample for sample, (_, low, high) in found if not low <= high), None)  # not a number
+        odd = odd or (lowest[0] if lowest[1][1] < 0 else highest[0])
+        with naming(odd.image):
+            white = find_white(*facts[odd.name].deep[1:], whole)
+        whites |= {sample.name: white for sample, _ in found}
+        notes.append(f"{len(found)} images hold {kind} up to {highest[1][2]:g}: {white} is shown as white")
+    return [replace(sample, white=whites.get(sample.name)) for sample in samples], notes
 
 
 # %% ../../nbs/sources/05_inspection.ipynb #6d92fb08
@@ -115,7 +155,9 @@ def decide_encoding(samples: list[Sample], facts: list[FileFacts]) -> str:
         )
     for sample, fact in zip(samples, facts):
         if unknown := sorted(occurring(fact) - {0, 1, 255}):
-            hint = "; several classes are read as 'folder' with class_names" if unknown[-1] < 64 else ""
+            hint = "; several classes are read as 'folder' with class_names"
+            if unknown[-1] >= 64:
+                hint = "; greys, as drawing and resizing leave them, are cut at 128 with mask_encoding threshold"
             raise CrackSegError(
                 f"{sample.mask}: found mask values {first_few(unknown, 5)}, expected 0 and 1, 0 and 255, "
                 f"or 0, 1 and 255 (void){hint}"

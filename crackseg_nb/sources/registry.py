@@ -16,7 +16,7 @@ from ..core.checks import CrackSegError, choose, first_few, nearest
 from .artefact import ARTEFACT_READER
 from .folders import FOLDER_READER
 from .images import ENCODINGS
-from .inspection import inspect_all, settle_encoding
+from .inspection import inspect_all, settle_encoding, settle_white
 from .labelled import IMAGE_FOLDER_READER, TINY_IMAGENET_READER
 from crackseg_nb.sources.published import (
     CRACKFOREST_READER,
@@ -155,7 +155,8 @@ def read_source(
     if reader.group:
         samples, more = reader.group(samples, facts)
         notes += more
-    samples = sorted(samples, key=lambda sample: sample.name)
+    samples, more = settle_white(sorted(samples, key=lambda sample: sample.name), facts)
+    notes += more
     if not reader.labels:
         encoding, more = settle_encoding(samples, facts, encoding, classes)
         notes += more

@@ -106,6 +106,7 @@ class Sample:
     group: str  # samples of one group show the same photo
     split: str | None = None  # 'train', 'val' or 'test' as published, or None
     label: int | None = None  # id of the class of the whole image
+    white: int | None = None  # what an image of more than 8 bits shows as 255, as the set decides
 
 
 # %% ../../nbs/sources/01_samples.ipynb #1e587d74
