@@ -172,6 +172,7 @@ d = {
             "crackseg_nb.data.audit.border_findings": ("data/audit.html#border_findings", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.border_warning": ("data/audit.html#border_warning", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.class_warnings": ("data/audit.html#class_warnings", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.contradictions": ("data/audit.html#contradictions", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.crossing_families": (
                 "data/audit.html#crossing_families",
                 "crackseg_nb/data/audit.py",
@@ -193,6 +194,10 @@ d = {
             "crackseg_nb.data.audit.label_counts": ("data/audit.html#label_counts", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.overlapping_names": (
                 "data/audit.html#overlapping_names",
+                "crackseg_nb/data/audit.py",
+            ),
+            "crackseg_nb.data.audit.picture_warnings": (
+                "data/audit.html#picture_warnings",
                 "crackseg_nb/data/audit.py",
             ),
             "crackseg_nb.data.audit.proposed_pattern": (
@@ -336,6 +341,10 @@ d = {
             ),
             "crackseg_nb.data.dataset.LabelDataset.sizes": (
                 "data/dataset.html#labeldataset.sizes",
+                "crackseg_nb/data/dataset.py",
+            ),
+            "crackseg_nb.data.dataset.check_large_enough": (
+                "data/dataset.html#check_large_enough",
                 "crackseg_nb/data/dataset.py",
             ),
         },
@@ -2773,6 +2782,10 @@ d = {
                 "sources/images.html#opened_tiff",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.palette_of": (
+                "sources/images.html#palette_of",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.palette_values": (
                 "sources/images.html#palette_values",
                 "crackseg_nb/sources/images.py",
@@ -2827,6 +2840,10 @@ d = {
                 "sources/inspection.html#check_ids",
                 "crackseg_nb/sources/inspection.py",
             ),
+            "crackseg_nb.sources.inspection.check_palettes": (
+                "sources/inspection.html#check_palettes",
+                "crackseg_nb/sources/inspection.py",
+            ),
             "crackseg_nb.sources.inspection.class_counts": (
                 "sources/inspection.html#class_counts",
                 "crackseg_nb/sources/inspection.py",
@@ -2861,6 +2878,10 @@ d = {
             ),
             "crackseg_nb.sources.inspection.unknown_values": (
                 "sources/inspection.html#unknown_values",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.used_colours": (
+                "sources/inspection.html#used_colours",
                 "crackseg_nb/sources/inspection.py",
             ),
         },

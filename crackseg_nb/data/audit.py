@@ -24,6 +24,8 @@ __all__ = [
     "family_problem",
     "border_warning",
     "border_findings",
+    "picture_warnings",
+    "contradictions",
     "class_warnings",
     "balance_warnings",
     "judge_all",
@@ -327,6 +329,42 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
 
 
 # %% ../../nbs/data/02_audit.ipynb #f82ff6d7
+def picture_warnings(splits: Splits, facts: dict[str, FileFacts]) -> list[str]:
+    "Return warnings about images that show nothing: one grey, nearly black, or mostly beyond white."
+    found = {
+        "show one grey": lambda grey: np.ptp(grey) < 2,
+        "are nearly black": lambda grey: np.percentile(grey, 99) < 16,
+        "are mostly white, as overexposed": lambda grey: np.mean(grey >= 254) > 0.5,
+    }
+    names = {look: [] for look in found}
+    for _, samples in splits:
+        for sample in samples:
+            grey = facts[sample.name].large.astype(np.float32) * (255 / (sample.white or 255))
+            if look := next((look for look, test in found.items() if test(grey)), None):
+                names[look].append(sample.name)
+    return [f"{len(part)} images {look} ({first_few(part)})" for look, part in names.items() if part]
+
+
+def contradictions(splits: Splits, facts: dict[str, FileFacts], limit: int = 10) -> list[str]:
+    "Return a warning for each of the first images that are stored twice with different masks or labels."
+    by_look = {}
+    for _, samples in splits:
+        for sample in samples:
+            look = facts[sample.name]
+            if np.ptp(look.large) > 0:  # blank images are all alike
+                by_look.setdefault((look.size, look.large.tobytes()), []).append(sample)
+    lines = []
+    for first, *others in by_look.values():
+        said = facts[first.name].mask_content or first.label
+        lines += [
+            f"{first.name} and {other.name} show the same image with different {'masks' if first.mask else 'labels'}"
+            for other in others
+            if (facts[other.name].mask_content or other.label) != said
+        ]
+    return lines[:limit] + ([f"{len(lines) - limit} more images with different masks"] if len(lines) > limit else [])
+
+
+# %% ../../nbs/data/02_audit.ipynb #2f9ad6b8
 def class_warnings(
     images: dict[str, np.ndarray],
     classes: Classes,
@@ -346,7 +384,7 @@ def class_warnings(
     return lines
 
 
-def balance_warnings(table: pd.DataFrame) -> list[str]:
+def balance_warnings(table: pd.DataFrame, facts: list[SampleFacts]) -> list[str]:
     "Return warnings about splits without cracks and about masks of two classes that look inverted."
     warnings = [
         f"{split}: no image shows a crack"
@@ -357,6 +395,18 @@ def balance_warnings(table: pd.DataFrame) -> list[str]:
     if share > 50:
         warnings.append(
             f"cracks fill {share:.0f} % of the pixels on average: the masks may be inverted (background is 0)"
+        )
+        return warnings
+    warnings += [
+        f"{split}: cracks fill {row['crack %']:.0f} % of the pixels: its masks may be inverted (background is 0)"
+        for split, row in table.iterrows()
+        if row["crack %"] > 50
+    ]
+    full = [fact.sample.name for fact in facts if fact.counts[1] > fact.counts[0]]
+    if full:
+        warnings.append(
+            f"{len(full)} of {len(facts)} masks mark more than half of the image as crack ({first_few(full)}): "
+            "they may be inverted (background is 0)"
         )
     return warnings
 
@@ -407,10 +457,12 @@ def audit(
     images = {split: (part > 0).sum(0) for split, part in counts.items()}
     problems, warnings = border_findings(splits)
     if splits.classes.binary and not labelled:
-        warnings += balance_warnings(table)
+        warnings += balance_warnings(table, sum(found.values(), []))
     else:
         warnings += class_warnings({split: images[split] for split in SPLITS if found[split]}, splits.classes)
     pairs = find_near_duplicates(splits, facts) if near_duplicates and whole else []
+    if whole:
+        warnings += picture_warnings(splits, facts) + contradictions(splits, facts)
     return Audit(
         table,
         unreadable + odd + problems + repeat_problems(splits, pairs),

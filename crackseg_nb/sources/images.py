@@ -36,6 +36,7 @@ __all__ = [
     "to_bytes",
     "read_image",
     "palette_values",
+    "palette_of",
     "colour_values",
     "plane_values",
     "deep_plane",
@@ -335,6 +336,15 @@ def palette_values(picture: Image.Image) -> np.ndarray:
     used = colours[np.unique(index)]
     black_and_white = bool(np.isin(used, (0, 255)).all() and (used == used[:, :1]).all())
     return colours[index, 0] if black_and_white else index
+
+
+# %% ../../nbs/sources/02_images.ipynb #d3f06a81
+def palette_of(picture: Image.Image) -> list[tuple[int, int, int]] | None:
+    "Return the colours of an opened picture's palette, or None where it has none."
+    if picture.mode != "P":
+        return None
+    values = picture.getpalette("RGB")
+    return list(zip(values[::3], values[1::3], values[2::3]))
 
 
 # %% ../../nbs/sources/02_images.ipynb #af7bbcb1

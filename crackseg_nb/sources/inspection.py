@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = [
     "FileFacts",
+    "used_colours",
     "inspect",
     "inspect_all",
     "settle_white",
     "occurring",
     "decide_encoding",
     "check_ids",
+    "check_palettes",
     "unknown_values",
     "settle_encoding",
     "class_counts",
@@ -33,12 +35,15 @@ from crackseg_nb.sources.images import (
     ENCODINGS,
     EXPECTED,
     UNKNOWN,
+    Content,
     check_same_size,
     check_single,
     find_white,
     image_size,
     is_jpeg,
     naming,
+    open_picture,
+    palette_of,
     raw_values,
     read_content,
     read_pixels,
@@ -61,11 +66,18 @@ class FileFacts:
     values: np.ndarray | None = None  # (256,) how often each raw value occurs in the mask
     mask_is_jpeg: bool = False
     mask_content: str = ""  # digest of the mask's values, whatever its format
+    colours: dict[int, tuple[int, int, int]] | None = None  # of the used indices of a mask with a palette
     deep: tuple[bool, float, float] | None = None  # of more than 8 bits: whole numbers, lowest and highest value
     tile: object = None  # see `describe_tile`, where a reader wants it
 
 
 # %% ../../nbs/sources/05_inspection.ipynb #a67e6623
+def used_colours(mask: Content, values: np.ndarray) -> dict[int, tuple[int, int, int]] | None:
+    "Return the colour of each palette index that occurs in a mask, None for a mask without a palette."
+    colours = None if mask.path.suffix == ".mat" else open_picture(mask, palette_of)
+    return colours and {index: colours[index] for index in np.flatnonzero(value_counts(values)) if index < len(colours)}
+
+
 def inspect(
     sample: Sample,
     encoding: str = "auto",  # of the masks, or a key of ENCODINGS
@@ -102,6 +114,7 @@ def inspect(
             mask_digest=hashlib.sha256(mask.data).hexdigest(),
             values=value_counts(values),
             mask_is_jpeg=is_jpeg(mask),
+            colours=used_colours(mask, values),
             mask_content=hashlib.sha256(np.ascontiguousarray(values)).hexdigest(),
         )
     return FileFacts(**facts)
@@ -192,6 +205,21 @@ def check_ids(samples: list[Sample], facts: list[FileFacts], classes: Classes) -
         )
 
 
+# %% ../../nbs/sources/05_inspection.ipynb #95f1c3da
+def check_palettes(samples: list[Sample], facts: dict[str, FileFacts]) -> None:
+    "Raise CrackSegError naming the first mask whose palette gives an index another colour, or a colour another index."
+    by_index, by_colour = {}, {}
+    for sample in samples:
+        for index, colour in (facts[sample.name].colours or {}).items():
+            for known, key, value in ((by_index, index, colour), (by_colour, colour, index)):
+                there, other = known.setdefault(key, (value, sample))
+                if there != value:
+                    raise CrackSegError(
+                        f"{sample.mask}: found a palette that differs from that of {other.mask.name} (index {index} is "
+                        f"the colour {colour}), expected one palette for all masks, or grey class ids"
+                    )
+
+
 # %% ../../nbs/sources/05_inspection.ipynb #c25ea9d1
 def unknown_values(sample: Sample, facts: FileFacts, encoding: str) -> CrackSegError | None:
     "Return the error that a mask holds values which `encoding` does not know, or None."
@@ -210,6 +238,7 @@ def settle_encoding(
     classes: Classes = Classes(),  # that 'class_ids' may name
 ) -> tuple[str, list[str]]:
     "Return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
+    check_palettes(samples, facts)
     found = [facts[sample.name] for sample in samples]
     if encoding == "auto":
         encoding = decide_encoding(samples, found)
@@ -221,6 +250,9 @@ def settle_encoding(
         notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
     if encoding in ("ids", "class_ids") and any(fact.values[VOID] for fact in found):
         notes.append("mask value 255 means void")
+    blunt = [sample.name for sample, fact in zip(samples, found) if VOID in occurring(fact) <= {0, VOID}]
+    if encoding == "class_ids" and blunt:
+        notes.append(f"{len(blunt)} masks hold no class but 0, and 255, which is void ({first_few(blunt)})")
     if turned := sum(fact.turned for fact in found):
         notes.append(f"{turned} images are turned by their EXIF orientation")
     return encoding, notes
