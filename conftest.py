@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 from functools import cache
@@ -75,7 +76,7 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and all random cases")
+    parser.addoption("--slow", action="store_true", help="run the slow tests and all random cases, too, in new kernels")
     parser.addoption("--all-chapters", action="store_true", help="run unchanged chapters too; where CI is set they run")
 
 
@@ -83,6 +84,11 @@ def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, not with the longest
+    if not config.getoption("--slow"):
+        sys.path.insert(0, str(ROOT / "tests"))
+        from kernels import fork_kernels
+
+        fork_kernels()
 
 
 def prepare_cell(item):

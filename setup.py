@@ -45,7 +45,8 @@ setup(
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={
-        name: settings[f"{name}_requirements"].split() for name in ("dev", "benchmark", "artefact", "compression")
+        name: settings[f"{name}_requirements"].split()
+        for name in ("dev", "benchmark", "artefact", "compression", "geo", "heif", "onnx")
     },
     cmdclass={"build_py": BuildWithDoors},
     entry_points={

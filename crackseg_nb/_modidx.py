@@ -17,6 +17,7 @@ d = {
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_settings": ("core/checks.html#check_settings", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
@@ -25,6 +26,7 @@ d = {
                 "core/checks.html#plain_variables",
                 "crackseg_nb/core/checks.py",
             ),
+            "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
@@ -43,6 +45,7 @@ d = {
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.write_table": ("core/files.html#write_table", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_text": ("core/files.html#write_text", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_yaml": ("core/files.html#write_yaml", "crackseg_nb/core/files.py"),
         },
@@ -1027,9 +1030,547 @@ d = {
             "crackseg_nb.figures.photos.stripes": ("figures/photos.html#stripes", "crackseg_nb/figures/photos.py"),
             "crackseg_nb.figures.photos.tiles": ("figures/photos.html#tiles", "crackseg_nb/figures/photos.py"),
         },
+        "crackseg_nb.inference.files": {
+            "crackseg_nb.inference.files.BandStore": (
+                "inference/files.html#bandstore",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.__init__": (
+                "inference/files.html#bandstore.__init__",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.add": (
+                "inference/files.html#bandstore.add",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.bands": (
+                "inference/files.html#bandstore.bands",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.count": (
+                "inference/files.html#bandstore.count",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.path": (
+                "inference/files.html#bandstore.path",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.read": (
+                "inference/files.html#bandstore.read",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.BandStore.remove": (
+                "inference/files.html#bandstore.remove",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.KeptBand": ("inference/files.html#keptband", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.beside": ("inference/files.html#beside", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.paint": ("inference/files.html#paint", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.palette_of": (
+                "inference/files.html#palette_of",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.plane_bands": (
+                "inference/files.html#plane_bands",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.regroup": ("inference/files.html#regroup", "crackseg_nb/inference/files.py"),
+            "crackseg_nb.inference.files.result_paths": (
+                "inference/files.html#result_paths",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.save_picture": (
+                "inference/files.html#save_picture",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.shrink_rows": (
+                "inference/files.html#shrink_rows",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.tiff_options": (
+                "inference/files.html#tiff_options",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.write_results": (
+                "inference/files.html#write_results",
+                "crackseg_nb/inference/files.py",
+            ),
+            "crackseg_nb.inference.files.write_tiffs": (
+                "inference/files.html#write_tiffs",
+                "crackseg_nb/inference/files.py",
+            ),
+        },
+        "crackseg_nb.inference.masks": {
+            "crackseg_nb.inference.masks.Parts": ("inference/masks.html#parts", "crackseg_nb/inference/masks.py"),
+            "crackseg_nb.inference.masks.Parts.__init__": (
+                "inference/masks.html#parts.__init__",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.add": (
+                "inference/masks.html#parts.add",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.kept": (
+                "inference/masks.html#parts.kept",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Parts.root": (
+                "inference/masks.html#parts.root",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Rules": ("inference/masks.html#rules", "crackseg_nb/inference/masks.py"),
+            "crackseg_nb.inference.masks.Rules.__post_init__": (
+                "inference/masks.html#rules.__post_init__",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.Rules.needs_parts": (
+                "inference/masks.html#rules.needs_parts",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.crack_probability": (
+                "inference/masks.html#crack_probability",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.levels_of": (
+                "inference/masks.html#levels_of",
+                "crackseg_nb/inference/masks.py",
+            ),
+            "crackseg_nb.inference.masks.masks_of": ("inference/masks.html#masks_of", "crackseg_nb/inference/masks.py"),
+        },
+        "crackseg_nb.inference.models": {
+            "crackseg_nb.inference.models.TorchNetwork": (
+                "inference/models.html#torchnetwork",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.__init__": (
+                "inference/models.html#torchnetwork.__init__",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.begin_thread": (
+                "inference/models.html#torchnetwork.begin_thread",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.computing": (
+                "inference/models.html#torchnetwork.computing",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.probabilities": (
+                "inference/models.html#torchnetwork.probabilities",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.radius": (
+                "inference/models.html#torchnetwork.radius",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.alignment_of": (
+                "inference/models.html#alignment_of",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.data_of": (
+                "inference/models.html#data_of",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.find_trained": (
+                "inference/models.html#find_trained",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.load_model": (
+                "inference/models.html#load_model",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.load_network": (
+                "inference/models.html#load_network",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.receptive_radius": (
+                "inference/models.html#receptive_radius",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.threshold_of": (
+                "inference/models.html#threshold_of",
+                "crackseg_nb/inference/models.py",
+            ),
+        },
+        "crackseg_nb.inference.networks": {
+            "crackseg_nb.inference.networks.Averaged": (
+                "inference/networks.html#averaged",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.__init__": (
+                "inference/networks.html#averaged.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.begin_thread": (
+                "inference/networks.html#averaged.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.computing": (
+                "inference/networks.html#averaged.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.probabilities": (
+                "inference/networks.html#averaged.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Averaged.radius": (
+                "inference/networks.html#averaged.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts": (
+                "inference/networks.html#facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts.all_classes": (
+                "inference/networks.html#facts.all_classes",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Facts.channels": (
+                "inference/networks.html#facts.channels",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network": (
+                "inference/networks.html#network",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.begin_thread": (
+                "inference/networks.html#network.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.computing": (
+                "inference/networks.html#network.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.probabilities": (
+                "inference/networks.html#network.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.radius": (
+                "inference/networks.html#network.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork": (
+                "inference/networks.html#onnxnetwork",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork.__init__": (
+                "inference/networks.html#onnxnetwork.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.OnnxNetwork.probabilities": (
+                "inference/networks.html#onnxnetwork.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned": (
+                "inference/networks.html#turned",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.__init__": (
+                "inference/networks.html#turned.__init__",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.begin_thread": (
+                "inference/networks.html#turned.begin_thread",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.computing": (
+                "inference/networks.html#turned.computing",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.probabilities": (
+                "inference/networks.html#turned.probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.radius": (
+                "inference/networks.html#turned.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.normalize_rows": (
+                "inference/networks.html#normalize_rows",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.read_facts": (
+                "inference/networks.html#read_facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.to_probabilities": (
+                "inference/networks.html#to_probabilities",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.write_facts": (
+                "inference/networks.html#write_facts",
+                "crackseg_nb/inference/networks.py",
+            ),
+        },
+        "crackseg_nb.inference.photos": {
+            "crackseg_nb.inference.photos.DecodedPhoto": (
+                "inference/photos.html#decodedphoto",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.DecodedPhoto.__init__": (
+                "inference/photos.html#decodedphoto.__init__",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.DecodedPhoto.read": (
+                "inference/photos.html#decodedphoto.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo": ("inference/photos.html#photo", "crackseg_nb/inference/photos.py"),
+            "crackseg_nb.inference.photos.Photo.check_end": (
+                "inference/photos.html#photo.check_end",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo.name": (
+                "inference/photos.html#photo.name",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.Photo.read": (
+                "inference/photos.html#photo.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto": (
+                "inference/photos.html#rasterphoto",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.__init__": (
+                "inference/photos.html#rasterphoto.__init__",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.check_end": (
+                "inference/photos.html#rasterphoto.check_end",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.highest": (
+                "inference/photos.html#rasterphoto.highest",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.read": (
+                "inference/photos.html#rasterphoto.read",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.RasterPhoto.values": (
+                "inference/photos.html#rasterphoto.values",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.allow_heif": (
+                "inference/photos.html#allow_heif",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.check_photo": (
+                "inference/photos.html#check_photo",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.check_side": (
+                "inference/photos.html#check_side",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.decode": ("inference/photos.html#decode", "crackseg_nb/inference/photos.py"),
+            "crackseg_nb.inference.photos.dtypes_of": (
+                "inference/photos.html#dtypes_of",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.fill_outside": (
+                "inference/photos.html#fill_outside",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.find_photos": (
+                "inference/photos.html#find_photos",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.list_photos": (
+                "inference/photos.html#list_photos",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.need_rasterio": (
+                "inference/photos.html#need_rasterio",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.open_photo": (
+                "inference/photos.html#open_photo",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.quiet_gdal": (
+                "inference/photos.html#quiet_gdal",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.reason_for_windows": (
+                "inference/photos.html#reason_for_windows",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.to_bytes": (
+                "inference/photos.html#to_bytes",
+                "crackseg_nb/inference/photos.py",
+            ),
+            "crackseg_nb.inference.photos.white_of": (
+                "inference/photos.html#white_of",
+                "crackseg_nb/inference/photos.py",
+            ),
+        },
+        "crackseg_nb.inference.prediction": {
+            "crackseg_nb.inference.prediction.PredictSettings": (
+                "inference/prediction.html#predictsettings",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.PredictSettings.__post_init__": (
+                "inference/prediction.html#predictsettings.__post_init__",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.PredictSettings.part_of": (
+                "inference/prediction.html#predictsettings.part_of",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.check_all": (
+                "inference/prediction.html#check_all",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.check_places": (
+                "inference/prediction.html#check_places",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.describe_model": (
+                "inference/prediction.html#describe_model",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.describe_place": (
+                "inference/prediction.html#describe_place",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.open_network": (
+                "inference/prediction.html#open_network",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.plan_for": (
+                "inference/prediction.html#plan_for",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.predict": (
+                "inference/prediction.html#predict",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.predict_photo": (
+                "inference/prediction.html#predict_photo",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.read_record": (
+                "inference/prediction.html#read_record",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.rules_of": (
+                "inference/prediction.html#rules_of",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.versions": (
+                "inference/prediction.html#versions",
+                "crackseg_nb/inference/prediction.py",
+            ),
+            "crackseg_nb.inference.prediction.write_manifest": (
+                "inference/prediction.html#write_manifest",
+                "crackseg_nb/inference/prediction.py",
+            ),
+        },
+        "crackseg_nb.inference.tiles": {
+            "crackseg_nb.inference.tiles.Band": ("inference/tiles.html#band", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.Band.stop": (
+                "inference/tiles.html#band.stop",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.Span": ("inference/tiles.html#span", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.Span.last": (
+                "inference/tiles.html#span.last",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan": ("inference/tiles.html#tileplan", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.TilePlan.count": (
+                "inference/tiles.html#tileplan.count",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan.describe": (
+                "inference/tiles.html#tileplan.describe",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.TilePlan.tile": (
+                "inference/tiles.html#tileplan.tile",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.append_rows": (
+                "inference/tiles.html#append_rows",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.band_bytes": (
+                "inference/tiles.html#band_bytes",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.batches_of": (
+                "inference/tiles.html#batches_of",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.cut_tile": ("inference/tiles.html#cut_tile", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.finish_band": (
+                "inference/tiles.html#finish_band",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.in_turn": ("inference/tiles.html#in_turn", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.plan_axis": (
+                "inference/tiles.html#plan_axis",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.plan_tiles": (
+                "inference/tiles.html#plan_tiles",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.predict_bands": (
+                "inference/tiles.html#predict_bands",
+                "crackseg_nb/inference/tiles.py",
+            ),
+        },
+        "crackseg_nb.measure.classes": {
+            "crackseg_nb.measure.classes.WidthClasses": (
+                "measure/classes.html#widthclasses",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.classify": ("measure/classes.html#classify", "crackseg_nb/measure/classes.py"),
+            "crackseg_nb.measure.classes.length_by_class": (
+                "measure/classes.html#length_by_class",
+                "crackseg_nb/measure/classes.py",
+            ),
+            "crackseg_nb.measure.classes.width_limits": (
+                "measure/classes.html#width_limits",
+                "crackseg_nb/measure/classes.py",
+            ),
+        },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch": ("measure/cracks.html#_branch", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._Branch.__init__": (
+                "measure/cracks.html#_branch.__init__",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.direction": (
+                "measure/cracks.html#_branch.direction",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.end": (
+                "measure/cracks.html#_branch.end",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.lead_to": (
+                "measure/cracks.html#_branch.lead_to",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._Branch.outside": (
+                "measure/cracks.html#_branch.outside",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._is_crossing": (
+                "measure/cracks.html#_is_crossing",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._join": ("measure/cracks.html#_join", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._mean_width": (
+                "measure/cracks.html#_mean_width",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._neighbours": (
                 "measure/cracks.html#_neighbours",
                 "crackseg_nb/measure/cracks.py",
@@ -1038,30 +1579,41 @@ d = {
                 "measure/cracks.html#_pixel_length",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._reach": ("measure/cracks.html#_reach", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._reach_end": (
                 "measure/cracks.html#_reach_end",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks._with_millimetres": (
-                "measure/cracks.html#_with_millimetres",
+            "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
+            "crackseg_nb.measure.cracks._without_pinholes": (
+                "measure/cracks.html#_without_pinholes",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.center_line": (
                 "measure/cracks.html#center_line",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.inner_distance": (
+                "measure/cracks.html#inner_distance",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks.measure_cracks": (
                 "measure/cracks.html#measure_cracks",
                 "crackseg_nb/measure/cracks.py",
             ),
-            "crackseg_nb.measure.cracks.measure_path": (
-                "measure/cracks.html#measure_path",
+            "crackseg_nb.measure.cracks.meeting_point": (
+                "measure/cracks.html#meeting_point",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.path_normals": (
                 "measure/cracks.html#path_normals",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks.path_points": (
+                "measure/cracks.html#path_points",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.show_rose": ("measure/cracks.html#show_rose", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.smooth_path": (
                 "measure/cracks.html#smooth_path",
                 "crackseg_nb/measure/cracks.py",
@@ -1073,6 +1625,173 @@ d = {
             "crackseg_nb.measure.cracks.trace_paths": (
                 "measure/cracks.html#trace_paths",
                 "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.with_millimetres": (
+                "measure/cracks.html#with_millimetres",
+                "crackseg_nb/measure/cracks.py",
+            ),
+        },
+        "crackseg_nb.measure.files": {
+            "crackseg_nb.measure.files.Frame": ("measure/files.html#frame", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Frame.place": ("measure/files.html#frame.place", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Measured": ("measure/files.html#measured", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.Outline": ("measure/files.html#outline", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._areas": ("measure/files.html#_areas", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._corners": ("measure/files.html#_corners", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._import": ("measure/files.html#_import", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._lines": ("measure/files.html#_lines", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._plain": ("measure/files.html#_plain", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._polygon": ("measure/files.html#_polygon", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._ring_area": ("measure/files.html#_ring_area", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._run_lengths": (
+                "measure/files.html#_run_lengths",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.check_formats": (
+                "measure/files.html#check_formats",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.crack_outlines": (
+                "measure/files.html#crack_outlines",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_coco": ("measure/files.html#write_coco", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_csv": ("measure/files.html#write_csv", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_dxf": ("measure/files.html#write_dxf", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_files": ("measure/files.html#write_files", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files.write_geojson": (
+                "measure/files.html#write_geojson",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_geopackage": (
+                "measure/files.html#write_geopackage",
+                "crackseg_nb/measure/files.py",
+            ),
+            "crackseg_nb.measure.files.write_labelme": (
+                "measure/files.html#write_labelme",
+                "crackseg_nb/measure/files.py",
+            ),
+        },
+        "crackseg_nb.measure.photos": {
+            "crackseg_nb.measure.photos.Folder": ("measure/photos.html#folder", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos.Prediction": (
+                "measure/photos.html#prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._background": (
+                "measure/photos.html#_background",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._read_large": (
+                "measure/photos.html#_read_large",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._size": ("measure/photos.html#_size", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._widen_all": (
+                "measure/photos.html#_widen_all",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.as_fraction": (
+                "measure/photos.html#as_fraction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.begin_report": (
+                "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.find_predictions": (
+                "measure/photos.html#find_predictions",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_folder": (
+                "measure/photos.html#measure_folder",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_photo": (
+                "measure/photos.html#measure_photo",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.measure_prediction": (
+                "measure/photos.html#measure_prediction",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.read_plane": (
+                "measure/photos.html#read_plane",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.short_table": (
+                "measure/photos.html#short_table",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_overview": (
+                "measure/photos.html#show_overview",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_widths": (
+                "measure/photos.html#show_widths",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.show_worst": (
+                "measure/photos.html#show_worst",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.worst_cracks": (
+                "measure/photos.html#worst_cracks",
+                "crackseg_nb/measure/photos.py",
+            ),
+        },
+        "crackseg_nb.measure.scale": {
+            "crackseg_nb.measure.scale.Scale": ("measure/scale.html#scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.Scale.__post_init__": (
+                "measure/scale.html#scale.__post_init__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.Scale.__str__": (
+                "measure/scale.html#scale.__str__",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._grey": ("measure/scale.html#_grey", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._ground_distance": (
+                "measure/scale.html#_ground_distance",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._import_rasterio": (
+                "measure/scale.html#_import_rasterio",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale._local": ("measure/scale.html#_local", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale._scale_from_corners": (
+                "measure/scale.html#_scale_from_corners",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.check_scale": ("measure/scale.html#check_scale", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.flatten": ("measure/scale.html#flatten", "crackseg_nb/measure/scale.py"),
+            "crackseg_nb.measure.scale.marker_dictionaries": (
+                "measure/scale.html#marker_dictionaries",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_camera": (
+                "measure/scale.html#scale_from_camera",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_checkerboard": (
+                "measure/scale.html#scale_from_checkerboard",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_geotiff": (
+                "measure/scale.html#scale_from_geotiff",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_line": (
+                "measure/scale.html#scale_from_line",
+                "crackseg_nb/measure/scale.py",
+            ),
+            "crackseg_nb.measure.scale.scale_from_marker": (
+                "measure/scale.html#scale_from_marker",
+                "crackseg_nb/measure/scale.py",
             ),
         },
         "crackseg_nb.measure.widths": {
@@ -1088,6 +1807,10 @@ d = {
             ),
             "crackseg_nb.measure.widths.blurred_box": (
                 "measure/widths.html#blurred_box",
+                "crackseg_nb/measure/widths.py",
+            ),
+            "crackseg_nb.measure.widths.crop_around": (
+                "measure/widths.html#crop_around",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.draw_bar": ("measure/widths.html#draw_bar", "crackseg_nb/measure/widths.py"),
@@ -1107,12 +1830,17 @@ d = {
                 "measure/widths.html#probability_widths",
                 "crackseg_nb/measure/widths.py",
             ),
+            "crackseg_nb.measure.widths.relative_error": (
+                "measure/widths.html#relative_error",
+                "crackseg_nb/measure/widths.py",
+            ),
             "crackseg_nb.measure.widths.sample_profiles": (
                 "measure/widths.html#sample_profiles",
                 "crackseg_nb/measure/widths.py",
             ),
             "crackseg_nb.measure.widths.scatter": ("measure/widths.html#scatter", "crackseg_nb/measure/widths.py"),
             "crackseg_nb.measure.widths.side_end": ("measure/widths.html#side_end", "crackseg_nb/measure/widths.py"),
+            "crackseg_nb.measure.widths.widen": ("measure/widths.html#widen", "crackseg_nb/measure/widths.py"),
         },
         "crackseg_nb.metrics.calibration": {
             "crackseg_nb.metrics.calibration.Calibration": (
@@ -1498,6 +2226,18 @@ d = {
                 "metrics/statistics.html#difference",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.Difference.evidence": (
+                "metrics/statistics.html#difference.evidence",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.rule": (
+                "metrics/statistics.html#difference.rule",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.Difference.too_few": (
+                "metrics/statistics.html#difference.too_few",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.Interval": (
                 "metrics/statistics.html#interval",
                 "crackseg_nb/metrics/statistics.py",
@@ -1546,8 +2286,16 @@ d = {
                 "metrics/statistics.html#compare_all",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.compare_repeats": (
+                "metrics/statistics.html#compare_repeats",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.conclude": (
                 "metrics/statistics.html#conclude",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.corrected": (
+                "metrics/statistics.html#corrected",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.finite": (
@@ -1566,6 +2314,10 @@ d = {
                 "metrics/statistics.html#holm",
                 "crackseg_nb/metrics/statistics.py",
             ),
+            "crackseg_nb.metrics.statistics.least_effect": (
+                "metrics/statistics.html#least_effect",
+                "crackseg_nb/metrics/statistics.py",
+            ),
             "crackseg_nb.metrics.statistics.middle": (
                 "metrics/statistics.html#middle",
                 "crackseg_nb/metrics/statistics.py",
@@ -1576,6 +2328,14 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.paired_bootstrap": (
                 "metrics/statistics.html#paired_bootstrap",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.paired_t": (
+                "metrics/statistics.html#paired_t",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.pairs_of": (
+                "metrics/statistics.html#pairs_of",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.resampled_means": (
@@ -1608,6 +2368,10 @@ d = {
             ),
             "crackseg_nb.metrics.statistics.spread": (
                 "metrics/statistics.html#spread",
+                "crackseg_nb/metrics/statistics.py",
+            ),
+            "crackseg_nb.metrics.statistics.tell_pairs": (
+                "metrics/statistics.html#tell_pairs",
                 "crackseg_nb/metrics/statistics.py",
             ),
             "crackseg_nb.metrics.statistics.verdict": (
@@ -2135,7 +2899,6 @@ d = {
             ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
-            "crackseg_nb.runs.config.check_settings": ("runs/config.html#check_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_weighted_loss": (
                 "runs/config.html#check_weighted_loss",
                 "crackseg_nb/runs/config.py",
@@ -2195,10 +2958,6 @@ d = {
                 "runs/experiment.html#experiment.begin",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.binary": (
-                "runs/experiment.html#experiment.binary",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.build_model": (
                 "runs/experiment.html#experiment.build_model",
                 "crackseg_nb/runs/experiment.py",
@@ -2215,24 +2974,12 @@ d = {
                 "runs/experiment.html#experiment.finish",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.fitting_batch": (
-                "runs/experiment.html#experiment.fitting_batch",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.keep_tables": (
-                "runs/experiment.html#experiment.keep_tables",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.load_data": (
                 "runs/experiment.html#experiment.load_data",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.refuse_seen_images": (
-                "runs/experiment.html#experiment.refuse_seen_images",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.settle_precision": (
-                "runs/experiment.html#experiment.settle_precision",
+            "crackseg_nb.runs.experiment.Experiment.record": (
+                "runs/experiment.html#experiment.record",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.Experiment.share": (
@@ -2255,23 +3002,36 @@ d = {
                 "runs/experiment.html#experiment.train_on_devices",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.validation_metrics": (
-                "runs/experiment.html#experiment.validation_metrics",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.weigh_classes": (
-                "runs/experiment.html#experiment.weigh_classes",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.describe_world": (
+                "runs/experiment.html#describe_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.find_precision": (
+                "runs/experiment.html#find_precision",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.find_source": (
                 "runs/experiment.html#find_source",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.fitting_batch": (
+                "runs/experiment.html#fitting_batch",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.keep_best": (
+                "runs/experiment.html#keep_best",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.keep_tables": (
+                "runs/experiment.html#keep_tables",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.lay_out": ("runs/experiment.html#lay_out", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.learned_splits": (
                 "runs/experiment.html#learned_splits",
                 "crackseg_nb/runs/experiment.py",
@@ -2313,6 +3073,14 @@ d = {
             ),
             "crackseg_nb.runs.experiment.train_in_process": (
                 "runs/experiment.html#train_in_process",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.warn_of_seen_images": (
+                "runs/experiment.html#warn_of_seen_images",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.weigh_classes": (
+                "runs/experiment.html#weigh_classes",
                 "crackseg_nb/runs/experiment.py",
             ),
         },
@@ -2401,7 +3169,6 @@ d = {
                 "runs/results.html#collect_results",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.image_scores": ("runs/results.html#image_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
@@ -2422,6 +3189,7 @@ d = {
                 "runs/results.html#read_training",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.report_text": ("runs/results.html#report_text", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.resumes": ("runs/results.html#resumes", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.save_prediction": (
                 "runs/results.html#save_prediction",
@@ -2431,7 +3199,6 @@ d = {
             "crackseg_nb.runs.results.score_table": ("runs/results.html#score_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.scores_of": ("runs/results.html#scores_of", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.setup_lines": ("runs/results.html#setup_lines", "crackseg_nb/runs/results.py"),
-            "crackseg_nb.runs.results.show_answers": ("runs/results.html#show_answers", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.show_decision": (
                 "runs/results.html#show_decision",
                 "crackseg_nb/runs/results.py",
@@ -2440,6 +3207,7 @@ d = {
                 "runs/results.html#show_extremes",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.show_labels": ("runs/results.html#show_labels", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.split_scores": ("runs/results.html#split_scores", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.warn_of_amounts": (
                 "runs/results.html#warn_of_amounts",
@@ -2453,7 +3221,19 @@ d = {
                 "runs/results.html#write_manifest",
                 "crackseg_nb/runs/results.py",
             ),
-            "crackseg_nb.runs.results.write_report": ("runs/results.html#write_report", "crackseg_nb/runs/results.py"),
+        },
+        "crackseg_nb.runs.stages": {
+            "crackseg_nb.runs.stages.Built": ("runs/stages.html#built", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared": ("runs/stages.html#prepared", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Prepared.binary": (
+                "runs/stages.html#prepared.binary",
+                "crackseg_nb/runs/stages.py",
+            ),
+            "crackseg_nb.runs.stages.Tested": ("runs/stages.html#tested", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.Trained": ("runs/stages.html#trained", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.image_scores": ("runs/stages.html#image_scores", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.score_model": ("runs/stages.html#score_model", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
         },
         "crackseg_nb.runs.sweep": {
             "crackseg_nb.runs.sweep.LiveTable": ("runs/sweep.html#livetable", "crackseg_nb/runs/sweep.py"),
@@ -2506,6 +3286,28 @@ d = {
                 "crackseg_nb/runs/sweep.py",
             ),
             "crackseg_nb.runs.sweep.with_spread": ("runs/sweep.html#with_spread", "crackseg_nb/runs/sweep.py"),
+        },
+        "crackseg_nb.runs.trained_model": {
+            "crackseg_nb.runs.trained_model.TrainedModel": (
+                "runs/trained_model.html#trainedmodel",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.classes_of": (
+                "runs/trained_model.html#classes_of",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.config_beside": (
+                "runs/trained_model.html#config_beside",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.load_model": (
+                "runs/trained_model.html#load_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
+            "crackseg_nb.runs.trained_model.open_model": (
+                "runs/trained_model.html#open_model",
+                "crackseg_nb/runs/trained_model.py",
+            ),
         },
         "crackseg_nb.runs.verify": {
             "crackseg_nb.runs.verify.Check": ("runs/verify.html#check", "crackseg_nb/runs/verify.py"),
@@ -3038,16 +3840,16 @@ d = {
                 "studies/ablation.html#ablationconfig.__post_init__",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.check_same_images": (
+                "studies/ablation.html#check_same_images",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.effects": (
                 "studies/ablation.html#effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.finish_ablation": (
                 "studies/ablation.html#finish_ablation",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.paired_scores": (
-                "studies/ablation.html#paired_scores",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.results_of": (
@@ -3058,16 +3860,16 @@ d = {
                 "studies/ablation.html#run_all",
                 "crackseg_nb/studies/ablation.py",
             ),
+            "crackseg_nb.studies.ablation.scores_by_seed": (
+                "studies/ablation.html#scores_by_seed",
+                "crackseg_nb/studies/ablation.py",
+            ),
             "crackseg_nb.studies.ablation.show_effects": (
                 "studies/ablation.html#show_effects",
                 "crackseg_nb/studies/ablation.py",
             ),
             "crackseg_nb.studies.ablation.sweeps_of": (
                 "studies/ablation.html#sweeps_of",
-                "crackseg_nb/studies/ablation.py",
-            ),
-            "crackseg_nb.studies.ablation.tell_effect": (
-                "studies/ablation.html#tell_effect",
                 "crackseg_nb/studies/ablation.py",
             ),
         },
@@ -3268,10 +4070,6 @@ d = {
                 "studies/encoder_benchmark.html#encoderbenchmark.remarks",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.report": (
-                "studies/encoder_benchmark.html#encoderbenchmark.report",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.EncoderBenchmark.run": (
                 "studies/encoder_benchmark.html#encoderbenchmark.run",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3316,20 +4114,12 @@ d = {
                 "studies/encoder_benchmark.html#cautions",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.chance_of_false_difference": (
-                "studies/encoder_benchmark.html#chance_of_false_difference",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.check_same_data": (
                 "studies/encoder_benchmark.html#check_same_data",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.class_means": (
                 "studies/encoder_benchmark.html#class_means",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.compare_pair": (
-                "studies/encoder_benchmark.html#compare_pair",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
             "crackseg_nb.studies.encoder_benchmark.compare_pairs": (
@@ -3372,10 +4162,6 @@ d = {
                 "studies/encoder_benchmark.html#readable",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
-            "crackseg_nb.studies.encoder_benchmark.sentences": (
-                "studies/encoder_benchmark.html#sentences",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
             "crackseg_nb.studies.encoder_benchmark.shared_machine": (
                 "studies/encoder_benchmark.html#shared_machine",
                 "crackseg_nb/studies/encoder_benchmark.py",
@@ -3406,10 +4192,6 @@ d = {
             ),
             "crackseg_nb.studies.encoder_benchmark.training_speed": (
                 "studies/encoder_benchmark.html#training_speed",
-                "crackseg_nb/studies/encoder_benchmark.py",
-            ),
-            "crackseg_nb.studies.encoder_benchmark.verdict": (
-                "studies/encoder_benchmark.html#verdict",
                 "crackseg_nb/studies/encoder_benchmark.py",
             ),
         },
@@ -3480,6 +4262,10 @@ d = {
         "crackseg_nb.studies.pretraining": {
             "crackseg_nb.studies.pretraining.arms": (
                 "studies/pretraining.html#arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
+            "crackseg_nb.studies.pretraining.compare_arms": (
+                "studies/pretraining.html#compare_arms",
                 "crackseg_nb/studies/pretraining.py",
             ),
             "crackseg_nb.studies.pretraining.paired_results": (

@@ -89,7 +89,7 @@ def test_scores_equal_the_kept_answers(done):
         pd.read_csv(done.folder / "predictions" / "per_image.csv"),
         read_yaml(done.folder / "final_results.yaml"),
     )
-    names = {sample.name: sample.name.split("/")[0] for sample in done.splits.test}
+    names = {sample.name: sample.name.split("/")[0] for sample in done.prepared.splits.test}
     assert table["label"].tolist() == [names[name] for name in table["name"]]
     assert results["test"]["pooled"]["accuracy"] == pytest.approx((table["label"] == table["answer"]).mean())
     assert results["test"]["pooled"]["top5_accuracy"] == pytest.approx((table["rank"] < 5).mean())
@@ -115,7 +115,7 @@ def test_scalars_have_the_names_of_the_guide(done):
 
 
 def test_training_accuracy_counts_each_image_once(done):
-    images = len(done.splits.train)
+    images = len(done.prepared.splits.train)
     counted = pd.read_csv(done.folder / "history.csv")["train_accuracy"] * images
     assert np.allclose(counted, counted.round()) and (counted <= images).all()
 
@@ -130,14 +130,15 @@ def test_the_rate_grows_with_the_batch(folder):
                 run_name=f"rate{accumulation}",
             )
         )
-        experiment.train()
+        trainers = []
+        experiment.train(on_epoch=trainers.append)
         experiment.folder.mark("stopped")
-        rates[accumulation] = experiment.trainer.scheduler.base_lrs[0]
+        rates[accumulation] = trainers[0].scheduler.base_lrs[0]
     assert rates[2] == 2 * rates[1] == pytest.approx(2e-3)
 
 
 def test_a_time_limited_classifier_resumes_to_the_same(folder, done):
-    limit = done.timings["train"] / 4 / 60
+    limit = done.trained.seconds / 4 / 60
     with pytest.raises(Stopped):
         run(configure(**SMALL, time_limit=limit, outputs=str(folder), run_name="limited"))
     status = read_yaml(folder / "limited" / "status.yaml")
@@ -146,8 +147,8 @@ def test_a_time_limited_classifier_resumes_to_the_same(folder, done):
     assert states and f"epoch_{2:04}" not in states  # it stopped before the end, with a state
     resumed = run(configure(resume="limited", outputs=str(folder), time_limit=0))
     assert (resumed.folder / "history.csv").read_bytes() == (done.folder / "history.csv").read_bytes()
-    for name, value in done.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in done.trained.model.state_dict().items():
+        assert torch.equal(value, resumed.trained.model.state_dict()[name]), name
 
 
 def test_labels_and_masks_want_their_models():
@@ -173,14 +174,14 @@ def test_labels_and_masks_want_their_models():
 def test_the_published_layout_runs(folder, data_folder, begin):
     settings = dict(SMALL, data="ImageFolder", data_dir=str(data_folder / "cifar10"), epochs=0)
     experiment = begin(configure(**settings, outputs=str(folder), run_name="cifar"))
-    assert experiment.splits.lengths["test"] == 1000 and len(experiment.splits.classes) == 10
+    assert experiment.prepared.splits.lengths["test"] == 1000 and len(experiment.prepared.splits.classes) == 10
     assert experiment.config.model_config().num_classes == 10
 
 
 def test_its_encoder_serves_the_hybrid(folder, lender, begin):
     hybrid = dict(synthetic_images=12, image_size=64, epochs=0, device="cpu", amp="off", outputs=str(folder))
     begun = begin(configure(**hybrid, encoder_weights="tiny", run_name="transfer"))
-    source, own = lender.trainer.best_weights, begun.model.state_dict()
+    source, own = lender.trained.model.state_dict(), begun.built.model.state_dict()
     learned = [name for name in own if name.startswith("encoder.") and name in source]
     assert len(learned) > 150
     for name in learned:
@@ -191,7 +192,7 @@ def test_its_encoder_serves_the_hybrid(folder, lender, begin):
     weights = read_yaml(begun.folder / "environment.yaml")["weights"]
     assert weights["requested"] == "encoder_weights" and "tensors loaded" in weights["report"]
     scratch = begin(configure(**hybrid, run_name="scratch"))
-    for name, value in scratch.model.state_dict().items():  # the rest begins as without the transfer
+    for name, value in scratch.built.model.state_dict().items():  # the rest begins as without the transfer
         if not name.startswith("encoder."):
             assert torch.equal(value, own[name]), name
 

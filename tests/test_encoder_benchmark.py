@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import write_yaml
@@ -21,12 +22,12 @@ from crackseg_nb.studies.encoder_benchmark import (
     EncoderBenchmark,
     EncoderBenchmarkConfig,
     cautions,
-    chance_of_false_difference,
     class_means,
     compare_pairs,
     readable,
     show_accuracy,
     show_classes,
+    strength_of,
     summarise,
 )
 
@@ -141,7 +142,8 @@ def test_a_run_that_is_not_done_is_listed_but_neither_averaged_nor_ranked(create
     assert table.loc["swin", ["done", "runs", "test_iou"]].tolist() == [1, 2, 0.6] and table[
         "rank"
     ].isna().tolist() == [False, True]
-    assert compare_pairs(runs, list(table.index))["verdict"].tolist() == ["one seed: can't tell"]
+    [verdict] = compare_pairs(runs, list(table.index))["verdict"]
+    assert verdict.startswith("can't tell") and verdict.endswith("but one seed says nothing of the scatter.")
     told = cautions(runs)[0]
     assert (
         told.startswith(f"03-encoder=swin-seed=2: {state}")
@@ -150,22 +152,19 @@ def test_a_run_that_is_not_done_is_listed_but_neither_averaged_nor_ranked(create
     )
 
 
-def test_without_any_run_there_is_still_a_report(create):
+def test_without_any_run_there_are_still_tables_and_figures(create):
     benchmark = create({(encoder, seed): None for encoder in ("mobilenet", "swin") for seed in (1, 2)})
     benchmark.finish()
-    assert (benchmark.folder / "classes.png").stat().st_size and "no seed in common: can't tell" in (
-        benchmark.folder / "benchmark.md"
-    ).read_text()
+    assert (benchmark.folder / "classes.png").stat().st_size
+    verdicts = pd.read_csv(benchmark.folder / "differences.csv")["verdict"]
+    assert verdicts.tolist() == ["can't tell mobilenet from swin: no seed in common."]
     assert readable(benchmark.table())["test IoU"].tolist() == ["-", "-"]
 
 
 def test_one_seed_and_one_encoder(create):
     benchmark = create(scores_of(mobilenet=(0.5,), swin=(0.9,)), seeds=(1,))
-    assert (
-        benchmark.differences()["verdict"].tolist() == ["one seed: can't tell"]
-        and np.isnan(benchmark.table()["spread"]).all()
-    )
-    assert "One seed tells nothing about the spread" in benchmark.report()
+    assert benchmark.differences()["result"].tolist() == ["can't tell"] and np.isnan(benchmark.table()["spread"]).all()
+    assert strength_of(1, 1).startswith("One seed tells nothing about the scatter")
     alone = create(scores_of(swin=(0.5, 0.6)), encoders=("swin",), name="alone")
     assert len(alone.differences()) == 0 and alone.table().loc["swin", "rank"] == 1
     alone.finish()
@@ -272,30 +271,24 @@ def pair(one, other):
     return compare_pairs(runs, ["a", "b"]).iloc[0]
 
 
-def test_a_difference_counts_above_the_larger_range():
-    found = pair((0.50, 0.54), (0.44, 0.46))
-    assert (found["difference"], found["spread"]) == (pytest.approx(0.07), pytest.approx(0.04)) and found[
-        "verdict"
-    ] == "larger than the spread over seeds"
-    assert pair((0.50, 0.54), (0.49, 0.50))["verdict"] == "within the spread: can't tell"
-    assert pair((0.44, 0.46), (0.50, 0.54))["verdict"] == "larger than the spread over seeds"  # either way round
-    assert pair((0.5, 0.6, 0.7), (0.4, 0.5, 0.8))["ahead"] == "a on 2 of 3" and pair((0.5, 0.5), (0.5, 0.5))[
-        "ahead"
-    ].startswith("neither")
+def test_a_difference_counts_by_the_paired_t_test():
+    found = pair((0.50, 0.54, 0.52), (0.44, 0.47, 0.455))
+    reference = stats.ttest_rel((0.50, 0.54, 0.52), (0.44, 0.47, 0.455))
+    assert (found["difference"], found["p"]) == (pytest.approx(0.065), pytest.approx(reference.pvalue))
+    assert (found["result"], found["rule"]) == ("better", "paired t-test over seeds, Holm's correction")
+    assert pair((0.44, 0.47, 0.455), (0.50, 0.54, 0.52))["result"] == "worse"
+    assert pair((0.50, 0.54, 0.52), (0.49, 0.56, 0.48))["result"] == "can't tell"
+    assert (pair((0.5, 0.6, 0.7), (0.4, 0.5, 0.8))["ahead"], pair((0.5, 0.5), (0.5, 0.5))["ahead"]) == (2, 0)
 
 
 def test_only_seeds_of_both_encoders_are_compared():
     found = pair((0.5, 0.6, 0.99), (0.4, 0.5))
-    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.1) and found["spread"] == pytest.approx(0.1)
+    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.1)
 
 
 def test_two_seeds_are_weaker_than_three():
-    chances = [chance_of_false_difference(seeds) for seeds in (2, 3, 4)]
-    assert (
-        chances[0] == pytest.approx(0.215, abs=0.01)
-        and chances[1] == pytest.approx(0.0485, abs=0.005)
-        and chances[2] < 0.015
-    )
+    needed = [float(strength_of(seeds, 3).split("from ")[1].split()[0]) for seeds in (2, 3, 4, 10)]
+    assert needed == sorted(needed, reverse=True) and needed[0] > 20 and needed[3] < 1
 
 
 # Pictures
@@ -346,21 +339,19 @@ def test_the_files_say_what_the_tables_say(create):
     assert written["benchmark"]["train_images_per_second"].tolist() == [31, 31] and (
         written["benchmark"][["gflops", "images_per_second_1", "images_per_second_8"]] > 0
     ).all(axis=None)
-    assert written["runs"]["run"].tolist() == list(benchmark.sweep.runs) and written["differences"][
-        "verdict"
-    ].tolist() == ["larger than the spread over seeds"]
+    assert written["runs"]["run"].tolist() == list(benchmark.sweep.runs)
+    [verdict] = written["differences"]["verdict"]
+    assert verdict.startswith("can't tell swin from mobilenet: difference +0.1750") and verdict.endswith("2 seeds).")
     assert set(written["inference"].groupby(["encoder", "batch"])["images"].sum()) == {8}  # equal work in the one round
-    report = (benchmark.folder / "benchmark.md").read_text()
+    remarks = benchmark.remarks()
     for part in (
-        "swin is 0.1750 above mobilenet, spread 0.1000, swin on 2 of 2 seeds: larger than the spread over seeds.",
         "Ranked by the mean IoU on the validation images",
-        "about 22 % of comparisons",
         "fingerprint one, 7 test images",
         "Some processor, 2 threads, torch 2.14",
         "f" * 12 + ", modified",
         "images: 32 pixels",
     ):
-        assert part in report, part
+        assert part in remarks, part
 
 
 def test_the_sweep_is_found_again(create):
@@ -425,7 +416,6 @@ def test_the_notebook_trains_compares_and_reuses(tmp_path):
     assert (
         table.set_index("encoder")["parameters"].to_dict() == runs.set_index("encoder")["parameters"].to_dict()
     )  # what was measured is what was trained
-    assert {"iou_background", "iou_crack"} < set(table) and "loading from files" in (
-        folder / "benchmark.md"
-    ).read_text()
+    assert {"iou_background", "iou_crack"} < set(table)
+    assert "loading from files" in (tmp_path / "result.ipynb").read_text()
     assert read_fixed(given["settings"])["amp"] == "off" and "from scratch" in set(runs["weights"])

@@ -236,8 +236,8 @@ def test_all_metrics_of_the_real_test_images_take_a_minute(data_folder, tmp_path
         )
     )
     noise = np.random.default_rng(0)
-    for sample in experiment.splits.test:
-        mask = experiment.datasets["test"].pair(experiment.splits.test.index(sample))[1]
+    for sample in experiment.prepared.splits.test:
+        mask = experiment.prepared.datasets["test"].pair(experiment.prepared.splits.test.index(sample))[1]
         smooth = cv2.GaussianBlur(noise.normal(0, 6, mask.shape).astype(np.float32), (0, 0), 4)
         save_prediction(
             experiment.folder / "predictions",

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
 from huggingface_hub import constants
@@ -39,19 +40,17 @@ TINY = dict(
 )
 
 
-def papermill(folder, source=NOTEBOOK, **parameters):
-    "Run the notebook `source` with `folder` as working directory; return the process and the executed notebook."
-    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(source), "result.ipynb", "-k", "python3", "--no-progress-bar", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done, json.loads((folder / "result.ipynb").read_text("utf-8")) if (
-        folder / "result.ipynb"
-    ).exists() else None
+def execute(folder, source=NOTEBOOK, **parameters):
+    "Run the notebook `source` with `folder` as working directory; return the executed notebook and whether it failed."
+    result = folder / "result.ipynb"
+    try:
+        papermill.execute_notebook(
+            source, result, parameters, kernel_name="python3", cwd=folder, progress_bar=False, log_output=False
+        )
+        failed = False
+    except papermill.PapermillExecutionError:
+        failed = True
+    return json.loads(result.read_text("utf-8")), failed
 
 
 def only_run(outputs):
@@ -78,8 +77,8 @@ def tiny_run(tmp_path_factory):
 
 
 def test_the_notebook_runs_from_another_folder(tmp_path):
-    done, notebook = papermill(tmp_path, outputs="made", **{**TINY, "model": "swinv2_hybrid", "encoder": "swinv2"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    notebook, failed = execute(tmp_path, outputs="made", **{**TINY, "model": "swinv2_hybrid", "encoder": "swinv2"})
+    assert not failed, error_of(notebook)
     folder = only_run(tmp_path / "made")
     assert folder.state == "done"
     results = read_yaml(folder / "final_results.yaml")
@@ -107,8 +106,8 @@ def test_the_notebook_runs_from_another_folder(tmp_path):
 
 
 def test_an_unknown_parameter_stops_before_anything_is_written(tmp_path):
-    done, notebook = papermill(tmp_path, outputs="made", encodr="swinv2")
-    assert done.returncode != 0 and not (tmp_path / "made").exists()
+    notebook, failed = execute(tmp_path, outputs="made", encodr="swinv2")
+    assert failed and not (tmp_path / "made").exists()
     assert error_of(notebook).startswith(
         "CrackSegError: parameter: found 'encodr'"
     ) and "did you mean 'encoder'?" in error_of(notebook)
@@ -119,8 +118,8 @@ def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
     cell = next(cell for cell in notebook["cells"] if "show_class_balance(" in "".join(cell["source"]))
     cell["source"] = 'raise RuntimeError("no picture")'
     (tmp_path / "source.ipynb").write_text(json.dumps(notebook))
-    done, executed = papermill(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
-    assert done.returncode != 0 and error_of(executed) == "RuntimeError: no picture"
+    executed, failed = execute(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
+    assert failed and error_of(executed) == "RuntimeError: no picture"
     folder = only_run(tmp_path / "made")
     assert folder.state == "failed" and "before the run was finished" in folder.status["error"]
     assert not (folder / "final_results.yaml").exists()
@@ -179,12 +178,13 @@ def test_another_seed_is_another_run(tiny_run, tmp_path):
 def test_results_equal_the_kept_predictions(tiny_run):
     "The table of images is recomputed from the probability maps and masks on disk."
     table = pd.read_csv(tiny_run.folder / "predictions" / "per_image.csv", dtype={"name": str})
-    masks = {sample.name: sample.mask for sample in tiny_run.splits.test}
+    masks = {sample.name: sample.mask for sample in tiny_run.prepared.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
         kept = cv2.imread(str(prediction_path(tiny_run.folder / "predictions", row.name)), cv2.IMREAD_GRAYSCALE) / 255
-        predicted = kept >= tiny_run.threshold
-        tolerance = int((np.abs(kept - tiny_run.threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
+        threshold = tiny_run.tested.threshold
+        predicted = kept >= threshold
+        tolerance = int((np.abs(kept - threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
         assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
 
 
@@ -308,21 +308,21 @@ def test_real_photos_run_through(tmp_path, data_folder):
             outputs=str(tmp_path),
         )
     )
-    assert done.results["test"]["num_images"] == len(done.splits.test) == 18
+    assert done.results["test"]["num_images"] == len(done.prepared.splits.test) == 18
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_the_published_recipe_trains_on_deepcrack(tmp_path, data_folder):
-    done, _ = papermill(
+    notebook, failed = execute(
         tmp_path,
         outputs="made",
         recipe="swinv2_hybrid_360",
         data="DeepCrack",
-        data_dir=data_folder / "DeepCrack",
+        data_dir=str(data_folder / "DeepCrack"),
         epochs=0,
         pretrained="false",
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert not failed, error_of(notebook)
     results = read_yaml(only_run(tmp_path / "made") / "final_results.yaml")
     assert results["test"]["num_images"] == 237 and results["test_without_overlap"]["num_images"] == 217

@@ -20,6 +20,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models import registry
 from crackseg_nb.models.settings import MODEL_SETTINGS
+from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training import checkpoint as checkpoint_module
@@ -128,7 +129,7 @@ def test_a_single_image_that_does_not_fit_ends_the_run_with_advice(tmp_path, who
 
 
 def test_a_batch_that_cannot_fit_is_made_smaller_before_training(tmp_path, monkeypatch):
-    estimate = run.__globals__["Experiment"].fitting_batch.__globals__["estimate_memory"]
+    estimate = experiment_module.estimate_memory
     needed = []
 
     def small_device(*args):
@@ -136,7 +137,7 @@ def test_a_batch_that_cannot_fit_is_made_smaller_before_training(tmp_path, monke
         needed[-1].available = needed[-1].total - 0.6 * needed[-1].activations
         return needed[-1]
 
-    monkeypatch.setitem(run.__globals__["Experiment"].fitting_batch.__globals__, "estimate_memory", small_device)
+    monkeypatch.setattr(experiment_module, "estimate_memory", small_device)
     folder = run(configure(**settings(tmp_path, "small", batch_size=4, epochs=1))).folder
     assert (
         list(pd.read_csv(folder / "performance.csv")["micro_batch"]) == [1]

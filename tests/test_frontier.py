@@ -1,19 +1,24 @@
 """The efficiency frontier end to end: its notebook on two small runs, and its tables against the models behind them."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 import papermill
 import pytest
 import torch
+from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root
+from crackseg_nb.models.registry import MODELS
+from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
+from crackseg_nb.studies import efficiency
 from crackseg_nb.studies.frontier import Frontier, FrontierConfig, take_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(
-    recipe="deeplab_test",
     data="synthetic",
     synthetic_images=12,
     synthetic_width=(3, 6),
@@ -22,20 +27,49 @@ TINY = dict(
     epochs=1,
     batch_size=4,
     lr=2e-3,
-    pretrained="false",
     amp="off",
     device="cpu",
-    aspp_channels=8,
-    aspp_rates=(1, 3),
-    prior=0.05,
     checkpoint_every=0,
 )
 
 
+@dataclass
+class PlainConfig:
+    width: int = 32
+    image_size: int = 32
+    num_classes: int = 1
+
+
+@dataclass
+class WideConfig(PlainConfig):
+    width: int = 48
+
+
+class Plain(nn.Sequential):
+    "Three convolutions: to export a graph of a real family takes torch a minute."
+
+    def __init__(self, config):
+        def block(channels):
+            return [nn.Conv2d(channels, config.width, 3, padding=1), nn.BatchNorm2d(config.width), nn.ReLU()]
+
+        super().__init__(*block(3), *block(config.width), nn.Conv2d(config.width, 1, 3, padding=1))
+        self.weights = {"requested": "false", "loaded": "from scratch"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def families():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, config in (("plain", PlainConfig), ("wide", WideConfig)):
+            patch.setitem(MODELS, name, (config, Plain))
+            patch.setitem(MODEL_SETTINGS, name, config)
+        patch.setattr(efficiency, "measure_memory", lambda model, size: 1.0)  # starts a process for each model
+        yield
+
+
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, families):
     folder = str(tmp_path_factory.mktemp("outputs"))
-    for name, model in (("small", "deeplab_optimized"), ("large", "deeplab_original")):
+    for name, model in (("small", "plain"), ("large", "wide")):
         run(configure(**TINY, model=model, run_name=name, outputs=folder))
     return folder
 
@@ -63,28 +97,34 @@ def test_int8_and_pruning_are_scored_and_measured(outputs):
 
 
 def test_equal_runs_are_asked_for(outputs):
-    run(configure(**{**TINY, "epochs": 0}, train_set="trainval", run_name="whole", outputs=outputs))
+    for name in ("whole", "whole2"):
+        run(configure(**{**TINY, "epochs": 0}, model="plain", train_set="trainval", run_name=name, outputs=outputs))
     with pytest.raises(CrackSegError, match="found whole with other images, splits or evaluation"):
         Frontier(FrontierConfig(("small", "whole"), outputs=outputs))
     with pytest.raises(CrackSegError, match="learned the validation images"):
-        Frontier(FrontierConfig(("whole", "whole2"), teacher="whole2", outputs=twice(outputs)))
-
-
-def twice(outputs):
-    run(configure(**{**TINY, "epochs": 0}, train_set="trainval", run_name="whole2", outputs=outputs))
-    return outputs
+        Frontier(FrontierConfig(("whole", "whole2"), teacher="whole2", outputs=outputs))
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(outputs, tmp_path):
+def test_the_notebook_runs(tmp_path):
+    deeplab = {
+        **TINY,
+        "recipe": "deeplab_test",
+        "pretrained": "false",
+        "aspp_channels": 8,
+        "aspp_rates": (1, 3),
+        "prior": 0.05,
+    }
+    for name, model in (("small", "deeplab_optimized"), ("large", "deeplab_original")):
+        run(configure(**deeplab, model=model, run_name=name, outputs=str(tmp_path)))
     papermill.execute_notebook(
         project_root() / "nbs" / "efficiency_frontier.ipynb",
         tmp_path / "out.ipynb",
         kernel_name="python3",
         progress_bar=False,
-        parameters=dict(runs="small,large", outputs=outputs, size="64,96", rounds=2, epochs=1, calibration=2),
+        parameters=dict(runs="small,large", outputs=str(tmp_path), size="64,96", rounds=2, epochs=1, calibration=2),
     )
-    steps = pd.read_csv(f"{outputs}/efficiency_frontier/steps.csv", index_col=0)
+    steps = pd.read_csv(tmp_path / "efficiency_frontier" / "steps.csv", index_col=0)
     assert len(steps) == 8 and steps["iou"].notna().all()
     assert (
         steps.loc["ensemble", "parameters"] == steps.loc["student", "parameters"] + steps.loc["teacher", "parameters"]

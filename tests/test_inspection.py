@@ -33,7 +33,7 @@ def test_a_run_opens_each_file_twice_before_its_first_step(walls, tmp_path, monk
         experiment.build_model()
         experiment.train()
     # Without preloading, training and validation read their images in each epoch, and nobody has asked for a test yet.
-    splits = experiment.splits
+    splits = experiment.prepared.splits
     later = splits.train + splits.val + ([] if preload == "false" else splits.test)
     assert opened == dict.fromkeys(files_of(splits.test), 1) | dict.fromkeys(files_of(later), 2)
 

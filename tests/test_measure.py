@@ -14,6 +14,8 @@ from crackseg_nb.measure.widths import (
     fit_profiles,
     grey_widths,
     probability_widths,
+    relative_error,
+    widen,
 )
 
 
@@ -139,7 +141,7 @@ def test_lengths_of_lines_at_all_angles(hard):
     for width in (2, 5):
         for degrees in np.arange(12) * 15 + 4:
             drawn = slanted(121, 100, width, degrees)
-            cracks, branches = measure_cracks((drawn >= 0.5).astype(float) if hard else drawn)
+            cracks, branches, _ = measure_cracks((drawn >= 0.5).astype(float) if hard else drawn)
             assert len(cracks) == len(branches) == 1
             assert abs(cracks.length_px[0] - 100) < (1.5 if hard else 1), (width, degrees)
             assert abs(cracks.width_mean_px[0] - width) < (0.3 if hard else 0.1), (width, degrees)
@@ -192,11 +194,15 @@ def read_profiles(folder):
 def test_reference_widths(data_folder):
     "Cracks read on a ruler: the grey value of their inside is taken from the other structure, and from no width."
     data = {name: read_profiles(data_folder / "CrackWidths" / name) for name in ("BridgeB", "Indoors")}
-    errors = {}
+    errors, found = {}, {}
     for name, other in (("BridgeB", "Indoors"), ("Indoors", "BridgeB")):
         black = np.quantile(np.nanmin(data[other][1][:, 10:22], axis=1), 0.25)
-        errors[name] = abs(fit_profiles(data[name][1], black=black).width_px.to_numpy() - data[name][0])
+        found[name] = fit_profiles(data[name][1], black=black)
+        errors[name] = abs(found[name].width_px.to_numpy() - data[name][0])
         print(name, round(errors[name].mean(), 3))
+    for name, other in (("BridgeB", "Indoors"), ("Indoors", "BridgeB")):
+        wide = widen(found[name], relative_error(found[other].width_px, data[other][0]))
+        assert ((wide.low_px <= data[name][0]) & (data[name][0] <= wide.high_px)).mean() > 0.92
     pooled = np.concatenate(list(errors.values()))
     assert len(pooled) == 190 and np.isfinite(pooled).all()  # each profile is answered
     assert pooled.mean() < 0.361 and errors["Indoors"].mean() < 0.34
@@ -205,3 +211,45 @@ def test_reference_widths(data_folder):
 def test_a_crack_across_the_image_is_as_long_as_the_image():
     "To the outer edges of the first and the last pixel."
     assert abs(measure_cracks(slanted(61, 200, 3, 0))[0].length_px[0] - 61) < 0.3
+
+
+def test_junctions_lose_no_length():
+    for width in (2, 5):
+        for degrees in (4, 37, 80):
+            first, stem = slanted(121, 100, width, degrees), slanted(121, 100, width, degrees + 70)
+            rows, columns = np.indices((121, 121)) - 60.2
+            angle = np.deg2rad(degrees)
+            tee = np.maximum(first, stem * (rows * np.cos(angle) - columns * np.sin(angle) > 0))
+            for drawn, number, length in ((np.maximum(first, stem), 4, 200), (tee, 3, 150)):
+                cracks, branches, points = measure_cracks(drawn)
+                assert cracks.branches[0] == len(branches) == number
+                assert abs(cracks.length_px[0] - length) < 1
+                ends = points.groupby("branch")[["row", "column"]].agg(["first", "last"]).to_numpy()
+                ends = ends[:, [0, 2, 1, 3]].reshape(-1, 2)
+                # All branches end on one point.
+                meeting = [place for place in ends if (abs(ends - place).max(1) < 1e-9).sum() == number]
+                assert len(meeting) == number and abs(np.array(meeting) - 60.2).max() < 1
+
+
+def test_a_pinhole_makes_no_loop_and_a_hole_does():
+    drawn = slanted(61, 50, 7, 0, 0)
+    drawn[30, 30:32] = 0
+    assert measure_cracks(drawn).cracks.branches[0] == 1
+    drawn[29:32, 26:36] = 0
+    assert measure_cracks(drawn).cracks.branches[0] == 4
+
+
+def test_a_crack_measures_the_same_in_a_large_image_and_in_8_or_16_bit():
+    small = np.maximum(slanted(91, 70, 4, 20), slanted(91, 60, 3, 110))
+    large = np.zeros((700, 900), np.float32)
+    large[300:391, 500:591] = small
+    # A neighbour and its profiles are other parts of the image.
+    large[100:191, 100:191] = slanted(91, 70, 6, 45)
+    first, second = measure_cracks(small).cracks, measure_cracks(large).cracks.iloc[1:].reset_index(drop=True)
+    moved = [name for name in first if name.endswith(("_row", "_column"))]
+    assert np.allclose(first.drop(columns=["crack", *moved]), second.drop(columns=["crack", *moved]), atol=1e-3)
+    assert np.allclose(second[moved] - first[moved], [[300, 500] * (len(moved) // 2)], atol=1e-3)
+    for kind, highest in ((np.uint8, 255), (np.uint16, 65535)):
+        found = measure_cracks(np.rint(small * highest).astype(kind)).cracks
+        assert abs(found.length_px[0] - first.length_px[0]) < 0.1
+        assert abs(found.width_mean_px[0] - first.width_mean_px[0]) < 0.02

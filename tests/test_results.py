@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from crackseg_nb.metrics.counts import BinaryMetrics
-from crackseg_nb.runs.results import image_scores, read_prediction, read_training, save_prediction, split_scores
-from crackseg_nb.studies.pretraining import LENT, SCRATCH, tell
+from crackseg_nb.runs.results import read_prediction, read_training, save_prediction, split_scores
+from crackseg_nb.runs.stages import Tested, image_scores
+from crackseg_nb.studies.pretraining import LENT, SCRATCH, compare_arms, tell
 
 
 def metrics(*rows):
@@ -24,32 +25,28 @@ TEST = metrics([0.9, 0.4, 0.1, 0.1], [0.9, 0.9, 0.9, 0.4], [0.1, 0.1, 0.9, 0.9])
 SAMPLES = [SimpleNamespace(name=name) for name in "abc"]
 
 
-def experiment(threshold=0.3, overlapping=(), val=True):
-    return SimpleNamespace(
-        test_metrics=TEST,
-        val_metrics=metrics([0.4, 0.4, 0.1, 0.1]) if val else None,
-        threshold=threshold,
-        audit=SimpleNamespace(overlapping_test_names=list(overlapping)),
-        splits=SimpleNamespace(test=SAMPLES),
-    )
+def scores_of(threshold=0.3, overlapping=(), val=True):
+    val_metrics = metrics([0.4, 0.4, 0.1, 0.1]) if val else None
+    tested = Tested(TEST, val_metrics, threshold, image_scores(TEST, threshold, SAMPLES), seconds=1.0)
+    return split_scores(tested, list(overlapping))
 
 
 def test_each_split_is_scored_at_its_threshold():
-    found = split_scores(experiment())
+    found = scores_of()
     for part, threshold, iou in (("test", 0.3, 4 / 10), ("test_at_0.5", 0.5, 3 / 9), ("val", 0.3, 1.0)):
         assert found[part]["threshold"] == threshold
         assert found[part]["pooled"]["iou"] == pytest.approx(iou)
     assert list(found) == ["test", "test_at_0.5", "val"]
-    assert list(split_scores(experiment(0.5, val=False))) == ["test"]
+    assert list(scores_of(0.5, val=False)) == ["test"]
 
 
 def test_test_images_that_overlap_are_left_out_by_their_name():
-    found = split_scores(experiment(overlapping="b"))
+    found = scores_of(overlapping="b")
     assert found["overlapping_test_images"] == ["b"]
     assert found["test_without_overlap"]["num_images"] == 2
     assert found["test_without_overlap"]["pooled"]["iou"] == pytest.approx(2 / 6)
     assert found["test_without_overlap"]["threshold"] == 0.3
-    assert "test_without_overlap" not in split_scores(experiment(overlapping="abc"))
+    assert "test_without_overlap" not in scores_of(overlapping="abc")
 
 
 def test_the_scores_of_an_image_stand_beside_its_name():
@@ -70,9 +67,11 @@ def test_more_epochs_are_advised_where_the_best_is_in_the_last_tenth(best, told)
     assert ("more epochs may help" in " ".join(read_training(history))) == told
 
 
-@pytest.mark.parametrize(("lent", "scratch"), [((0.50, 0.60), (0.52, 0.53)), ((0.57, 0.58), (0.50, 0.60))])
-def test_a_difference_is_held_against_the_larger_spread(lent, scratch):
-    pairs = pd.DataFrame({f"test_iou, {LENT}": lent, f"test_iou, {SCRATCH}": scratch})
-    assert "the larger range over seeds is 0.1000: within the spread" in tell(pairs)
-    clear = pairs.assign(**{f"test_iou, {LENT}": [0.8, 0.8]})
-    assert "larger than the spread" in tell(clear)
+def test_a_transfer_is_told_by_the_paired_t_test_over_seeds():
+    def pairs(lent, scratch):
+        return pd.DataFrame({f"test_iou, {LENT}": lent, f"test_iou, {SCRATCH}": scratch})
+
+    close = tell(pairs((0.50, 0.60, 0.55), (0.52, 0.53, 0.56)))
+    assert "can't tell the lent encoder from random weights" in close and "ahead on 1 of 3 seeds" in close
+    clear = compare_arms(pairs((0.80, 0.81, 0.79), (0.50, 0.52, 0.49))).iloc[0]
+    assert (clear["result"], clear["rule"]) == ("better", "paired t-test over seeds, Holm's correction")

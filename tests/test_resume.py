@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,30 +75,41 @@ def assert_equal(one, other, place=""):
         assert one == other, place
 
 
-def survive(server, tmp_path, model, workers, faults, epochs):
-    assert one_life(server, tmp_path, "whole", epochs, model, 0) == 0
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    "A function that returns the folder of a run that never stopped, trained once for each model and length."
+
+    @cache
+    def trained(model, epochs):
+        folder = tmp_path_factory.mktemp(model)
+        assert one_life(server, folder, "whole", epochs, model, 0) == 0
+        return folder / "whole"
+
+    return trained
+
+
+def survive(server, whole, tmp_path, model, workers, faults, epochs):
     for fault in faults:
         assert one_life(server, tmp_path, "torn", epochs, model, workers, fault) == -signal.SIGKILL, fault
     folder = RunFolder(tmp_path / "torn")
     assert folder.state == "interrupted" and not (folder / "final_results.yaml").exists()
     assert one_life(server, tmp_path, "torn", epochs, model, workers) == 0
     assert folder.state == "done" and len(read_yaml(folder / "resumes.yaml")) >= len(faults) - 1
-    assert_equal(evidence(tmp_path / "whole", epochs), evidence(tmp_path / "torn", epochs))
+    assert_equal(evidence(whole, epochs), evidence(tmp_path / "torn", epochs))
 
 
 @pytest.mark.parametrize("workers", (0, 2))
 @pytest.mark.parametrize("model", ("hybrid", "conv_norm"))
-def test_a_run_survives_kills(server, tmp_path, model, workers):
-    survive(
-        server, tmp_path, model, workers, [("checkpoint", 2), ("step", 1), ("time", workers), ("in evaluation", 1)], 8
-    )
+def test_a_run_survives_kills(server, whole, tmp_path, model, workers):
+    faults = [("checkpoint", 2), ("step", 1), ("time", workers), ("in evaluation", 1)]
+    survive(server, whole(model, 4), tmp_path, model, workers, faults, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", (0, 2))
 @pytest.mark.parametrize("model", ("hybrid", "conv_norm"))
-def test_a_run_survives_twenty_kills(server, tmp_path, model, workers):
+def test_a_run_survives_twenty_kills(server, whole, tmp_path, model, workers):
     numbers = random.Random(f"{model} {workers}")
     faults = [(KINDS[index % len(KINDS)], numbers.randrange(100)) for index in range(20)]
     numbers.shuffle(faults)
-    survive(server, tmp_path, model, workers, faults, 60)
+    survive(server, whole(model, 60), tmp_path, model, workers, faults, 60)

@@ -11,7 +11,7 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.data.class_weights import weights_from_counts
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.experiment import make_criterion, run
 from crackseg_nb.runs.results import read_prediction
 from crackseg_nb.sources.images import read_mask
 
@@ -42,13 +42,13 @@ def confusion(pairs):
 
 
 def test_scores_equal_the_kept_predictions(done):
-    classes, folder = done.splits.classes, done.folder
+    classes, folder = done.prepared.splits.classes, done.folder
     pairs = {
         sample.name: (
             read_mask(sample.mask, "class_ids"),
             read_prediction(folder / "predictions", sample.name, classes),
         )
-        for sample in done.splits.test
+        for sample in done.prepared.splits.test
     }
     matrix = confusion(pairs.values())
     assert (pd.read_csv(folder / "confusion_matrix.csv", index_col=0).to_numpy() == matrix).all()
@@ -68,16 +68,16 @@ def test_scores_equal_the_kept_predictions(done):
 
 
 def test_class_weights_come_from_the_training_images_only(done):
-    masks = [read_mask(sample.mask, "class_ids") for sample in done.splits.train]
+    masks = [read_mask(sample.mask, "class_ids") for sample in done.prepared.splits.train]
     pixels = sum(np.bincount(mask.ravel(), minlength=5) for mask in masks)
     images = sum(np.bincount(mask.ravel(), minlength=5) > 0 for mask in masks).astype(int)
     kept = json.loads((done.folder / "class_weights.json").read_text())
     assert kept["pixels"] == pixels.tolist() and kept["images"] == images.tolist()
     assert kept["weights"] == pytest.approx(weights_from_counts(pixels, images, "inverse_sqrt").tolist())
-    assert kept["fingerprint"] == done.audit.fingerprint
+    assert kept["fingerprint"] == done.prepared.audit.fingerprint
     weights = [
         part.class_weights
-        for part in done.trainer.criterion.modules()
+        for part in make_criterion(done.config, done.folder).modules()
         if getattr(part, "class_weights", None) is not None
     ]
     assert weights and all(np.allclose(found.numpy(), kept["weights"]) for found in weights)
@@ -136,8 +136,8 @@ def test_a_class_that_never_occurs_neither_crashes_nor_counts(tmp_path):
     settings.pop("synthetic_images")
     found = run(configure(**settings))
     scores = found.results["test"]
-    assert scores["per_class"]["rust"]["iou"] is None and found.class_weights.weights[2] == 0
+    assert scores["per_class"]["rust"]["iou"] is None and found.prepared.class_weights.weights[2] == 0
     assert scores["pooled"]["iou"] == pytest.approx(
         np.mean([scores["per_class"][name]["iou"] for name in ("wall", "crack")])
     )
-    assert any("rust never occurs in train" in warning for warning in found.audit.warnings)
+    assert any("rust never occurs in train" in warning for warning in found.prepared.audit.warnings)

@@ -144,17 +144,18 @@ def test_validation_images_are_learned_and_choose_nothing(folder, first):
             run_name="whole",
         )
     )
-    assert len(whole.splits.train) == len(first.splits.train) + len(first.splits.val) and not whole.splits.val
-    names = {split: {sample.name for sample in samples} for split, samples in first.splits}
-    assert {sample.name for sample in whole.splits.train} == names["train"] | names["val"]
-    assert {sample.name for sample in whole.splits.test} == names["test"]
+    own, other = whole.prepared.splits, first.prepared.splits
+    assert len(own.train) == len(other.train) + len(other.val) and not own.val
+    names = {split: {sample.name for sample in samples} for split, samples in first.prepared.splits}
+    assert {sample.name for sample in whole.prepared.splits.train} == names["train"] | names["val"]
+    assert {sample.name for sample in whole.prepared.splits.test} == names["test"]
     results = read_yaml(whole.folder / "final_results.yaml")
     assert "val" not in results and "val" in first.results
     assert results["protocol"]["epoch"] == 2 and "were learned too" in results["protocol"]["epoch_rule"]
     assert not [name for name in pd.read_csv(whole.folder / "history.csv") if name.startswith("val")]
     assert "cannot be seen" in (whole.folder / "analysis_report.txt").read_text()
-    counted = whole.class_weights.pixels
-    assert list(counted) == (whole.audit.pixels["train"] + whole.audit.pixels["val"]).tolist()
+    counted = whole.prepared.class_weights.pixels
+    assert list(counted) == (whole.prepared.audit.pixels["train"] + whole.prepared.audit.pixels["val"]).tolist()
 
 
 def test_without_validation_the_threshold_is_a_half(folder):
@@ -179,7 +180,7 @@ def test_without_validation_the_threshold_is_a_half(folder):
             run_name="cracks",
         )
     )
-    assert done.threshold == 0.5 and done.results["protocol"]["threshold_rule"] == "0.5, not chosen"
+    assert done.tested.threshold == 0.5 and done.results["protocol"]["threshold_rule"] == "0.5, not chosen"
     assert "test_at_0.5" not in done.results
 
 
@@ -202,8 +203,8 @@ def test_a_run_without_validation_resumes_to_the_same(folder):
         type(stopped.stop).reason = kept
     resumed = run(configure(resume=str(stopped.folder.path)))
     assert (resumed.folder / "history.csv").read_bytes() == (through.folder / "history.csv").read_bytes()
-    for name, value in through.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, value in through.trained.model.state_dict().items():
+        assert torch.equal(value, resumed.trained.model.state_dict()[name]), name
 
 
 def test_fine_tuning_begins_with_the_weights_of_the_run(folder, first):
@@ -280,12 +281,13 @@ def test_weights_of_a_run_that_learned_test_images_are_refused(tmp_path):
     before = run(configure(**settings, seed=42, run_name="before"))
     same = prepare(configure(**settings, seed=42, fine_tune="before", run_name="same"))
     same.folder.mark("stopped")
+    other = Experiment(configure(**settings, seed=7, fine_tune="before", run_name="other"))
+    other.load_data()
     with pytest.raises(CrackSegError) as caught:
-        prepare(configure(**settings, seed=7, fine_tune="before", run_name="other"))
-    learned, test = (
-        {sample.name for sample in before.splits.train + before.splits.val},
-        read_yaml(tmp_path / "other" / "splits.yaml")["test"],
-    )
+        other.build_model()
+    assert not (other.folder / "splits.yaml").exists()  # nothing was settled
+    learned = {sample.name for sample in before.prepared.splits.train + before.prepared.splits.val}
+    test = [sample.name for sample in other.prepared.splits.test]
     assert str(caught.value).startswith(
         f"fine_tune: found {len(learned & set(test))} of {len(test)} test images among those that before learned"
     )
@@ -301,7 +303,7 @@ def test_weights_of_a_run_that_learned_test_images_are_refused(tmp_path):
     foreign.folder.mark("stopped")
     assert (
         "foreign.safetensors lies in no run: whether it learned test images cannot be told"
-        in foreign.audit.warnings[-1]
+        in foreign.prepared.audit.warnings[-1]
     )
 
 
@@ -310,12 +312,13 @@ def test_weights_of_a_run_that_learned_validation_images_are_told(tmp_path):
     settings = dict(SMALL, data="folder", data_dir=str(tmp_path / "mini"), epochs=1, outputs=str(tmp_path))
     before = run(configure(**settings, train_set="trainval", run_name="before"))
     after = run(configure(**settings, fine_tune="before", run_name="after"))
-    val = len(after.splits.val)
+    val = len(after.prepared.splits.val)
     told = (
         f"fine_tune: before learned {val} of {val} validation images, by which this run chooses its epoch and threshold"
     )
-    assert val and told in after.audit.warnings and told in (after.folder / "analysis_report.txt").read_text("utf-8")
-    assert not [warning for warning in before.audit.warnings if "learned" in warning]
+    assert val and told in after.prepared.audit.warnings
+    assert told in (after.folder / "analysis_report.txt").read_text("utf-8")
+    assert not [warning for warning in before.prepared.audit.warnings if "learned" in warning]
 
 
 def test_a_mobile_encoder_moves_between_models(folder, first, begin):
@@ -327,8 +330,8 @@ def test_a_mobile_encoder_moves_between_models(folder, first, begin):
             run_name="moved",
         )
     )
-    source = first.trainer.best_weights
-    for name, value in unet.model.state_dict().items():
+    source = first.trained.model.state_dict()
+    for name, value in unet.built.model.state_dict().items():
         if name.startswith("encoder."):
             assert torch.equal(value, source[name]), name
     assert " 0 tensors left" in read_yaml(unet.folder / "environment.yaml")["weights"]["report"]

@@ -192,7 +192,7 @@ def turn_pixel(path):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_changed_mask_is_named(done, copy, moved, split):
-    sample = done.splits[split][1]
+    sample = done.prepared.splits[split][1]
     turn_pixel(moved / "masks" / sample.mask.name)
     found = verify(copy, data_dir=str(moved))
     assert (
@@ -206,14 +206,14 @@ def test_a_changed_mask_is_named(done, copy, moved, split):
 
 
 def test_a_damaged_mask_is_named(done, copy, moved):
-    path = moved / "masks" / done.splits.test[0].mask.name
+    path = moved / "masks" / done.prepared.splits.test[0].mask.name
     path.write_bytes(path.read_bytes()[:60])
     found = verify(copy, data_dir=str(moved))
     assert found.code == 1 and path.name in lines(found, "images")[0]
 
 
 def test_a_missing_image_is_named(done, copy, moved):
-    sample = done.splits.train[0]
+    sample = done.prepared.splits.train[0]
     for path in (moved / "images" / sample.image.name, moved / "masks" / sample.mask.name):
         path.unlink()
     assert f"{sample.name} image: found nothing" in " ".join(lines(verify(copy, data_dir=str(moved)), "images"))
@@ -230,7 +230,7 @@ def test_an_earlier_run_is_equal_as_far_as_it_goes(copy):
 
 
 def test_an_earlier_run_names_a_test_mask_and_a_table_row(done, copy, moved, monkeypatch):
-    sample = done.splits.test[1]
+    sample = done.prepared.splits.test[1]
     turn_pixel(moved / "masks" / sample.mask.name)
     found = verify(without_manifest(copy), data_dir=str(moved))
     assert (
@@ -242,7 +242,7 @@ def test_an_earlier_run_names_a_test_mask_and_a_table_row(done, copy, moved, mon
     assert lines(verify(copy), "means")[0].startswith("predictions/per_image.csv, iou: found")
     same_world(monkeypatch, copy)
     found = verify(copy)
-    assert found.code == 1 and lines(found, "evaluated images")[0].startswith(f"{done.splits.test[0].name} ")
+    assert found.code == 1 and lines(found, "evaluated images")[0].startswith(f"{done.prepared.splits.test[0].name} ")
 
 
 # Elsewhere

@@ -12,8 +12,10 @@ __all__ = [
     "CrackSegError",
     "Stopped",
     "nearest",
+    "unknown_name",
     "choose",
     "check_number",
+    "check_settings",
     "check_folder_name",
     "plain_variables",
     "first_few",
@@ -54,6 +56,13 @@ def nearest(found, choices) -> str | None:
     return by_lower[close[0]] if close else None
 
 
+# %% ../../nbs/core/01_checks.ipynb #a0dcd2be
+def unknown_name(found, choices) -> str:
+    "Return `found` in quotes, with the valid name that comes closest, as errors show it."
+    close = nearest(found, choices)
+    return repr(found) + (f" (did you mean {close!r}?)" if close else "")
+
+
 # %% ../../nbs/core/01_checks.ipynb #36fbf2b8
 def choose(
     parameter: str,  # name shown in the error
@@ -64,9 +73,8 @@ def choose(
     choices = list(choices)
     if found in choices:
         return found
-    close = nearest(found, choices)
-    hint = f" (did you mean {close!r}?)" if close else ""
-    raise CrackSegError(f"{parameter}: found {found!r}{hint}, expected one of {', '.join(map(str, choices))}")
+    found = unknown_name(found, choices)
+    raise CrackSegError(f"{parameter}: found {found}, expected one of {', '.join(map(str, choices))}")
 
 
 # %% ../../nbs/core/01_checks.ipynb #ed019f99
@@ -87,6 +95,19 @@ def check_number(
         if (low is None or value >= low) and (high is None or value <= high):
             return value
     raise CrackSegError(f"{parameter}: found {found!r}, expected {expected}")
+
+
+# %% ../../nbs/core/01_checks.ipynb #ab5188af
+def check_settings(
+    settings,  # a dataclass, whose numbers are brought to their kind
+    choices: dict,  # valid names by setting
+    bounds: dict,  # kind, lowest and, where there is one, highest value by setting
+) -> None:
+    "Raise CrackSegError unless each setting is one of its `choices`, or a number within its `bounds`."
+    for name, valid in choices.items():
+        choose(name, getattr(settings, name), valid)
+    for name, limits in bounds.items():
+        object.__setattr__(settings, name, check_number(name, getattr(settings, name), *limits))
 
 
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326

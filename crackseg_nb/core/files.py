@@ -6,6 +6,7 @@
 __all__ = [
     "atomic_write",
     "write_text",
+    "write_table",
     "to_plain",
     "write_yaml",
     "read_yaml",
@@ -70,6 +71,16 @@ def write_text(path, text: str) -> None:
     "Write `text` to `path` atomically."
     with atomic_write(path, "w") as handle:
         handle.write(text)
+
+
+# %% ../../nbs/core/02_files.ipynb #3384da03
+def write_table(
+    path,
+    table,  # DataFrame
+    index: bool = False,  # with the row names as first column
+) -> None:
+    "Write a table as CSV atomically."
+    write_text(path, table.to_csv(index=index, lineterminator="\n"))
 
 
 # %% ../../nbs/core/02_files.ipynb #26b6ddf7

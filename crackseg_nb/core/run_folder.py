@@ -29,7 +29,7 @@ except ImportError:
     fcntl = None  # Windows: runs are not claimed there
 
 # %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
-from .checks import CrackSegError, check_folder_name, choose, nearest
+from .checks import CrackSegError, check_folder_name, choose, unknown_name
 from .files import check_writable, find_path, outputs_folder, read_yaml, write_yaml
 from .machine import is_alive, now, this_process
 
@@ -112,11 +112,9 @@ def find_run_folder(
     for path in (find_path(run), outputs_folder(outputs) / run):
         if (path / "status.yaml").is_file():
             return RunFolder(path)
-    close = nearest(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
-    hint = f" (did you mean {close!r}?)" if close else ""
+    found = unknown_name(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
     raise CrackSegError(
-        f"{parameter}: found no run {run!r}{hint}, expected the folder of a run, "
-        f"or its name in {outputs_folder(outputs)}"
+        f"{parameter}: found no run {found}, expected the folder of a run, or its name in {outputs_folder(outputs)}"
     )
 
 

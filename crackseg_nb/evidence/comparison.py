@@ -320,7 +320,7 @@ def rows_for(system: System, statistic: str) -> tuple[pd.DataFrame, str]:
 
 
 def compare(
-    runs: Sequence[str],  # by name or folder
+    runs: Sequence[str | Path],  # by name or folder
     statistic: str = "pooled_f1",  # that is tested: one of STATISTICS
     baseline: str = "",  # a run; all others are held against its system. Empty: all pairs
     margin: float = 0.0,  # differences below it do not matter
@@ -329,7 +329,7 @@ def compare(
 ) -> Comparison:
     "Return the comparison of runs; raise CrackSegError if none of them can take part, or for an unknown name."
     choose("statistic", statistic, STATISTICS)
-    entries = settle([enter(run, outputs, data_dir) for run in runs])
+    entries = settle([enter(str(run), outputs, data_dir) for run in runs])
     systems = systems_of(entries)
     if not systems:
         raise CrackSegError(

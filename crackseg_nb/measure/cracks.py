@@ -4,29 +4,39 @@
 
 # %% auto #0
 __all__ = [
+    "PINHOLE",
     "DIRECTIONS",
     "Path",
     "trace_paths",
+    "inner_distance",
     "center_line",
     "smooth_path",
     "path_normals",
-    "measure_path",
+    "path_points",
+    "meeting_point",
+    "with_millimetres",
+    "Tables",
     "measure_cracks",
     "summarize_cracks",
+    "show_rose",
 ]
 
 # %% ../../nbs/measure/02_cracks.ipynb #888cc53a
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy.ndimage import distance_transform_edt, label, map_coordinates
+from scipy.ndimage import map_coordinates
 from scipy.signal import savgol_filter
+from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
 # %% ../../nbs/measure/02_cracks.ipynb #b136901e
 from ..core.checks import CrackSegError, check_number
-from .widths import area_widths, probability_widths, sample_profiles
+from .widths import area_widths, crop_around, probability_widths, sample_profiles
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #93311675
@@ -81,12 +91,23 @@ def trace_paths(line: np.ndarray) -> list[Path]:  # boolean (H, W), one pixel th
     return paths
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #7be40c12
+def inner_distance(mask: np.ndarray) -> np.ndarray:  # boolean (H, W)
+    "Return each pixel's distance from the background in pixels; the mask goes on beyond the image's border."
+    padded = cv2.copyMakeBorder(np.asarray(mask, np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    return np.minimum(distance, max(mask.shape))
+
+
 # %% ../../nbs/measure/02_cracks.ipynb #f9779769
+PINHOLE = 4  # pixels: the line does not run around smaller holes
+
+
 def center_line(mask: np.ndarray) -> np.ndarray:  # boolean (H, W)
     "Return the thinned mask, `(H, W)`, without spurs."
     mask = np.asarray(mask, bool)
-    radius = distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
-    line = skeletonize(mask)
+    radius = inner_distance(mask)
+    line = skeletonize(_without_pinholes(mask))
     for _ in range(20):
         spurs = [
             path.pixels[:-1] if path.free[0] else path.pixels[1:]
@@ -100,6 +121,16 @@ def center_line(mask: np.ndarray) -> np.ndarray:  # boolean (H, W)
             line[tuple(pixels.T)] = False
         line = skeletonize(line)
     return line
+
+
+def _without_pinholes(mask):
+    _, numbers, boxes, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    small = boxes[:, cv2.CC_STAT_AREA] <= PINHOLE
+    small[0] = False
+    # Where the image ends nothing is enclosed.
+    border = np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])
+    small[border] = False
+    return mask | small[numbers] if small.any() else mask
 
 
 def _pixel_length(pixels):
@@ -125,7 +156,7 @@ def path_normals(points: np.ndarray) -> np.ndarray:
     return np.column_stack([-tangents[:, 1], tangents[:, 0]])
 
 
-def _reach_end(probability, points, furthest):
+def _reach_end(probability, points, furthest, threshold):
     "Return places, a pixel apart, up to the crack's end on the parabola that goes on from the smooth points."
     count = min(len(points), int(2 * furthest) + 11)
     backwards = points[::-1][:count]
@@ -135,135 +166,285 @@ def _reach_end(probability, points, furthest):
     steps = np.vander(ahead, len(curve)) @ curve
     steps += backwards[0] - steps[0]
     inside = ((steps >= -0.5) & (steps <= np.array(probability.shape) - 0.5)).all(1)
-    inside &= map_coordinates(probability, steps.T, order=1, mode="nearest") >= 0.5
+    crop, corner = crop_around(probability, steps)
+    inside &= map_coordinates(crop.astype(float), (steps - corner).T, order=1, mode="nearest") >= threshold
     last = max((inside.argmin() if not inside.all() else len(steps)) - 1, 0)
     return steps[[*range(10, last - 4, 10), last]]
 
 
-def measure_path(
+def path_points(
     probability: np.ndarray,  # (H, W) of 0..1, or a mask
     path: Path,
-    radius: np.ndarray,  # (H, W), distance of each pixel from the background
-) -> pd.DataFrame:
-    "Return the points of a branch, `row` and `column`, with their widths; NaN within the junctions at its ends."
+    radius: np.ndarray,  # (N,), distance of each pixel of the path from the background
+    threshold: float = 0.5,
+) -> np.ndarray:
+    "Return the middle line of a branch, `(M, 2)`, about a pixel apart, up to the ends of the crack."
     pixels = path.pixels
-    span = max(15.0, 4 * float(np.median(radius[tuple(pixels.T)])))
+    span = max(15.0, 4 * float(np.median(radius)))
     points = smooth_path(pixels, span, path.closed)
-    reach = max(8.0, 3 * float(radius[tuple(pixels.T)].max()) + 4)
     if len(points) >= 5:
-        normals = path_normals(points)
-        offset = np.nan_to_num(area_widths(*sample_profiles(probability, points, normals, reach))[1])
-        points = smooth_path(points + normals * np.clip(offset, -1.5, 1.5)[:, None], span, path.closed)
+        profiles = sample_profiles(probability, points, path_normals(points), _reach(radius))
+        offset = np.nan_to_num(area_widths(*profiles)[1])
+        points = smooth_path(points + path_normals(points) * np.clip(offset, -1.5, 1.5)[:, None], span, path.closed)
     # The last pixels before a free end turn to one of its corners: the smooth line ends before them and is lengthened.
     most = len(points) // 5
-    cut = [int(min(radius[tuple(pixels[end])] + 1, most)) if path.free[at] else 0 for at, end in enumerate((0, -1))]
+    cut = [int(min(radius[end] + 1, most)) if path.free[at] else 0 for at, end in enumerate((0, -1))]
     points = points[cut[0] : len(points) - cut[1]]
-    if len(points) >= 2:
-        ends = []
-        for at, end in enumerate((0, -1)):
-            if path.free[at]:
-                towards = points if end else points[::-1]
-                ends.append(_reach_end(probability, towards, 2 * radius[tuple(pixels[end])] + 8))
-        first = [ends.pop(0)[::-1]] if path.free[0] else []
-        points = np.vstack([*first, points, *ends])
-        table = probability_widths(probability, points, path_normals(points), reach)
-    else:
-        table = pd.DataFrame(np.nan, range(len(points)), ["width_px", "low_px", "high_px", "offset_px"])
+    if len(points) < 2:
+        return points
+    ends = []
     for at, end in enumerate((0, -1)):
-        if not path.free[at] and not path.closed:
-            merged = np.hypot(*(points - pixels[end]).T) <= radius[tuple(pixels[end])] + 2
-            table.loc[merged, ["width_px", "low_px", "high_px"]] = np.nan
-    # The last point of a free end lies on the crack's rim, and so has no width.
-    if path.free[0] and len(points) > 2:
-        table.loc[0, ["width_px", "low_px", "high_px"]] = np.nan
-    if path.free[1] and len(points) > 2:
-        table.loc[len(points) - 1, ["width_px", "low_px", "high_px"]] = np.nan
-    table.insert(0, "column", points[:, 1])
-    table.insert(0, "row", points[:, 0])
-    return table
+        if path.free[at]:
+            towards = points if end else points[::-1]
+            ends.append(_reach_end(probability, towards, 2 * radius[end] + 8, threshold))
+    first = [ends.pop(0)[::-1]] if path.free[0] else []
+    return np.vstack([*first, points, *ends])
+
+
+def _reach(radius):
+    return max(8.0, 3 * float(radius.max()) + 4)
+
+
+# %% ../../nbs/measure/02_cracks.ipynb #d04f6b77
+def meeting_point(
+    lines: list[tuple[np.ndarray, np.ndarray]],  # a point and a direction of length one each
+    middle: np.ndarray,  # of the junction
+    furthest: float,  # from the middle in pixels
+) -> np.ndarray:
+    "Return the place nearest to all lines, or the middle where they do not meet near it."
+    # A weak pull to the middle settles the place along lines that are parallel.
+    matrix, side = 0.02 * np.eye(2), 0.02 * middle
+    for point, direction in lines:
+        across = np.eye(2) - np.outer(direction, direction)
+        matrix, side = matrix + across, side + across @ point
+    place = np.linalg.solve(matrix, side)
+    return place if np.hypot(*(place - middle)) <= furthest else middle
+
+
+# %% ../../nbs/measure/02_cracks.ipynb #5e8a1c93
+class _Branch:
+    "Hold a branch on its way through the junctions."
+
+    def __init__(self, path, points, radius):
+        self.path, self.points, self.radius = path, points, radius
+        self.places = [None, None]  # of the junctions at its ends
+
+    def end(self, at):
+        return tuple(self.path.pixels[-at].tolist())
+
+    def outside(self, at):
+        "Return which points lie beyond the junction at an end."
+        apart = np.hypot(*(self.points - self.path.pixels[-at]).T)
+        return apart > self.radius[-at] + 1
+
+    def direction(self, at):
+        "Return a point and the direction of the branch just beyond its junction; None where it is too short."
+        points = (self.points if not at else self.points[::-1])[self.outside(at) if not at else self.outside(at)[::-1]]
+        points = points[: max(8, int(2 * self.radius[-at]))]
+        if len(points) < 4:
+            return None
+        middle = points.mean(0)
+        return middle, np.linalg.svd(points - middle)[2][0]
+
+    def lead_to(self, at, place):
+        "Replace the points within a junction by a straight line to its place."
+        outside = self.outside(at)
+        points = self.points[outside] if outside.sum() >= 2 else self.points
+        nearest = points[-at]
+        count = max(int(np.hypot(*(place - nearest))), 1)
+        steps = nearest + (place - nearest) * (np.arange(1, count + 1) / count)[:, None]
+        self.points = np.vstack([points, steps] if at else [steps[::-1], points])
+        self.places[at] = place
+
+
+def _is_crossing(branch, others):
+    "Tell whether a piece between two junctions is where two lines cross: those at either end meet in one place on it."
+    path, widest = branch.path, branch.radius.max()
+    length = _pixel_length(path.pixels)
+    if length <= branch.radius[0] + branch.radius[-1]:
+        return True
+    if length > 8 * widest:
+        return False
+    places = []
+    for at in (0, 1):
+        lines = [line for other, end in others[at] if other is not branch and (line := other.direction(end))]
+        if len(lines) < 2:
+            return False
+        places.append(meeting_point(lines, path.pixels[-at], length))
+    near = [np.hypot(*(path.pixels - place).T).min() for place in places]
+    return max(near) <= widest and np.hypot(*(places[1] - places[0])) <= max(widest, 0.3 * length)
+
+
+def _join(branches):
+    "Lead the branches of each junction to one place; return those that are not pieces within a junction."
+    parents = {}
+
+    def root(pixel):
+        while parents.setdefault(pixel, pixel) != pixel:
+            pixel = parents[pixel]
+        return pixel
+
+    ends = [(branch, at) for branch in branches for at in (0, 1) if not (branch.path.closed or branch.path.free[at])]
+    for branch, at in ends:
+        row, column = branch.end(at)
+        root((row, column))
+        for other in [(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]:
+            if other in parents:
+                parents[root(other)] = root((row, column))
+
+    def junctions():
+        found = {}
+        for branch, at in ends:
+            found.setdefault(root(branch.end(at)), []).append((branch, at))
+        return found
+
+    members, crossing = junctions(), set()
+    for branch in branches:
+        if any(branch.path.free) or branch.path.closed:
+            continue
+        if _is_crossing(branch, [members[root(branch.end(at))] for at in (0, 1)]):
+            crossing.add(branch)
+    for branch in crossing:
+        parents[root(branch.end(0))] = root(branch.end(1))
+    for group in junctions().values():
+        own = [(branch, at) for branch, at in group if branch not in crossing]
+        middle = np.mean([branch.end(at) for branch, at in group], axis=0)
+        spread = max(np.hypot(*(np.array(branch.end(at)) - middle)) for branch, at in group)
+        widest = max(branch.radius[-at] for branch, at in group)
+        lines = [line for branch, at in own if (line := branch.direction(at))]
+        # A crossing lies between its two junctions; a single junction of the line is near its place already.
+        place = meeting_point(lines, middle, spread + widest / 2 + 1)
+        for branch, at in own:
+            branch.lead_to(at, place)
+    return [branch for branch in branches if branch not in crossing] or branches
+
+
+def _widths(probability, branch, level):
+    "Return row, column, width and its interval at each point, `(N, 5)`; NaN within junctions and at the rim of an end."
+    points, path = branch.points, branch.path
+    widths = np.full((len(points), 3), np.nan)
+    if len(points) >= 2:
+        table = probability_widths(probability, points, path_normals(points), _reach(branch.radius), level)
+        widths = table[["width_px", "low_px", "high_px"]].to_numpy(copy=True)
+    for at in (0, 1):
+        if branch.places[at] is not None:
+            widths[np.hypot(*(points - branch.places[at]).T) <= branch.radius[-at] + 2] = np.nan
+        elif path.free[at] and len(points) > 2:
+            widths[-at] = np.nan
+    # Where the normal runs along a neighbour, the width is far above that of the widest disc within the crack.
+    nearest = cKDTree(path.pixels).query(points)[1]
+    widths[widths[:, 0] > 3 * branch.radius[nearest] + 2] = np.nan
+    return np.column_stack([points, widths])
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #3cbbe2aa
 def _describe(pieces):
-    "Return the figures of one branch, or of all branches of a crack."
-    steps = np.vstack([piece[["row", "column"]].diff().dropna().to_numpy() for piece in pieces])
+    "Return the figures of one branch, or of all branches of a crack; each piece is `(N, 5)`, see `_widths`."
+    steps = np.vstack([np.diff(piece[:, :2], axis=0) for piece in pieces])
     lengths = np.hypot(*steps.T)
     doubled = (lengths * np.exp(2j * np.arctan2(steps[:, 0], steps[:, 1]))).sum() if len(steps) else np.nan
-    points = pd.concat(pieces, ignore_index=True)
-    known = points.dropna(subset="width_px")
-    widths = known["width_px"]
-    figures = dict(
+    points = np.vstack(pieces)
+    known = points[np.isfinite(points[:, 2])]
+    if not len(known):
+        known = np.full((1, 5), np.nan)
+    widths = known[:, 2]
+    mean, median, p95, highest = widths.mean(), np.median(widths), np.quantile(widths, 0.95), widths.max()
+    widest, place = known[widths.argmax()], known[abs(widths - p95).argmin()]
+    return dict(
         length_px=lengths.sum(),
-        width_mean_px=widths.mean(),
-        width_median_px=widths.median(),
-        width_p95_px=widths.quantile(0.95),
-        width_max_px=widths.max(),
+        width_mean_px=mean,
+        width_median_px=median,
+        width_p95_px=p95,
+        width_max_px=highest,
+        width_max_low_px=widest[3],
+        width_max_high_px=widest[4],
+        width_max_row=widest[0],
+        width_max_column=widest[1],
+        width_p95_row=place[0],
+        width_p95_column=place[1],
+        orientation_deg=np.rad2deg(np.angle(doubled)) / 2 % 180,
     )
-    widest = known.loc[widths.idxmax()] if len(known) else pd.Series(np.nan, points.columns)
-    figures |= dict(width_max_low_px=widest["low_px"], width_max_high_px=widest["high_px"])
-    figures |= dict(width_max_row=widest["row"], width_max_column=widest["column"])
-    place = known.loc[(widths - figures["width_p95_px"]).abs().idxmin()] if len(known) else widest
-    figures |= dict(width_p95_row=place["row"], width_p95_column=place["column"])
-    figures["orientation_deg"] = np.rad2deg(np.angle(doubled)) / 2 % 180
-    return figures
 
 
-def _with_millimetres(table, mm_per_px):
-    for name in [name for name in table.columns if name.endswith(("_px", "_px2"))]:
-        power = 2 if name.endswith("2") else 1
-        table[name.replace("_px", "_mm")] = table[name] * mm_per_px**power
-    return table
+# %% ../../nbs/measure/02_cracks.ipynb #9d7f1e36
+def with_millimetres(table: pd.DataFrame, mm_per_px: float) -> pd.DataFrame:
+    "Return the table with a column in millimetres for each in pixels."
+    added = {}
+    for name in table.columns[table.columns.str.endswith(("_px", "_px2"))]:
+        added[name.replace("_px", "_mm")] = table[name] * mm_per_px ** (2 if name.endswith("2") else 1)
+    return table.assign(**added)
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #017019a9
+class Tables(NamedTuple):
+    "Hold one line per crack, one per branch, and one per place along the middle lines."
+
+    cracks: pd.DataFrame
+    branches: pd.DataFrame
+    points: pd.DataFrame
+
+
 def measure_cracks(
     probability: np.ndarray,  # (H, W) of 0..1, or a mask
     threshold: float = 0.5,  # from which on a pixel belongs to a crack
     mm_per_px: float | None = None,  # without a scale there are no millimetres
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Return one line per crack (a connected part of the mask) and one per branch."
-    probability = np.asarray(probability, float)
+    level: float = 0.95,  # of the intervals
+    mask: np.ndarray | None = None,  # boolean (H, W), which pixels are cracks; by default those above the threshold
+) -> Tables:
+    "Return the tables of cracks (connected parts of the mask), their branches and the places along them."
+    probability = np.asarray(probability)
+    if probability.dtype.kind in "bui":  # a mask, or a probability in 8 or 16 bit
+        highest = np.iinfo(probability.dtype).max if probability.max(initial=0) > 1 else 1
+        probability = probability.astype(np.float32) / np.float32(highest)
     if probability.ndim != 2:
         raise CrackSegError(f"probability: found shape {probability.shape}, expected (H, W)")
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise CrackSegError(f"mm_per_px: found {mm_per_px}, expected a number above 0")
     check_number("threshold", threshold, float, 0.01, 0.99)
-    mask = probability >= threshold
-    radius = distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]
-    numbers, count = label(mask, np.ones((3, 3)))
-    pieces = {number: [] for number in range(1, count + 1)}
-    branches, counts = [], dict.fromkeys(pieces, 0)
-    for path in trace_paths(center_line(mask)):
-        crack, points = int(numbers[tuple(path.pixels[0])]), measure_path(probability, path, radius)
-        pieces[crack].append(points)
-        # Where cracks cross, two junctions may be joined by a piece that lies within both: no branch of its own.
-        widest = max(radius[tuple(path.pixels[0])], radius[tuple(path.pixels[-1])])
-        if not any(path.free) and not path.closed and _pixel_length(path.pixels) <= widest + 1:
-            continue
-        counts[crack] += 1
-        ends = points[["row", "column"]].to_numpy()[[0, -1]]
-        chord = np.hypot(*(ends[1] - ends[0]))
-        figures = _describe([points])
-        tortuosity = figures["length_px"] / chord if chord > 0 else np.nan
-        branches.append(dict(crack=crack, branch=counts[crack], **figures, tortuosity=tortuosity))
-    areas = np.bincount(numbers.ravel(), minlength=count + 1)
-    cracks = []
-    for crack, parts in pieces.items():
-        figures = _describe(parts)
-        own = [(line["tortuosity"], line["length_px"]) for line in branches if line["crack"] == crack]
-        total = sum(length for _, length in own)
-        tortuosity = sum(ratio * length for ratio, length in own) / total if total else np.nan  # mean over the length
-        cracks.append(
-            dict(crack=crack, branches=counts[crack], **figures, tortuosity=tortuosity, area_px2=int(areas[crack]))
-        )
+    mask = probability >= threshold if mask is None else np.asarray(mask, bool)
+    if mask.shape != probability.shape:
+        raise CrackSegError(f"mask: found shape {mask.shape}, expected that of the probability, {probability.shape}")
+    count, numbers, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    branches, cracks, lines = [], [], []
+    for crack in range(1, count):
+        left, top, width, height, area = (int(value) for value in boxes[crack])
+        # A crack is followed in its own part of the image, with a pixel of background around it.
+        top, left, corner = max(top - 1, 0), max(left - 1, 0), (top + height + 1, left + width + 1)
+        part = numbers[top : corner[0], left : corner[1]] == crack
+        radius, found = inner_distance(part), []
+        for path in trace_paths(center_line(part)):
+            own = radius[tuple(path.pixels.T)]
+            path = replace(path, pixels=path.pixels + (top, left))
+            found.append(_Branch(path, path_points(probability, path, own, threshold), own))
+        parts = []
+        for number, branch in enumerate(_join(found), 1):
+            points = _widths(probability, branch, level)
+            parts.append(points)
+            lines.append(np.column_stack([np.full((len(points), 2), (crack, number)), points]))
+            figures = _describe([points])
+            chord = np.hypot(*(branch.points[-1] - branch.points[0]))
+            tortuosity = figures["length_px"] / chord if chord > 0 else np.nan
+            branches.append(dict(crack=crack, branch=number, **figures, tortuosity=tortuosity))
+        figures, own = _describe(parts), branches[len(branches) - len(parts) :]
+        ratios = [(line["tortuosity"], line["length_px"]) for line in own]
+        total = sum(length for _, length in ratios)
+        tortuosity = (
+            sum(ratio * length for ratio, length in ratios) / total if total else np.nan
+        )  # mean over the length
+        cracks.append(dict(crack=crack, branches=len(parts), **figures, tortuosity=tortuosity, area_px2=area))
     names = ["length_px", "width_mean_px", "width_median_px", "width_p95_px", "width_max_px"]
     names += ["width_max_low_px", "width_max_high_px", "width_max_row", "width_max_column"]
     names += ["width_p95_row", "width_p95_column", "orientation_deg", "tortuosity"]
-    tables = (
+    points = pd.DataFrame(
+        np.vstack(lines) if lines else np.zeros((0, 7)),
+        columns=["crack", "branch", "row", "column", "width_px", "low_px", "high_px"],
+    ).astype(dict(crack=int, branch=int))
+    tables = [
         pd.DataFrame(cracks, columns=["crack", "branches", *names, "area_px2"]),
         pd.DataFrame(branches, columns=["crack", "branch", *names]),
-    )
-    return tables if mm_per_px is None else tuple(_with_millimetres(table, mm_per_px) for table in tables)
+        points,
+    ]
+    return Tables(*(tables if mm_per_px is None else [with_millimetres(table, mm_per_px) for table in tables]))
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #e0634780
@@ -271,21 +452,57 @@ DIRECTIONS = 12  # of 15 degrees; the first is centred on the rows
 
 
 def summarize_cracks(
-    cracks: pd.DataFrame,
-    branches: pd.DataFrame,
+    tables: Tables,
     size: tuple[int, int],  # of the photo, height and width in pixels
+    mm_per_px: float | None = None,
+    known: int | None = None,  # pixels that were looked at, where not all of them
 ) -> pd.Series:
     "Return the figures of a photo; `length_NNN_deg_px` is the length of the branches that run within 7.5 degrees."
-    area = size[0] * size[1]
+    cracks, branches, _ = tables
+    area = size[0] * size[1] if known is None else known
+    length = cracks["length_px"].sum()
     figures = dict(
         cracks=len(cracks),
         branches=len(branches),
-        length_px=cracks["length_px"].sum(),
-        length_per_area_1_per_px=cracks["length_px"].sum() / area,
-        area_fraction=cracks["area_px2"].sum() / area,
+        length_px=length,
+        length_per_area_1_per_px=length / area if area else np.nan,
+        opening_per_area=(cracks["length_px"] * cracks["width_mean_px"]).sum() / area if area else np.nan,
+        area_fraction=cracks["area_px2"].sum() / area if area else np.nan,
+        width_mean_px=_mean_width(cracks),
         width_max_px=cracks["width_max_px"].max(),
     )
     bins = np.rint(branches["orientation_deg"] / (180 / DIRECTIONS)) % DIRECTIONS
     for number in range(DIRECTIONS):
         figures[f"length_{180 * number // DIRECTIONS:03d}_deg_px"] = branches["length_px"][bins == number].sum()
+    if mm_per_px is not None:
+        figures |= {
+            name.replace("_px", "_mm"): figures[name] * mm_per_px for name in list(figures) if name[-3:] == "_px"
+        }
+        del figures["length_per_area_1_per_mm"]
+        figures["length_per_area_m_per_m2"] = figures["length_per_area_1_per_px"] * 1000 / mm_per_px
+        figures["area_m2"] = area * mm_per_px**2 / 1e6
     return pd.Series(figures)
+
+
+def _mean_width(cracks):
+    known = cracks.dropna(subset="width_mean_px")
+    total = known["length_px"].sum()
+    return (known["width_mean_px"] * known["length_px"]).sum() / total if total else np.nan
+
+
+# %% ../../nbs/measure/02_cracks.ipynb #40a7e5b8
+def show_rose(
+    summary: pd.Series,  # from `summarize_cracks`
+    axis=None,  # polar, of matplotlib
+):
+    "Draw the length of cracks in each direction; 0 degrees along the rows, counted as on the photo, clockwise."
+    if axis is None:
+        axis = plt.figure(figsize=(3, 3)).add_subplot(projection="polar")
+    unit = "mm" if "length_mm" in summary else "px"
+    lengths = np.array([summary[f"length_{180 * i // DIRECTIONS:03d}_deg_{unit}"] for i in range(DIRECTIONS)])
+    angles = np.deg2rad(np.arange(2 * DIRECTIONS) * 180 / DIRECTIONS)
+    axis.bar(angles, np.tile(lengths, 2), width=np.pi / DIRECTIONS, color="0.45", edgecolor="white")
+    axis.set_theta_direction(-1)
+    axis.set_title(f"length by direction [{unit}]", fontsize=9)
+    axis.tick_params(labelsize=7)
+    return axis

@@ -13,6 +13,7 @@ __all__ = [
     "BLUR_LIMITS",
     "MARGIN",
     "draw_bar",
+    "crop_around",
     "sample_profiles",
     "side_end",
     "area_widths",
@@ -22,6 +23,8 @@ __all__ = [
     "blurred_box",
     "fit_profiles",
     "grey_widths",
+    "relative_error",
+    "widen",
 ]
 
 # %% ../../nbs/measure/01_widths.ipynb #8051e350
@@ -69,6 +72,20 @@ def draw_bar(
     return drawn, points, np.tile(normal, (len(points), 1))
 
 
+# %% ../../nbs/measure/01_widths.ipynb #c4a81d30
+def crop_around(
+    image: np.ndarray,  # (H, W)
+    points: np.ndarray,  # (N, 2) row and column
+    margin: float = 2.0,  # in pixels
+) -> tuple[np.ndarray, np.ndarray]:
+    "Return the part of the image that holds all points, and the row and column of its first pixel."
+    if not len(points):
+        return image[:1, :1], np.zeros(2)
+    first = np.clip(np.floor(points.min(0) - margin), 0, np.array(image.shape) - 1).astype(int)
+    last = np.clip(np.ceil(points.max(0) + margin), first, np.array(image.shape) - 1).astype(int)
+    return image[first[0] : last[0] + 1, first[1] : last[1] + 1], first.astype(float)
+
+
 # %% ../../nbs/measure/01_widths.ipynb #ddc6619c
 def sample_profiles(
     image: np.ndarray,  # (H, W)
@@ -88,8 +105,9 @@ def sample_profiles(
     count = round(reach / step)
     places = np.arange(-count, count + 1) * step
     where = points[:, :, None] + normals[:, :, None] * places
-    where = where.transpose(1, 0, 2)
-    return places, map_coordinates(image.astype(float), where, order=1, mode="constant", cval=np.nan)
+    crop, corner = crop_around(image, where.reshape(len(points), 2, -1).transpose(0, 2, 1).reshape(-1, 2))
+    where = where.transpose(1, 0, 2) - corner[:, None, None]
+    return places, map_coordinates(crop.astype(float), where, order=1, mode="constant", cval=np.nan)
 
 
 # %% ../../nbs/measure/01_widths.ipynb #48294865
@@ -152,15 +170,18 @@ NEIGHBOURS = 9  # positions along the crack
 def scatter(widths: np.ndarray) -> np.ndarray:
     "Return how far the neighbours of each width scatter around a straight line; NaN with fewer than five."
     widths = np.asarray(widths, float)
-    found, half = np.full(len(widths), np.nan), NEIGHBOURS // 2
-    for i in range(len(widths)):
-        start = max(min(i - half, len(widths) - NEIGHBOURS), 0)
-        near = widths[start : start + NEIGHBOURS]
-        places = np.flatnonzero(np.isfinite(near))
-        if len(places) >= 5:
-            residuals = near[places] - np.polyval(np.polyfit(places, near[places], 1), places)
-            found[i] = np.sqrt((residuals**2).sum() / (len(places) - 2))
-    return found
+    if len(widths) < 5:
+        return np.full(len(widths), np.nan)
+    starts = np.clip(np.arange(len(widths)) - NEIGHBOURS // 2, 0, max(len(widths) - NEIGHBOURS, 0))
+    index = starts[:, None] + np.arange(min(NEIGHBOURS, len(widths)))
+    near, known = np.nan_to_num(widths[index]), np.isfinite(widths[index])
+    count = known.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        along = (index - (index * known).sum(1, keepdims=True) / count[:, None]) * known
+        across = (near - (near * known).sum(1, keepdims=True) / count[:, None]) * known
+        slope = (along * across).sum(1) / (along**2).sum(1)
+        squares = ((across - slope[:, None] * along) ** 2).sum(1)
+        return np.where(count >= 5, np.sqrt(squares / (count - 2)), np.nan)
 
 
 def probability_widths(
@@ -172,14 +193,15 @@ def probability_widths(
 ) -> pd.DataFrame:
     "Return `width_px`, its interval and `offset_px`, the middle's place on the normal; NaN where nothing is known."
     check_number("level", level, float, 0.5, 0.999)
-    probability = np.asarray(probability, float)
-    if probability.size and not (np.nanmin(probability) >= 0 and np.nanmax(probability) <= 1):
-        raise CrackSegError(
-            f"probability: found values from {np.nanmin(probability):g} to {np.nanmax(probability):g}, expected 0 to 1"
-        )
+    probability = np.asarray(probability)
     places, profiles = sample_profiles(probability, points, normals, reach)
+    crop = crop_around(probability, np.asarray(points), reach)[0].astype(float)
+    if crop.size and not (np.nanmin(crop) >= 0 and np.nanmax(crop) <= 1):
+        raise CrackSegError(
+            f"probability: found values from {np.nanmin(crop):g} to {np.nanmax(crop):g}, expected 0 to 1"
+        )
     width, offset = area_widths(places, profiles)
-    hard = np.isin(probability, (0, 1)).all()
+    hard = np.isin(crop, (0, 1)).all()
     spread = np.hypot(scatter(width), HARD_EDGES if hard else INTEGRATION)
     half = student.ppf((1 + level) / 2, NEIGHBOURS - 2) * spread
     return pd.DataFrame(
@@ -375,3 +397,32 @@ def grey_widths(
     "Return what `fit_profiles` finds across each position of a crack."
     _, profiles = sample_profiles(image, points, normals, reach, step=1.0)
     return fit_profiles(profiles, 1.0, black, level=level)
+
+
+# %% ../../nbs/measure/01_widths.ipynb #6e1b90aa
+def relative_error(
+    widths: np.ndarray,  # (N,) as measured
+    readings: np.ndarray,  # (N,) of the same cracks, by hand, in the same unit
+    level: float = 0.95,
+) -> float:
+    "Return the fraction of its width by which a measurement errs at most, with a probability of `level`."
+    check_number("level", level, float, 0.5, 0.999)
+    widths, readings = np.asarray(widths, float), np.asarray(readings, float)
+    if widths.shape != readings.shape:
+        raise CrackSegError(f"readings: found {readings.size}, expected one for each of the {widths.size} widths")
+    known = np.isfinite(widths) & np.isfinite(readings) & (widths > 0)
+    rank, count = int(np.ceil((known.sum() + 1) * level)), int(known.sum())
+    if rank > count:
+        least = int(np.ceil(level / (1 - level)))
+        raise CrackSegError(f"readings: found {count}, expected at least {least} for a level of {level:g}")
+    return float(np.sort(abs(readings[known] / widths[known] - 1))[rank - 1])
+
+
+def widen(
+    table: pd.DataFrame,  # with `width_px`, `low_px` and `high_px`
+    error: float,  # from `relative_error`
+) -> pd.DataFrame:
+    "Return the table with intervals that reach at least as far as the relative error."
+    check_number("error", error, float, 0, 1)
+    low = np.minimum(table["low_px"], table["width_px"] * (1 - error))
+    return table.assign(low_px=low, high_px=np.maximum(table["high_px"], table["width_px"] * (1 + error)))

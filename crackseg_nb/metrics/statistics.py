@@ -31,10 +31,16 @@ __all__ = [
     "paired_bootstrap",
     "SignedRank",
     "signed_rank",
+    "paired_t",
+    "least_effect",
     "holm",
     "conclude",
     "verdict",
+    "pairs_of",
+    "corrected",
+    "tell_pairs",
     "compare_all",
+    "compare_repeats",
     "show_intervals",
     "show_paired",
 ]
@@ -292,9 +298,28 @@ def apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 # %% ../../nbs/metrics/07_statistics.ipynb #7db5adfb
 @dataclass(frozen=True)
 class Difference(Interval):
-    "Hold the difference of two runs, first minus second, its interval, and the two-sided achieved significance."
+    "Hold the difference of two runs, first minus second, its interval, and a two-sided p."
 
     p: float
+    unit: str = "images"  # what is paired: images, seeds or rounds
+
+    @property
+    def rule(self) -> str:
+        "How interval and p came about."
+        return "paired bootstrap over images" if self.unit == "images" else f"paired t-test over {self.unit}"
+
+    @property
+    def evidence(self) -> str:
+        if self.unit == "images":
+            return super().evidence
+        return f"{self.images} {self.unit if self.images != 1 else self.unit.removesuffix('s')}"
+
+    @property
+    def too_few(self) -> bool:
+        "Whether so few pairs cannot show any difference at this level."
+        if self.unit != "images":
+            return self.groups < 2
+        return smallest_p(self.groups) > 1 - self.level
 
 
 def smallest_p(groups: int) -> float:
@@ -363,6 +388,38 @@ def signed_rank(a, b, statistic: Statistic = "mean", groups=None, names: tuple[s
     )
 
 
+# %% ../../nbs/metrics/07_statistics.ipynb #d87f940d
+def paired_t(
+    one: Sequence[float],
+    other: Sequence[float],  # scores of both, pair by pair
+    unit: str = "seeds",  # what a pair shares: seeds or rounds
+    level: float = LEVEL,
+) -> Difference:
+    "Return the mean difference of repeated scores with Student's interval and p, both NaN for fewer than two pairs."
+    differences = apart(np.asarray(one, float), np.asarray(other, float))
+    count = len(differences)
+    if not count:
+        return Difference(np.nan, np.nan, np.nan, level, 0, 0, np.nan, unit)
+    found, p = spread(differences, level), np.nan
+    if count > 1 and np.ptp(differences):
+        p = float(2 * stats.t.sf(abs(found.mean) / found.deviation * count**0.5, count - 1))
+    elif count > 1:  # equal differences: what their signs can show
+        p = smallest_p(count) if found.mean else 1.0
+    return Difference(found.mean, found.low, found.high, level, count, count, p, unit)
+
+
+# %% ../../nbs/metrics/07_statistics.ipynb #06607376
+def least_effect(
+    pairs: int,  # seeds or rounds
+    comparisons: int = 1,  # for how many the p-values are corrected
+    level: float = LEVEL,
+) -> float:
+    "Return how many standard deviations of the differences their mean has to reach to count, before any other does."
+    if pairs < 2:
+        return np.inf
+    return float(stats.t.ppf(1 - (1 - level) / (2 * max(comparisons, 1)), pairs - 1) / pairs**0.5)
+
+
 # %% ../../nbs/metrics/07_statistics.ipynb #ecf2d69e
 def holm(p_values: Sequence[float]) -> np.ndarray:
     "Return the p-values, corrected for their number, in the order given; raise CrackSegError for one beyond 0..1."
@@ -386,7 +443,7 @@ def conclude(
     "Return `better`, `worse`, `equivalent` or `can't tell`, of the first run against the second."
     check_number("margin", margin, float, low=0)
     alpha, p = 1 - difference.level, difference.p if p is None else p
-    if smallest_p(difference.groups) > alpha:
+    if difference.too_few:
         return CANT_TELL
     if -margin < difference.low and difference.high < margin:
         return "equivalent"
@@ -410,7 +467,11 @@ def verdict(
         "equivalent": f"{one} and {other} are no more than {margin:g} apart",
         CANT_TELL: f"can't tell {one} from {other}",
     }
-    few = f"; {difference.groups} are too few" if smallest_p(difference.groups) > 1 - difference.level else ""
+    if difference.unit != "images" and difference.too_few:
+        single = difference.unit.removesuffix("s")
+        told = f"difference {difference.value:+.4f}, but one {single} says nothing of the scatter"
+        return f"{words[CANT_TELL]}: {told if difference.images else f'no {single} in common'}."
+    few = f"; {difference.groups} are too few" if difference.too_few else ""
     significance = f"p = {difference.p:.2g}" if p is None else f"corrected p = {p:.2g}"
     return (
         f"{words[found]}: difference {difference.value:+.4f} "
@@ -420,6 +481,46 @@ def verdict(
 
 
 # %% ../../nbs/metrics/07_statistics.ipynb #6021a035
+def pairs_of(names, baseline: str | None) -> list[tuple[str, str]]:
+    "Return each pair of `names`, or each with the baseline; raise CrackSegError for fewer than two or an unknown one."
+    names = list(names)
+    if len(names) < 2:
+        raise CrackSegError(f"runs: found {len(names)}, expected at least 2")
+    if baseline is None:
+        return [*combinations(names, 2)]
+    choose("baseline", baseline, names)
+    return [(name, baseline) for name in names if name != baseline]
+
+
+def corrected(p_values: Sequence[float]) -> np.ndarray:
+    "Return Holm's correction of the p-values that are known; the others stay NaN."
+    p_values = np.array(p_values, float)
+    known = np.isfinite(p_values)
+    p_values[known] = holm(p_values[known])
+    return p_values
+
+
+def tell_pairs(
+    pairs: list[tuple[str, str]],
+    differences: list[Difference],  # of the pairs
+    more: list[dict],  # further columns of each
+    margin: float = 0.0,
+    higher: bool = True,  # as in `conclude`
+) -> pd.DataFrame:
+    "Return a row per pair: difference with interval, p, corrected p, `more`, the rule, the result and a verdict."
+    rows = []
+    for pair, found, p, columns in zip(pairs, differences, corrected([found.p for found in differences]), more):
+        numbers = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p, "corrected_p": p}
+        words = {
+            "rule": f"{found.rule}, Holm's correction",
+            "result": conclude(found, p, margin, higher),
+            "verdict": verdict(found, pair, p, margin, higher),
+        }
+        rows.append(dict(zip(("run", "other"), pair)) | numbers | columns | words)
+    return pd.DataFrame(rows)
+
+
+# %% ../../nbs/metrics/07_statistics.ipynb #a4e35af6
 def compare_all(
     tables: dict[str, pd.DataFrame],  # rows of each run
     statistic: Statistic = "mean",
@@ -431,41 +532,51 @@ def compare_all(
     level: float = LEVEL,
     seed: int = 0,
 ) -> pd.DataFrame:
-    "Return a row per pair of runs: difference with interval, both tests, corrected, the effect size, and a verdict."
-    if len(tables) < 2:
-        raise CrackSegError(f"runs: found {len(tables)}, expected at least 2")
-    if baseline is not None:
-        choose("baseline", baseline, tables)
-    pairs = (
-        [*combinations(tables, 2)] if baseline is None else [(name, baseline) for name in tables if name != baseline]
-    )
+    "Return a row per pair of runs on the same images, as `tell_pairs` does, with the signed-rank test and its effect."
+    pairs = pairs_of(tables, baseline)
     differences = [
         paired_bootstrap(tables[one], tables[other], statistic, groups, (one, other), samples, level, seed)
         for one, other in pairs
     ]
     ranked = [signed_rank(tables[one], tables[other], statistic, groups, (one, other)) for one, other in pairs]
-    corrected, rank_corrected = holm([found.p for found in differences]), holm([found.p for found in ranked])
-    return pd.DataFrame(
-        [
+    more = [
+        {
+            "rank_p": ranks.p,
+            "corrected_rank_p": rank_p,
+            "effect": ranks.effect,
+            "images": found.images,
+            "groups": found.groups,
+        }
+        for found, ranks, rank_p in zip(differences, ranked, holm([ranks.p for ranks in ranked]))
+    ]
+    return tell_pairs(pairs, differences, more, margin, higher)
+
+
+# %% ../../nbs/metrics/07_statistics.ipynb #fa1a2997
+def compare_repeats(
+    scores: pd.DataFrame,  # a row for each seed or round, a column for each system; NaN where a run is missing
+    baseline: str | None = None,  # the system that all others are held against; None: all pairs
+    margin: float = 0.0,
+    higher: bool = True,  # as in `conclude`
+    unit: str = "seeds",  # or rounds
+    level: float = LEVEL,
+) -> pd.DataFrame:
+    "Return a row per pair of systems, as `tell_pairs` does, with the effect in deviations and the pairs ahead."
+    pairs, differences, more = pairs_of(scores, baseline), [], []
+    for pair in pairs:
+        both = scores[list(pair)].dropna()
+        found = paired_t(both[pair[0]], both[pair[1]], unit, level)
+        gaps = apart(both[pair[0]].to_numpy(float), both[pair[1]].to_numpy(float))
+        deviation = gaps.std(ddof=1) if len(gaps) > 1 else 0.0
+        differences.append(found)
+        more.append(
             {
-                "run": pair[0],
-                "other": pair[1],
-                "difference": found.value,
-                "low": found.low,
-                "high": found.high,
-                "p": found.p,
-                "corrected_p": p,
-                "rank_p": ranks.p,
-                "corrected_rank_p": rank_p,
-                "effect": ranks.effect,
-                "images": found.images,
-                "groups": found.groups,
-                "result": conclude(found, p, margin, higher),
-                "verdict": verdict(found, pair, p, margin, higher),
+                "effect": found.value / deviation if len(gaps) > 1 and np.ptp(gaps) else np.nan,
+                unit: len(gaps),
+                "ahead": int((gaps > 0).sum()),
             }
-            for pair, found, ranks, p, rank_p in zip(pairs, differences, ranked, corrected, rank_corrected)
-        ]
-    )
+        )
+    return tell_pairs(pairs, differences, more, margin, higher)
 
 
 # %% ../../nbs/metrics/07_statistics.ipynb #7bcc73bc

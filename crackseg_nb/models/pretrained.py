@@ -20,16 +20,15 @@ import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
-import safetensors
 import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer_encoders
 
 # %% ../../nbs/models/04_pretrained.ipynb #8a9b432e
 from ..core.checks import CrackSegError, first_line
 from ..core.machine import logger
+from ..core.tensors import read_tensors
 from .encoders import Encoder
 from .settings import check_pretrained
 
@@ -109,15 +108,11 @@ def known_names(encoder: Encoder) -> set[str]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    "Return the tensors of a safetensors file by plain name; of a whole model of this study, those of its encoder."
-    if not path.is_file():
-        raise CrackSegError(f"pretrained: found no file {path}, expected auto, true, false or a safetensors file")
+    "Return the tensors of a file by plain name; of a whole model of this study, those of its encoder."
     try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CrackSegError(
-            f"pretrained: {path} is no whole safetensors file ({first_line(error)}); expected timm weights"
-        ) from error
+        tensors = read_tensors(path)
+    except CrackSegError as error:
+        raise CrackSegError(f"pretrained: {error}") from error
     own = {name: value for name, value in tensors.items() if name.startswith("encoder.body.")}
     return {plain_name(name): value for name, value in (own or tensors).items()}
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/models/01_settings.ipynb #b26aa906
-from ..core.checks import CrackSegError, check_number, choose, nearest
+from ..core.checks import CrackSegError, check_number, choose, unknown_name
 
 # %% ../../nbs/models/01_settings.ipynb #a6ccd505
 SWINV2_ENCODERS = {
@@ -83,9 +83,8 @@ def check_encoder(name: str) -> str:
 
     if is_model(name) and ("." not in name or name in list_pretrained()):
         return name
-    close = nearest(name, [*ENCODERS, *(list_pretrained() if "." in name else list_models())])
-    hint = f" (did you mean {close!r}?)" if close else ""
-    raise CrackSegError(f"encoder: found {name!r}{hint}, expected one of {', '.join(ENCODERS)}, or a name of timm")
+    found = unknown_name(name, [*ENCODERS, *(list_pretrained() if "." in name else list_models())])
+    raise CrackSegError(f"encoder: found {found}, expected one of {', '.join(ENCODERS)}, or a name of timm")
 
 
 # %% ../../nbs/models/01_settings.ipynb #eff5ac2b

@@ -17,7 +17,6 @@ __all__ = [
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
     "CARRIED",
-    "check_settings",
     "DataConfig",
     "check_place",
     "is_labelled",
@@ -52,7 +51,7 @@ __all__ = [
 import os
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,15 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/02_config.ipynb #0880e6ba
-from ..core.checks import PLAIN, CrackSegError, check_folder_name, check_number, choose, plain_variables
+from crackseg_nb.core.checks import (
+    PLAIN,
+    CrackSegError,
+    check_folder_name,
+    check_number,
+    check_settings,
+    choose,
+    plain_variables,
+)
 from ..core.files import find_path, read_yaml
 from ..core.machine import get_device
 from ..core.run_folder import RunFolder, find_run_folder, locate_weights
@@ -82,20 +89,6 @@ from ..training.settings import LOSS_SETTINGS, LossConfig, OptimConfig, TrainCon
 # %% ../../nbs/runs/02_config.ipynb #d2ef3a10
 SYNTHETIC = ("synthetic", "synthetic_damage", "synthetic_textures")  # images that the study makes itself
 
-
-# %% ../../nbs/runs/02_config.ipynb #e51f9448
-def check_settings(
-    settings,  # a dataclass, whose numbers are brought to their kind
-    choices: dict[str, Any],  # valid names by setting
-    bounds: dict[str, tuple[type, float]],  # kind and lowest value by setting
-) -> None:
-    "Raise CrackSegError unless each setting is one of its `choices`, or a number within its `bounds`."
-    for name, valid in choices.items():
-        choose(name, getattr(settings, name), valid)
-    for name, (kind, low) in bounds.items():
-        setattr(settings, name, check_number(name, getattr(settings, name), kind, low=low))
-
-
 # %% ../../nbs/runs/02_config.ipynb #db7e5849
 DATA_CHOICES = {
     "data": (*SYNTHETIC, *SOURCES),
@@ -113,7 +106,7 @@ DATA_BOUNDS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     "Describe the images of a run and how they are prepared."
 
@@ -197,7 +190,7 @@ RUN_CHOICES = {"threshold_criterion": CRITERIA}
 RUN_BOUNDS = {"seed": (int, 0), "devices": (int, 1), "time_limit": (float, 0)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     "Describe what belongs to the run as a whole."
 
@@ -224,7 +217,7 @@ FIRST_WEIGHTS = ("fine_tune", "encoder_weights")
 
 
 # %% ../../nbs/runs/02_config.ipynb #12910deb
-@dataclass
+@dataclass(frozen=True)
 class ExperimentConfig:
     "Hold every setting of an experiment, grouped by the part that uses it."
 
@@ -243,7 +236,7 @@ class ExperimentConfig:
 
     def __post_init__(self):
         if self.run.test_epoch:
-            self.train.epochs = 1
+            object.__setattr__(self, "train", replace(self.train, epochs=1))
         check_model_of(self.model, self.data.data)
         self.model_config()  # raises for a setting that the model cannot have
         self.check_first_weights()
@@ -253,7 +246,7 @@ class ExperimentConfig:
             choose_precision(self.train.amp, get_device(self.run.device))
         choose("loss", self.loss.name, losses_for(self.data.num_channels, self.data.labelled))
         check_beta("effective_beta", self.effective_beta)
-        self.class_weights = self.class_weights.strip("[]() ")
+        object.__setattr__(self, "class_weights", self.class_weights.strip("[]() "))
         check_class_weights(self.class_weights, self.data.classes, self.effective_beta)
         check_weighted_loss(self.class_weights, self.loss.name, self.data.num_channels)
 
@@ -285,7 +278,7 @@ def check_first_weights(self: ExperimentConfig) -> None:
     "Raise CrackSegError if both `fine_tune` and `encoder_weights` are set; `none` stands for random initialisation."
     for name in FIRST_WEIGHTS:
         if getattr(self, name).lower() == "none":
-            setattr(self, name, "")
+            object.__setattr__(self, name, "")
     if self.fine_tune and self.encoder_weights:
         raise CrackSegError(
             f"encoder_weights: found {self.encoder_weights!r} beside fine_tune {self.fine_tune!r}, "
@@ -297,7 +290,7 @@ def check_first_weights(self: ExperimentConfig) -> None:
         pretrained = str(self.model_settings.get("pretrained", "auto")).lower()
         if pretrained not in ("auto", "true", "false"):
             raise CrackSegError(f"pretrained: found {pretrained!r} beside {name}, expected one of the two")
-        self.model_settings["pretrained"] = "false"
+        object.__setattr__(self, "model_settings", self.model_settings | {"pretrained": "false"})
 
 
 # %% ../../nbs/runs/02_config.ipynb #8e3e74d6
@@ -488,9 +481,7 @@ def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
                 f"{name}: found it beside resume, expected the run's own settings; only {', '.join(allowed)} may change"
             )
     changes = {name: value for name, value in given.items() if name != "outputs"}  # it says where the run lies
-    config = configure(config=str(folder / "config.yaml"), **changes)
-    config.resume = str(folder.path)
-    return config
+    return replace(configure(config=str(folder / "config.yaml"), **changes), resume=str(folder.path))
 
 
 # %% ../../nbs/runs/02_config.ipynb #3dd51089

@@ -74,7 +74,7 @@ class FileFacts:
 # %% ../../nbs/sources/05_inspection.ipynb #a67e6623
 def used_colours(mask: Content, values: np.ndarray) -> dict[int, tuple[int, int, int]] | None:
     "Return the colour of each palette index that occurs in a mask, None for a mask without a palette."
-    colours = None if mask.path.suffix == ".mat" else open_picture(mask, palette_of)
+    colours = open_picture(mask, palette_of)
     return colours and {index: colours[index] for index in np.flatnonzero(value_counts(values)) if index < len(colours)}
 
 
@@ -106,15 +106,14 @@ def inspect(
     )
     if sample.mask:
         mask = read_content(sample.mask, "a mask")
-        if encoding != "CrackForest":
-            check_single(mask)
+        plain = encoding != "CrackForest" and not check_single(mask)
         values = raw_values(mask, encoding)
         check_same_size(sample, size, values.shape[::-1], turned)
         facts |= dict(
             mask_digest=hashlib.sha256(mask.data).hexdigest(),
             values=value_counts(values),
             mask_is_jpeg=is_jpeg(mask),
-            colours=used_colours(mask, values),
+            colours=used_colours(mask, values) if plain else None,
             mask_content=hashlib.sha256(np.ascontiguousarray(values)).hexdigest(),
         )
     return FileFacts(**facts)

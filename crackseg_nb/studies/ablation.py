@@ -10,9 +10,9 @@ __all__ = [
     "sweeps_of",
     "run_all",
     "results_of",
-    "paired_scores",
+    "check_same_images",
+    "scores_by_seed",
     "effects",
-    "tell_effect",
     "show_effects",
     "finish_ablation",
 ]
@@ -22,16 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 # %% ../../nbs/studies/05_ablation.ipynb #ba7e1158
 from ..core.checks import CrackSegError, check_folder_name, choose
-from ..core.files import atomic_write, outputs_folder
+from ..core.files import outputs_folder, write_table
 from ..figures.photos import CURVE_COLOURS, DPI, plain_axis
-from ..metrics.statistics import holm, spread
+from ..metrics.statistics import compare_repeats
 from ..runs.sweep import Sweep, read_fixed
 
 # %% ../../nbs/studies/05_ablation.ipynb #0cf5dd5a
@@ -108,69 +106,46 @@ def results_of(sweeps: dict[str, Sweep]) -> pd.DataFrame:
 
 
 # %% ../../nbs/studies/05_ablation.ipynb #a11d1eed
-def paired_scores(results: pd.DataFrame, arm: str, score: str) -> pd.DataFrame:
-    "Return scores of an arm and the base by common seed; raise CrackSegError if they saw different images."
-    done = results[results["state"] == "done"].set_index("seed")
-    pairs = done[done["arm"] == BASE].add_suffix("_base").join(done[done["arm"] == arm], how="inner")
-    differing = pairs.index[pairs["data_fingerprint_base"] != pairs["data_fingerprint"]].tolist()
-    if differing:
-        raise CrackSegError(
-            f"{arm}: found other images or splits than the base's with seed {differing[0]}, expected the same"
-        )
-    return pairs[[f"{score}_base", score]].rename(columns={f"{score}_base": "base", score: "arm"})
+def check_same_images(done: pd.DataFrame) -> None:
+    "Raise CrackSegError naming the first arm that saw other images than the base with the same seed."
+    base = done[done["arm"] == BASE].set_index("seed")["data_fingerprint"]
+    for row in done.itertuples():
+        if row.seed in base.index and row.data_fingerprint != base[row.seed]:
+            raise CrackSegError(
+                f"{row.arm}: found other images or splits than the base's with seed {row.seed}, expected the same"
+            )
+
+
+def scores_by_seed(results: pd.DataFrame, score: str = "test_iou") -> pd.DataFrame:
+    "Return the score of each run that is done, a row for each seed, a column for each arm, base first."
+    done = results[results["state"] == "done"]
+    check_same_images(done)
+    table = done.pivot(index="seed", columns="arm", values=score)
+    return table.reindex(columns=[BASE, *(arm for arm in results["arm"].unique() if arm != BASE)])
 
 
 def effects(
     results: pd.DataFrame,  # of `results_of`
     score: str = "test_iou",
 ) -> pd.DataFrame:
-    "Return mean, difference from the base with interval, effect size, corrected p and verdict of each arm."
-    rows = []
-    for arm in [arm for arm in results["arm"].unique() if arm != BASE]:
-        pairs = paired_scores(results, arm, score)
-        if pairs.empty:
-            rows.append({"arm": arm, "seeds": 0, "p": np.nan})
-            continue
-        found = spread(pairs["arm"] - pairs["base"])
-        p = stats.ttest_rel(pairs["arm"], pairs["base"]).pvalue if found.seeds > 1 and found.deviation > 0 else np.nan
-        rows.append(
-            {
-                "arm": arm,
-                "seeds": found.seeds,
-                score: pairs["arm"].mean(),
-                "difference": found.mean,
-                "low": found.low,
-                "high": found.high,
-                "d_z": found.mean / found.deviation if found.seeds > 1 and found.deviation > 0 else np.nan,
-                "p": float(p),
-            }
-        )
-    table = pd.DataFrame(rows).set_index("arm")
-    known = table["p"].notna()
-    table.loc[known, "corrected_p"] = holm(table.loc[known, "p"])
-    table["told"] = [tell_effect(row) for row in table.to_dict("records")]
-    return table
-
-
-def tell_effect(row: dict) -> str:
-    "Return in words what an arm's difference says."
-    if row["seeds"] < 2:
-        return "can't tell: " + ("no seed has both runs done" if not row["seeds"] else "one seed")
-    if not row.get("corrected_p", np.nan) <= 0.05:
-        return "can't tell"
-    return "worse than the base" if row["difference"] < 0 else "better than the base"
+    "Return each arm's mean score and its difference from the base, with interval, p, effect, rule and verdict."
+    scores = scores_by_seed(results, score)
+    table = compare_repeats(scores, baseline=BASE).drop(columns="other").rename(columns={"run": "arm"})
+    common = [scores[arm][scores[BASE].notna()].mean() for arm in table["arm"]]
+    table.insert(1, score, common)
+    return table.set_index("arm")
 
 
 # %% ../../nbs/studies/05_ablation.ipynb #1267703d
 def show_effects(results: pd.DataFrame, score: str = "test_iou") -> Figure:
     "Return a figure with each arm's difference from the base: a point for each seed, the mean and its interval."
-    table = effects(results, score)
+    table, scores = effects(results, score), scores_by_seed(results, score)
     figure, axis = plt.subplots(figsize=(6, 0.8 + 0.32 * len(table)), dpi=DPI, layout="constrained")
     for place, (arm, row) in enumerate(table.iterrows()):
         if not row["seeds"]:
             continue
-        pairs = paired_scores(results, arm, score)
-        axis.plot(pairs["arm"] - pairs["base"], [place] * len(pairs), "o", color="0.6", markersize=3.5)
+        gaps = (scores[arm] - scores[BASE]).dropna()
+        axis.plot(gaps, [place] * len(gaps), "o", color="0.6", markersize=3.5)
         axis.plot(
             [row["low"], row["high"]],
             [place] * 2,
@@ -198,5 +173,4 @@ def finish_ablation(results: pd.DataFrame, folder: Path) -> None:
     "Write runs.csv and effects.csv."
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("runs", results), ("effects", effects(results).reset_index())):
-        with atomic_write(folder / f"{name}.csv", "w") as handle:
-            table.to_csv(handle, index=False, lineterminator="\n")
+        write_table(folder / f"{name}.csv", table)

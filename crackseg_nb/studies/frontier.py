@@ -29,7 +29,7 @@ from torch import nn
 
 # %% ../../nbs/studies/08_frontier.ipynb #f3d575c0
 from ..core.checks import CrackSegError, check_number, choose
-from ..core.files import atomic_write, outputs_folder, read_yaml
+from ..core.files import outputs_folder, read_yaml, write_table
 from ..core.machine import get_device, logger
 from ..core.run_folder import RunFolder, create_run_folder, find_finished_run
 from ..core.seeds import seed_everything
@@ -43,6 +43,7 @@ from crackseg_nb.runs.experiment import (
     make_loaders,
     make_model,
 )
+from ..runs.stages import score_model
 from crackseg_nb.studies.compression import (
     DistillationLoss,
     Ensemble,
@@ -53,7 +54,6 @@ from crackseg_nb.studies.compression import (
     taught_by,
 )
 from .efficiency import frontier_table
-from ..training.evaluation import evaluate
 from ..training.losses import Loss
 from ..training.trainer import Trainer, TrainSettings, fit
 from ..training.weights import load_model_weights
@@ -183,28 +183,22 @@ class Frontier:
 
     def keep(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         "Write a table and return it."
-        with atomic_write(self.folder / f"{name}.csv", "w") as handle:
-            table.to_csv(handle)
+        write_table(self.folder / f"{name}.csv", table, index=True)
         return table
 
 
 # %% ../../nbs/studies/08_frontier.ipynb #47b5980b
 def score(frontier: Frontier, model: nn.Module) -> dict[str, float]:
     "Return the scores of `model` on the test images, and on the validation images where its threshold is chosen."
-    config, accelerator = frontier.student.config, create_accelerator(get_device("cpu"))
-    names = frontier.splits.classes.names
-    val, test = (
-        evaluate(model, frontier.loaders[split], accelerator, progress=split, metrics=create_metrics(names))[0]
-        for split in ("val", "test")
-    )
-    threshold = val.best_threshold(config.run.threshold_criterion) if frontier.splits.classes.binary else None
-    found = {split: metrics.compute(threshold) for split, metrics in (("test", test), ("val", val))}
+    accelerator = create_accelerator(get_device("cpu"))
+    tested = score_model(model, frontier.student.config, frontier.splits, frontier.loaders, accelerator)
+    test, val = (metrics.compute(tested.threshold) for metrics in (tested.metrics, tested.val_metrics))
     return {
-        "iou": found["test"]["pooled"]["iou"],
-        "f1": found["test"]["pooled"]["f1"],
-        "per_image_iou": found["test"]["per_image"]["iou"],
-        "val_iou": found["val"]["pooled"]["iou"],
-        "threshold": threshold,
+        "iou": test["pooled"]["iou"],
+        "f1": test["pooled"]["f1"],
+        "per_image_iou": test["per_image"]["iou"],
+        "val_iou": val["pooled"]["iou"],
+        "threshold": tested.threshold,
     }
 
 

@@ -68,6 +68,7 @@ from ..core.seeds import seed_for
 from ..data.augment import Augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
+from ..metrics.statistics import conclude, corrected, paired_t
 from ..sources.samples import Sample
 from ..training.losses import Loss
 from ..training.memory import enable_gradient_checkpointing
@@ -483,16 +484,23 @@ def enter_all(contest: Contest) -> dict[str, Contestant]:
 def ratios(
     table: pd.DataFrame,  # of `race`
     of: str = "trainer",
+    targets: dict[str, float] | None = None,  # by contestant, what the ratio is held against; None: 1
 ) -> pd.DataFrame:
-    "Return the median ratio of the speed of `of` to each other contestant's, with its 95 % interval."
-    speed = table.pivot(index="round", columns="contestant", values="images_per_second")[
-        list(table["contestant"].unique())
-    ]
-    relative = speed.drop(columns=of).rdiv(speed[of], axis=0)
-    drawn = np.random.default_rng(0).integers(len(relative), size=(2000, len(relative)))
-    medians = np.median(relative.to_numpy()[drawn], axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5), axis=0)
-    return pd.DataFrame({"median": relative.median(), "from": low, "to": high}).sort_index()
+    "Return the mean ratio of the speed of `of` to each other contestant's, its 95 % interval, and what that says."
+    speed = np.log(table.pivot(index="round", columns="contestant", values="images_per_second"))
+    targets = {name: 1.0 for name in sorted(speed.columns.drop(of))} | (targets or {})
+    found = {name: paired_t(speed[of], speed[name] + np.log(target), "rounds") for name, target in targets.items()}
+    rows = {}
+    for (name, one), p in zip(found.items(), corrected([one.p for one in found.values()])):
+        factors = np.exp([one.value, one.low, one.high]) * targets[name]
+        rows[name] = dict(zip(("ratio", "low", "high"), factors)) | {
+            "median": float(np.exp((speed[of] - speed[name]).median())),
+            "target": targets[name],
+            "corrected_p": p,
+            "rule": f"{one.rule}, logarithms of speed, Holm's correction",
+            "result": conclude(one, p),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("contestant")
 
 
 # %% ../../nbs/studies/01_race.ipynb #934521db

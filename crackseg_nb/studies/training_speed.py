@@ -49,7 +49,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch.utils.deterministic
 from fastcore.basics import patch
@@ -57,7 +56,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/02_training_speed.ipynb #bc87624a
 from ..core.checks import CrackSegError, check_folder_name, check_number, choose
-from ..core.files import display_path, door, outputs_folder, write_text, write_yaml
+from ..core.files import display_path, door, outputs_folder, write_table, write_text, write_yaml
 from ..core.machine import describe_environment, get_device, package_versions
 from ..core.seeds import seed_everything
 from ..data.augment import create_augmentation
@@ -88,15 +87,11 @@ TARGETS = {"bare": 0.97, "resident": 0.90, "lightning": 1.0}  # least speed of t
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
-    "Return the trainer's ratios with its targets, and whether the medians reach them as far as can be told."
-    found = ratios(table)
-    found["target"] = [TARGETS[name] for name in found.index]
-    single = np.full(len(found), table["round"].nunique() < 2)  # one round has no interval
-    found["reached"] = np.select(
-        [single, found["median"] >= found["target"], found["to"] >= found["target"]],
-        ["can't tell", "yes", "can't tell"],
-        "no",
-    )
+    "Return the trainer's ratios to those with a target that took part, and whether it is reached, where that is known."
+    present = {*table["contestant"]}
+    found = ratios(table, targets={name: target for name, target in TARGETS.items() if name in present})
+    reached = {"better": "yes", "worse": "no"}
+    found.insert(6, "reached", [reached.get(result, result) for result in found.pop("result")])
     return found
 
 
@@ -498,11 +493,11 @@ def options(self: Benchmark) -> pd.DataFrame:
 
 
 def relative_to(rows: pd.DataFrame, base: str) -> pd.DataFrame:
-    "Return the speed of each contestant relative to `base`: the median of the rounds and its interval."
-    others = [name for name in rows["contestant"].unique() if name != base]
-    return pd.concat(
-        [ratios(rows[rows["contestant"].isin([base, name])], of=name).rename({base: name}) for name in others]
-    )
+    "Return the speed of each contestant relative to `base`, as `ratios` has it the other way round."
+    found = ratios(rows, of=base).drop(columns="target")
+    turned = {"ratio": "ratio", "low": "high", "high": "low", "median": "median"}
+    found = found.assign(**{name: 1 / found[other] for name, other in turned.items()})
+    return found.assign(result=found["result"].replace({"better": "worse", "worse": "better"}))
 
 
 # %% ../../nbs/studies/02_training_speed.ipynb #fb02c524
@@ -591,7 +586,7 @@ def finish(self: Benchmark) -> None:
     rows = pd.concat(self.rows, ignore_index=True)
     first = ["part", "model", "contestant", "round"]
     rows = rows[[*first, *(name for name in rows if name not in first)]]
-    write_text(self.folder / "benchmark.csv", rows.to_csv(index=False, lineterminator="\n"))
+    write_table(self.folder / "benchmark.csv", rows)
     self.summary["seconds"] = time.perf_counter() - self.start
     write_yaml(self.folder / "benchmark.yaml", rounded(self.summary))
     print(f"{self.summary['seconds'] / 60:.1f} minutes; every round: {display_path(self.folder)}/benchmark.csv")
@@ -621,22 +616,22 @@ def show_ratios(
     "Return a figure of the trainer's speed relative to the others, by family; None if it was not measured."
     if "not measured" in table:
         return None
-    table = table.dropna(subset="median")
+    table = table.dropna(subset="ratio")
     figure, [axis] = plain_axes(height=0.8 + 0.34 * len(table))
     for row, ((_, _name), found) in enumerate(table.iterrows()):
         axis.plot(
-            [found["from"], found["to"]],
+            [found["low"], found["high"]],
             [row, row],
             color=CURVE_COLOURS[0],
             linewidth=3,
             alpha=0.35,
             solid_capstyle="butt",
         )
-        axis.plot(found["median"], row, "o", color=CURVE_COLOURS[0], markersize=6)
+        axis.plot(found["ratio"], row, "o", color=CURVE_COLOURS[0], markersize=6)
         axis.plot(found["target"], row, "|", color=CURVE_COLOURS[1], markersize=16, markeredgewidth=2)
         axis.annotate(
-            f"{found['median']:.3f}",
-            (found["median"], row),
+            f"{found['ratio']:.3f}",
+            (found["ratio"], row),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",

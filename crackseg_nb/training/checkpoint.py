@@ -42,7 +42,7 @@ import safetensors.torch
 import torch
 
 # %% ../../nbs/training/08_checkpoint.ipynb #92d4bd3b
-from ..core.checks import CrackSegError, check_number, nearest
+from ..core.checks import CrackSegError, check_number, unknown_name
 from ..core.files import atomic_write, manifest_sum
 from ..core.machine import logger
 from ..core.tensors import load_torch
@@ -150,11 +150,9 @@ def read_manifest(folder: Path, name: str) -> dict:
     "Return the manifest of checkpoint `name`; raise CrackSegError if it is missing, damaged or of another format."
     path = Path(folder) / f"{name}.json"
     if not path.is_file():
-        close = nearest(name, checkpoint_names(folder))
-        raise CrackSegError(
-            f"{path}: no such checkpoint; expected one of {', '.join(checkpoint_names(folder)) or 'none'}"
-            + (f"; did you mean {close!r}?" if close else "")
-        )
+        names = checkpoint_names(folder)
+        found = unknown_name(name, names)
+        raise CrackSegError(f"{path}: found no checkpoint {found}, expected one of {', '.join(names) or 'none'}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, expected = manifest_sum(manifest), manifest["sum"]

@@ -10,7 +10,10 @@ __all__ = [
     "OPTIMIZERS",
     "WARMUP_FRACTIONS",
     "SCHEDULERS",
+    "OPTIM_CHOICES",
+    "OPTIM_BOUNDS",
     "PRECISIONS",
+    "TRAIN_BOUNDS",
     "loss_settings",
     "losses_for",
     "check_loss_number",
@@ -29,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, check_number, check_settings, choose
 
 # %% ../../nbs/training/01_settings.ipynb #31b0ee2f
 CLASS_WEIGHTS = (Sequence[float] | None, None)  # one factor per class, background first; None: all 1
@@ -167,7 +170,7 @@ def check_loss(name: str, settings: dict[str, Any]) -> None:
 
 
 # %% ../../nbs/training/01_settings.ipynb #58a39f07
-@dataclass
+@dataclass(frozen=True)
 class LossConfig:
     "Name a loss and its settings; raise `CrackSegError` for what cannot be built."
 
@@ -198,7 +201,19 @@ def check_betas(betas) -> tuple[float, float]:
 
 
 # %% ../../nbs/training/01_settings.ipynb #34f34204
-@dataclass
+OPTIM_CHOICES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
+OPTIM_BOUNDS = {
+    "lr": (float, 0),
+    "weight_decay": (float, 0),
+    "eps": (float, 0),
+    "encoder_lr_scale": (float, 0),
+    "min_lr_fraction": (float, 0, 1),
+    "warmup_start": (float, 0, 1),
+    "lr_batch_size": (int, 0),
+}
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     "Hold the settings of the optimiser and its schedule; a wrong value raises CrackSegError."
 
@@ -215,20 +230,12 @@ class OptimConfig:
     lr_batch_size: int = 0  # images per step for which `lr` is meant; scaled in proportion for others; 0: for any
 
     def __post_init__(self):
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("scheduler", self.scheduler, SCHEDULERS)
-        self.lr = check_number("lr", self.lr, low=0)
+        check_settings(self, OPTIM_CHOICES, OPTIM_BOUNDS)
         if self.lr == 0:
             raise CrackSegError("lr: found 0, expected a number above 0, such as 0.0001")
-        self.weight_decay = check_number("weight_decay", self.weight_decay, low=0)
-        self.eps = check_number("eps", self.eps, low=0)
-        self.encoder_lr_scale = check_number("encoder_lr_scale", self.encoder_lr_scale, low=0)
-        for name in ("min_lr_fraction", "warmup_start"):
-            setattr(self, name, check_number(name, getattr(self, name), low=0, high=1))
-        self.lr_batch_size = check_number("lr_batch_size", self.lr_batch_size, int, low=0)
-        self.betas = check_betas(self.betas)
+        object.__setattr__(self, "betas", check_betas(self.betas))
         if self.warmup_fraction is not None:
-            self.warmup_fraction = check_number("warmup_fraction", self.warmup_fraction, low=0, high=0.9)
+            check_settings(self, {}, {"warmup_fraction": (float, 0, 0.9)})
 
     @property
     def warmup(self) -> float:
@@ -248,9 +255,21 @@ class OptimConfig:
 # %% ../../nbs/training/01_settings.ipynb #694b0975
 PRECISIONS = ("auto", "bf16", "fp16", "off")  # of `amp`; auto: the fastest that is safe on the device
 
-
 # %% ../../nbs/training/01_settings.ipynb #69d4f0fc
-@dataclass
+TRAIN_BOUNDS = {
+    "epochs": (int, 0),
+    "batch_size": (int, 1),
+    "accumulation": (int, 1),
+    "eval_batch_size": (int, 1),
+    "patience": (int, 0),
+    "checkpoint_every": (int, 0),
+    "empty_cache_every": (int, 0),
+    "clip_norm": (float, 0),
+    "checkpoint_minutes": (float, 0),
+}
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     "Describe how a model is trained; the defaults are those of the published SwinV2 experiment."
 
@@ -269,17 +288,4 @@ class TrainConfig:
     compile: bool = False  # torch.compile: minutes of compiling, then faster steps
 
     def __post_init__(self):
-        lows = dict(
-            epochs=0,
-            batch_size=1,
-            accumulation=1,
-            eval_batch_size=1,
-            patience=0,
-            checkpoint_every=0,
-            empty_cache_every=0,
-        )
-        for name, low in lows.items():
-            setattr(self, name, check_number(name, getattr(self, name), int, low=low))
-        for name in ("clip_norm", "checkpoint_minutes"):
-            setattr(self, name, check_number(name, getattr(self, name), float, low=0))
-        choose("amp", self.amp, PRECISIONS)
+        check_settings(self, {"amp": PRECISIONS}, TRAIN_BOUNDS)

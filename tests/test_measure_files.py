@@ -1,0 +1,219 @@
+"""From masks on disk to tables, files and the report: scales, frames, formats, errors in one line."""
+
+import contextlib
+import io
+import json
+import re
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.files import project_root
+from crackseg_nb.measure.cracks import measure_cracks
+from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
+from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo
+from crackseg_nb.measure.scale import Scale, scale_from_checkerboard, scale_from_marker
+
+rasterio = pytest.importorskip("rasterio")
+pyogrio = pytest.importorskip("pyogrio")
+shapely = pytest.importorskip("shapely")
+ezdxf = pytest.importorskip("ezdxf")
+
+
+def drawn_line(shape=(60, 100), row=25.0, width=4.0, first=20, last=80):
+    rows, columns = np.indices(shape)
+    inside = np.clip(columns - first + 1, 0, 1) * np.clip(last - columns + 1, 0, 1)
+    return (np.clip(width / 2 - abs(rows - row) + 0.5, 0, 1) * inside).astype(np.float32)
+
+
+def write_geotiff(path, values, pixel=0.002, mask=None):
+    options = dict(height=values.shape[0], width=values.shape[1], count=1, dtype=values.dtype, crs="EPSG:32632")
+    transform = rasterio.Affine(pixel, 0, 570000, 0, -pixel, 5650000)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        with rasterio.open(path, "w", driver="GTiff", transform=transform, **options) as file:
+            file.write(values, 1)
+            if mask is not None:
+                file.write_mask(mask)
+
+
+def test_a_geotiff_brings_scale_frame_and_what_it_covers(tmp_path):
+    line = drawn_line()
+    covered = np.ones(line.shape, bool)
+    covered[:, 90:] = False
+    write_geotiff(tmp_path / "deck_mask.tif", (255 * (line >= 0.5)).astype(np.uint8), mask=covered)
+    write_geotiff(tmp_path / "deck_probability.tif", np.rint(65535 * line).astype(np.uint16), mask=covered)
+    found = measure_folder(tmp_path, formats="geojson,gpkg,dxf", out=tmp_path / "out")
+    photo = found.photos.iloc[0]
+    # 61 pixels of 2 mm, on the ground and not on the grid (0.9996)
+    assert photo.length_mm == pytest.approx(122, rel=0.01) and photo.width_mean_mm == pytest.approx(8, rel=0.01)
+    assert photo.area_m2 == pytest.approx(60 * 90 * 4e-6, rel=1e-3) and "georeference" in photo.scale
+    for name, layer in (("deck_lines.geojson", None), ("deck_cracks.gpkg", "lines")):
+        info, _, shapes, _ = pyogrio.raw.read(tmp_path / "out" / name, layer=layer)
+        left, bottom, right, top = shapely.total_bounds(shapely.from_wkb(shapes))
+        assert info["crs"] == "EPSG:32632"
+        assert abs(np.array([left, right]) - 570000 - np.array([20, 81]) * 0.002).max() < 0.002
+        assert abs(np.array([bottom, top]) - 5650000 + 25.5 * 0.002).max() < 0.0003
+    drawing = ezdxf.readfile(tmp_path / "out" / "deck_cracks.dxf")
+    assert drawing.header["$INSUNITS"] == ezdxf.units.M and not drawing.audit().errors
+
+
+def test_the_mask_decides_what_is_a_crack_and_the_probability_where_its_edges_are(tmp_path):
+    line, other = drawn_line(), drawn_line(row=45)
+    probability = np.maximum(line, other)
+    measured, figures = measure_photo(line >= 0.5, probability)
+    assert figures.cracks == 1 and figures.width_mean_px == pytest.approx(4, abs=0.05)
+    assert len(measured.outlines) == 1 and measured.outlines[0].outer[:, 0].max() < 30
+    # Hysteresis: a weak stretch that the mask joined stays part of its crack.
+    weak = line.copy()
+    weak[:, 45:50] *= 0.4
+    assert measure_photo(None, weak)[1].cracks == 2
+    joined, figures = measure_photo(line >= 0.5, weak)
+    assert figures.cracks == len(joined.outlines) == 1
+    classes = np.where(line >= 0.5, 2, np.where(other >= 0.5, 1, 0)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "wall_mask.png"), classes)
+    cv2.imwrite(str(tmp_path / "wall_probability.png"), np.rint(255 * probability).astype(np.uint8))
+    assert measure_folder(tmp_path, class_id=2, out=False).photos.cracks[0] == 1
+    assert measure_folder(tmp_path, out=False).photos.cracks[0] == 2
+
+
+def test_files_without_a_place_overlay_the_photo(tmp_path):
+    line = drawn_line(first=0, last=99)  # leaves the photo on both sides
+    measured, _ = measure_photo(None, line, 0.5)
+    paths = write_files(measured, tmp_path, list(FORMATS))
+    assert len(paths) == 9 and not list(tmp_path.glob(".*"))
+    features = json.loads((tmp_path / "photo_outlines.geojson").read_text())["features"]
+    ring = np.array(features[0]["geometry"]["coordinates"][0])
+    assert abs(ring.min(0) - (0, -28)).max() < 0.6 and abs(ring.max(0) - (100, -23)).max() < 0.6
+    assert shapely.Polygon(ring).exterior.is_ccw
+    drawing = ezdxf.readfile(tmp_path / "photo_cracks.dxf")
+    lines = drawing.modelspace().query("LWPOLYLINE[layer=='CRACK_LINES']")
+    places = np.array([place[:2] for place in lines[0]])
+    assert abs(np.ptp(places[:, 0]) - 50) < 0.3 and abs(places[:, 1] + 12.75).max() < 0.1  # in millimetres
+    labels = json.loads((tmp_path / "photo_labelme.json").read_text())
+    assert {"version", "flags", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth"} <= set(labels)
+
+
+def test_run_lengths_are_those_of_coco(tmp_path):
+    coco_module = pytest.importorskip("pycocotools.coco")
+    generator = np.random.default_rng(3)
+    for number in range(6):
+        mask = cv2.GaussianBlur(generator.random((23, 31)), (0, 0), 1.2) > 0.5
+        mask[:, : 2 * (number % 2)] = mask[:, -1:] = number % 2  # runs that go on in the next column
+        mask[2:9, 10:17] = True
+        mask[4:7, 12:15] = False
+        tables = measure_cracks(mask.astype(float))
+        measured = Measured(f"m{number}", mask.shape, tables, crack_outlines(mask.astype(float)))
+        [path] = write_coco(measured, tmp_path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = coco_module.COCO(path)
+        count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+        exact = 0
+        for annotation in coco.loadAnns(coco.getAnnIds()):
+            if isinstance(annotation["segmentation"], dict):
+                assert (coco.annToMask(annotation).astype(bool) == (numbers == annotation["id"])).all()
+                exact += 1
+        assert exact
+
+
+def test_outlines_of_random_masks_are_valid_and_have_their_area():
+    generator = np.random.default_rng(1)
+    for _ in range(5):
+        soft = np.clip(0.5 + 4 * (cv2.GaussianBlur(generator.random((60, 80)), (0, 0), 2) - 0.5), 0, 1)
+        total = 0
+        for outline in crack_outlines(soft):
+            polygon = shapely.Polygon(outline.outer, outline.holes)
+            assert shapely.make_valid(polygon).area == pytest.approx(polygon.area, rel=1e-3)
+            total += polygon.area
+        assert total == pytest.approx((soft >= 0.5).sum(), rel=0.06)
+
+
+@pytest.mark.parametrize("kind", ["marker", "board"])
+def test_scales_of_tilted_markers(kind):
+    generator = np.random.default_rng(4)
+    family = cv2.aruco.getPredefinedDictionary(cv2.aruco.DICT_4X4_50)
+    if kind == "marker":
+        flat = cv2.copyMakeBorder(
+            cv2.aruco.generateImageMarker(family, 5, 400), *4 * [80], cv2.BORDER_CONSTANT, value=255
+        )
+    else:
+        flat = np.pad(255 * ((np.indices((700, 1000)) // 100).sum(0) % 2).astype(np.uint8), 80, constant_values=255)
+    for _ in range(4):
+        height, width = flat.shape
+        corners = np.float32([[0, 0], [width, 0], [width, height], [0, height]])
+        moved = corners * 0.5 + generator.uniform(0, 60, (4, 2)).astype(np.float32) + 60
+        view = cv2.getPerspectiveTransform(corners, moved)
+        photo = cv2.warpPerspective(cv2.GaussianBlur(flat, (0, 0), 1.5), view, (760, 620), borderValue=255)
+        size = 40.0  # of the marker, in millimetres; 400 px of the drawing, so that 1 px is 0.1 mm
+        scale = scale_from_marker(photo, size) if kind == "marker" else scale_from_checkerboard(photo, 10)
+        middle = cv2.perspectiveTransform(np.float32([[[width / 2, height / 2]]]), view)[0, 0]
+        step = cv2.perspectiveTransform(np.float64([[middle, middle + (1, 0), middle + (0, 1)]]), np.linalg.inv(view))[
+            0
+        ]
+        truth = 0.1 * abs(np.linalg.det(step[1:] - step[0])) ** 0.5
+        assert scale.mm_per_px == pytest.approx(truth, rel=0.02)
+        assert scale.error < 0.01
+
+
+def test_the_report_is_made_by_its_notebook(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for name, row in (("a", 20.5), ("b", 30.3)):
+        cv2.imwrite(str(tmp_path / f"{name}_mask.png"), 255 * (drawn_line(row=row) >= 0.5).astype(np.uint8))
+    cells = json.loads((project_root() / "nbs" / "measure_cracks.ipynb").read_text())["cells"]
+    variables = {"__name__": "report"}
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), variables)
+                if "parameters" in cell["metadata"].get("tags", []):
+                    variables |= dict(
+                        masks=str(tmp_path), mm_per_pixel=0.5, classes="EN 1992-1-1", out=str(tmp_path / "out")
+                    )
+    plt.close("all")
+    assert "0.5 mm/px (given)" in told.getvalue() and (tmp_path / "out" / "photos.csv").is_file()
+    cracks = pd.read_csv(tmp_path / "out" / "cracks.csv")
+    assert cracks.photo.tolist() == ["a", "b"] and abs(cracks.width_max_mm - 2).max() < 0.3
+    assert set(cracks.width_class) == {"beyond X0, XC1"}
+
+
+def test_bad_input_is_told_in_one_line_before_anything_is_written(tmp_path):
+    mask = 255 * (drawn_line() >= 0.5).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
+    (tmp_path / "b_mask.png").write_bytes((tmp_path / "a_mask.png").read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    cv2.imwrite(str(tmp_path / "empty" / "photo.jpg"), mask)
+    write_geotiff(tmp_path / "whole.tif", mask)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "c_mask.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:300])
+    (tmp_path / "d").mkdir()
+    cv2.imwrite(str(tmp_path / "d" / "d_mask.png"), mask)
+    cv2.imwrite(str(tmp_path / "d" / "d_probability.png"), mask[:-1])
+    (tmp_path / "e").mkdir()
+    for suffix in (".png", ".tif"):
+        cv2.imwrite(str(tmp_path / "e" / f"e_mask{suffix}"), mask)
+    for place, settings, expected in (
+        (tmp_path, dict(mm_per_pixel=0), "mm_per_pixel: found 0, expected a number above 0"),
+        (tmp_path, dict(classes=[0.2]), "without a scale"),
+        (tmp_path, dict(threshold=2), "threshold: found 2"),
+        (tmp_path, dict(formats="shp"), "formats: found 'shp'"),
+        (tmp_path / "b_mask.png", {}, "b_mask.png: found a damaged"),
+        (tmp_path / "empty", {}, "found no mask, expected files NAME_mask.png"),
+        (tmp_path / "c", {}, "c_mask.tif: found a damaged or unreadable image"),
+        (tmp_path / "d", {}, r"d_probability.png: found shape \(59, 100\)"),
+        (tmp_path / "e", {}, "found beside e_mask.png, expected one mask for each photo"),
+    ):
+        with pytest.raises(CrackSegError, match=expected) as error:
+            measure_folder(place, **settings, out=tmp_path / "out")
+        assert "\n" not in str(error.value)
+        assert not re.search(r"cracks\.csv", " ".join(path.name for path in tmp_path.rglob("*.csv")))
+    assert [found.name for found in find_predictions(tmp_path)] == ["a", "b"]
+
+
+def test_no_scale_is_said_and_a_scale_says_its_source(tmp_path):
+    line = drawn_line()
+    assert measure_photo(None, line)[1].scale == "pixels: no scale is known"
+    told = measure_photo(None, line, Scale(0.2, "a line of 100 mm", 0.004))[1].scale
+    assert told == "0.2 mm/px ± 0.4 % (a line of 100 mm)"
+    assert Frame().crs is None
