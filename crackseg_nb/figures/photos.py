@@ -396,9 +396,10 @@ def show_samples(
     shown = [samples[number] for number in sorted(chosen)]
     if mask_encoding == LABELS:
         return show_grid(
-            [as_tile(read_image(sample.image)) for sample in shown], [classes.names[sample.label] for sample in shown]
+            [as_tile(read_image(sample.image, sample.white)) for sample in shown],
+            [classes.names[sample.label] for sample in shown],
         )
-    pairs = [(read_image(sample.image), read_mask(sample.mask, mask_encoding)) for sample in shown]
+    pairs = [(read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)) for sample in shown]
     return show_pairs(pairs, [sample.name for sample in shown], classes)
 
 
@@ -415,12 +416,12 @@ def show_augmentations(
     seeds = [seed_for(seed, "show_augmentations", number) for number in range(1, count)]
     titles = [f"version {number}" for number in range(1, count)]
     if mask_encoding == LABELS:
-        image = read_image(sample.image)
+        image = read_image(sample.image, sample.white)
         return show_grid(
             [as_tile(picture) for picture in (image, *(denormalize(augmentation(image, seed)) for seed in seeds))],
             [classes.names[sample.label], *titles],
         )
-    pair = read_image(sample.image), read_mask(sample.mask, mask_encoding)
+    pair = read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)
     return show_pairs([pair, *(augmentation(*pair, seed) for seed in seeds)], [sample.name, *titles], classes)
 
 
