@@ -59,7 +59,7 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
 
-TESTS = pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+TESTS = pytest -n 3 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
   $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
 test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
@@ -76,8 +76,8 @@ chapters: $(STAMP)  ## clean the notebooks and export the package
 	@$(BIN)/ruff format --quiet crackseg_nb
 
 format: $(STAMP)  ## lay out notebooks, tests and scripts, and export the package
-	@$(BIN)/ruff check --fix --quiet --exclude crackseg_nb . || true
-	@$(BIN)/ruff format --quiet --exclude crackseg_nb .
+	@$(BIN)/ruff check --fix --quiet --extend-exclude crackseg_nb . || true
+	@$(BIN)/ruff format --quiet --extend-exclude crackseg_nb .
 	@$(MAKE) --no-print-directory chapters
 
 lint: $(STAMP)  ## check layout and lint; `make format` mends what can be mended
