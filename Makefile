@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell cat constraints.txt settings.ini setup.py | 
 
 .DEFAULT_GOAL := help
 .PHONY: $(VENV) help format lint types setup experiment benchmark test test-all chapters clean-nbs readme lab hooks \
-  constraints release
+  constraints release docs
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -28,6 +28,13 @@ $(STAMP):
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]' || \
 	  { echo "setup: pip could not install the packages (its message is above); the same command tries again"; exit 1; }
 	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+# What builds the site; the other commands do without.
+DOCS_STAMP := $(STAMP)-docs
+
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV):
@@ -52,13 +59,13 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
 
-TESTS = pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+TESTS = pytest -n 3 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
   $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
 test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
 	@$(BIN)/python -m $(TESTS)
 
-test-all: $(STAMP)  ## the same and the slow tests, then one number: the package's lines that ran, in percent
+test-all: $(DOCS_STAMP)  ## the same and the slow tests, then one number: the package's lines that ran, in percent
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m $(TESTS) --slow; status=$$?; \
 	$(BIN)/coverage combine --quiet && echo "coverage: $$($(BIN)/coverage report --format=total) %"; exit $$status
@@ -69,8 +76,8 @@ chapters: $(STAMP)  ## clean the notebooks and export the package
 	@$(BIN)/ruff format --quiet crackseg_nb
 
 format: $(STAMP)  ## lay out notebooks, tests and scripts, and export the package
-	@$(BIN)/ruff check --fix --quiet --exclude crackseg_nb . || true
-	@$(BIN)/ruff format --quiet --exclude crackseg_nb .
+	@$(BIN)/ruff check --fix --quiet --extend-exclude crackseg_nb . || true
+	@$(BIN)/ruff format --quiet --extend-exclude crackseg_nb .
 	@$(MAKE) --no-print-directory chapters
 
 lint: $(STAMP)  ## check layout and lint; `make format` mends what can be mended
@@ -85,6 +92,12 @@ clean-nbs: $(STAMP)  ## clean the notebooks only
 readme: $(STAMP)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py > README.md.new && mv README.md.new README.md || { rm -f README.md.new; exit 1; }
 
+docs: $(DOCS_STAMP)  ## build the site into _docs/html, without a network, and check its links
+	@rm -rf _docs
+	@$(BIN)/python -m sphinx --quiet --jobs 2 -c docs -d _docs/read . _docs/html
+	@$(BIN)/python docs/check_links.py _docs/html
+	@echo "The site: _docs/html/index.html"
+
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
@@ -94,7 +107,7 @@ hooks: $(STAMP)  ## install the pre-commit hooks
 constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
 	@rm -rf $(VENV)-constraints
 	@$(PYTHON) -m venv $(VENV)-constraints
-	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,geo]' $(TORCH)
+	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,geo,docs]' $(TORCH)
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints

@@ -11,6 +11,19 @@ d = {
     "syms": {
         "crackseg_nb.core.checks": {
             "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.LateModule": ("core/checks.html#latemodule", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.LateModule.__getattr__": (
+                "core/checks.html#latemodule.__getattr__",
+                "crackseg_nb/core/checks.py",
+            ),
+            "crackseg_nb.core.checks.LateModule.__init__": (
+                "core/checks.html#latemodule.__init__",
+                "crackseg_nb/core/checks.py",
+            ),
+            "crackseg_nb.core.checks.LateModule.__repr__": (
+                "core/checks.html#latemodule.__repr__",
+                "crackseg_nb/core/checks.py",
+            ),
             "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.check_folder_name": (
                 "core/checks.html#check_folder_name",
@@ -165,12 +178,8 @@ d = {
                 "crackseg_nb/data/audit.py",
             ),
             "crackseg_nb.data.audit.Audit.report": ("data/audit.html#audit.report", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.FileFacts": ("data/audit.html#filefacts", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.NearDuplicate": ("data/audit.html#nearduplicate", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.Splits.overlapping_test_names": (
-                "data/audit.html#splits.overlapping_test_names",
-                "crackseg_nb/data/audit.py",
-            ),
+            "crackseg_nb.data.audit.SampleFacts": ("data/audit.html#samplefacts", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.audit": ("data/audit.html#audit", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.balance_warnings": (
                 "data/audit.html#balance_warnings",
@@ -179,35 +188,40 @@ d = {
             "crackseg_nb.data.audit.border_findings": ("data/audit.html#border_findings", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.border_warning": ("data/audit.html#border_warning", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.class_warnings": ("data/audit.html#class_warnings", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.contradictions": ("data/audit.html#contradictions", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.crossing_families": (
                 "data/audit.html#crossing_families",
                 "crackseg_nb/data/audit.py",
             ),
             "crackseg_nb.data.audit.crossing_groups": ("data/audit.html#crossing_groups", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.digests_of": ("data/audit.html#digests_of", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.duplicate_warnings": (
                 "data/audit.html#duplicate_warnings",
                 "crackseg_nb/data/audit.py",
             ),
+            "crackseg_nb.data.audit.facts_of": ("data/audit.html#facts_of", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.family_problem": ("data/audit.html#family_problem", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.find_near_duplicates": (
                 "data/audit.html#find_near_duplicates",
                 "crackseg_nb/data/audit.py",
             ),
             "crackseg_nb.data.audit.fingerprint": ("data/audit.html#fingerprint", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.fingerprint_from": (
-                "data/audit.html#fingerprint_from",
+            "crackseg_nb.data.audit.judge": ("data/audit.html#judge", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.judge_all": ("data/audit.html#judge_all", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.label_counts": ("data/audit.html#label_counts", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.overlapping_names": (
+                "data/audit.html#overlapping_names",
                 "crackseg_nb/data/audit.py",
             ),
-            "crackseg_nb.data.audit.label_counts": ("data/audit.html#label_counts", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.picture_warnings": (
+                "data/audit.html#picture_warnings",
+                "crackseg_nb/data/audit.py",
+            ),
             "crackseg_nb.data.audit.proposed_pattern": (
                 "data/audit.html#proposed_pattern",
                 "crackseg_nb/data/audit.py",
             ),
-            "crackseg_nb.data.audit.read_all": ("data/audit.html#read_all", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.read_facts": ("data/audit.html#read_facts", "crackseg_nb/data/audit.py"),
-            "crackseg_nb.data.audit.read_thumbnails": ("data/audit.html#read_thumbnails", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.repeat_problems": ("data/audit.html#repeat_problems", "crackseg_nb/data/audit.py"),
+            "crackseg_nb.data.audit.split_digests": ("data/audit.html#split_digests", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.summarise": ("data/audit.html#summarise", "crackseg_nb/data/audit.py"),
             "crackseg_nb.data.audit.untold": ("data/audit.html#untold", "crackseg_nb/data/audit.py"),
         },
@@ -345,6 +359,10 @@ d = {
                 "data/dataset.html#labeldataset.sizes",
                 "crackseg_nb/data/dataset.py",
             ),
+            "crackseg_nb.data.dataset.check_large_enough": (
+                "data/dataset.html#check_large_enough",
+                "crackseg_nb/data/dataset.py",
+            ),
         },
         "crackseg_nb.data.label_augment": {
             "crackseg_nb.data.label_augment.LabelAugmentation": (
@@ -411,6 +429,10 @@ d = {
                 "crackseg_nb/data/loaders.py",
             ),
             "crackseg_nb.data.loaders.Loader": ("data/loaders.html#loader", "crackseg_nb/data/loaders.py"),
+            "crackseg_nb.data.loaders.Loader.__init__": (
+                "data/loaders.html#loader.__init__",
+                "crackseg_nb/data/loaders.py",
+            ),
             "crackseg_nb.data.loaders.Loader.__iter__": (
                 "data/loaders.html#loader.__iter__",
                 "crackseg_nb/data/loaders.py",
@@ -507,6 +529,7 @@ d = {
             "crackseg_nb.data.store.cache_file": ("data/store.html#cache_file", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.create_store": ("data/store.html#create_store", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.decode_into": ("data/store.html#decode_into", "crackseg_nb/data/store.py"),
+            "crackseg_nb.data.store.digest_pair": ("data/store.html#digest_pair", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.free_disk": ("data/store.html#free_disk", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.hold_in_memory": ("data/store.html#hold_in_memory", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.hold_on_disk": ("data/store.html#hold_on_disk", "crackseg_nb/data/store.py"),
@@ -515,6 +538,7 @@ d = {
                 "data/store.html#open_memory_file",
                 "crackseg_nb/data/store.py",
             ),
+            "crackseg_nb.data.store.open_store": ("data/store.html#open_store", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.places_of": ("data/store.html#places_of", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.read_pair": ("data/store.html#read_pair", "crackseg_nb/data/store.py"),
             "crackseg_nb.data.store.read_sizes": ("data/store.html#read_sizes", "crackseg_nb/data/store.py"),
@@ -759,6 +783,10 @@ d = {
             ),
             "crackseg_nb.evidence.scores.TestPredictions.__len__": (
                 "evidence/scores.html#testpredictions.__len__",
+                "crackseg_nb/evidence/scores.py",
+            ),
+            "crackseg_nb.evidence.scores.TestPredictions.case": (
+                "evidence/scores.html#testpredictions.case",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.names": (
@@ -3018,6 +3046,10 @@ d = {
                 "runs/experiment.html#experiment.record",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.Experiment.share": (
+                "runs/experiment.html#experiment.share",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.Experiment.stop_if_asked": (
                 "runs/experiment.html#experiment.stop_if_asked",
                 "crackseg_nb/runs/experiment.py",
@@ -3066,6 +3098,10 @@ d = {
             "crackseg_nb.runs.experiment.lay_out": ("runs/experiment.html#lay_out", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.learned_splits": (
                 "runs/experiment.html#learned_splits",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.load_splits": (
+                "runs/experiment.html#load_splits",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.make_criterion": (
@@ -3469,16 +3505,16 @@ d = {
                 "sources/duplicates.html#share_border",
                 "crackseg_nb/sources/duplicates.py",
             ),
+            "crackseg_nb.sources.duplicates.shrink": (
+                "sources/duplicates.html#shrink",
+                "crackseg_nb/sources/duplicates.py",
+            ),
             "crackseg_nb.sources.duplicates.similar": (
                 "sources/duplicates.html#similar",
                 "crackseg_nb/sources/duplicates.py",
             ),
-            "crackseg_nb.sources.duplicates.thumbnail": (
-                "sources/duplicates.html#thumbnail",
-                "crackseg_nb/sources/duplicates.py",
-            ),
-            "crackseg_nb.sources.duplicates.unit_thumbnail": (
-                "sources/duplicates.html#unit_thumbnail",
+            "crackseg_nb.sources.duplicates.thumbnails": (
+                "sources/duplicates.html#thumbnails",
                 "crackseg_nb/sources/duplicates.py",
             ),
             "crackseg_nb.sources.duplicates.unit_vector": (
@@ -3500,6 +3536,12 @@ d = {
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.of_the_system": (
+                "sources/folders.html#of_the_system",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.pair_files": (
                 "sources/folders.html#pair_files",
                 "crackseg_nb/sources/folders.py",
@@ -3526,20 +3568,56 @@ d = {
                 "sources/folders.html#subfolders",
                 "crackseg_nb/sources/folders.py",
             ),
+            "crackseg_nb.sources.folders.unread_folders": (
+                "sources/folders.html#unread_folders",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.walk": ("sources/folders.html#walk", "crackseg_nb/sources/folders.py"),
         },
         "crackseg_nb.sources.images": {
-            "crackseg_nb.sources.images.MaskFacts": ("sources/images.html#maskfacts", "crackseg_nb/sources/images.py"),
-            "crackseg_nb.sources.images.check_ids": ("sources/images.html#check_ids", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.Content": ("sources/images.html#content", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.Content.__str__": (
+                "sources/images.html#content.__str__",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Content.open": (
+                "sources/images.html#content.open",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.as_content": (
+                "sources/images.html#as_content",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.check_pixels": (
+                "sources/images.html#check_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.check_same_size": (
+                "sources/images.html#check_same_size",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.check_single": (
+                "sources/images.html#check_single",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.colour_values": (
                 "sources/images.html#colour_values",
                 "crackseg_nb/sources/images.py",
             ),
-            "crackseg_nb.sources.images.decide_encoding": (
-                "sources/images.html#decide_encoding",
+            "crackseg_nb.sources.images.deep_plane": (
+                "sources/images.html#deep_plane",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.denormalize": (
                 "sources/images.html#denormalize",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.describe_file": (
+                "sources/images.html#describe_file",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.find_white": (
+                "sources/images.html#find_white",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.id_values": ("sources/images.html#id_values", "crackseg_nb/sources/images.py"),
@@ -3547,6 +3625,8 @@ d = {
                 "sources/images.html#image_size",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.is_deep": ("sources/images.html#is_deep", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.is_jpeg": ("sources/images.html#is_jpeg", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.mask_values": (
                 "sources/images.html#mask_values",
                 "crackseg_nb/sources/images.py",
@@ -3555,9 +3635,22 @@ d = {
                 "sources/images.html#matlab_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.naming": ("sources/images.html#naming", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.normalize": ("sources/images.html#normalize", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.open_picture": (
                 "sources/images.html#open_picture",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.opencv_pixels": (
+                "sources/images.html#opencv_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.opened_tiff": (
+                "sources/images.html#opened_tiff",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.palette_of": (
+                "sources/images.html#palette_of",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.palette_values": (
@@ -3572,20 +3665,30 @@ d = {
                 "sources/images.html#raw_values",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.read_content": (
+                "sources/images.html#read_content",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.read_image": (
                 "sources/images.html#read_image",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.read_mask": ("sources/images.html#read_mask", "crackseg_nb/sources/images.py"),
-            "crackseg_nb.sources.images.read_mask_facts": (
-                "sources/images.html#read_mask_facts",
+            "crackseg_nb.sources.images.read_pixels": (
+                "sources/images.html#read_pixels",
                 "crackseg_nb/sources/images.py",
             ),
-            "crackseg_nb.sources.images.scan_masks": (
-                "sources/images.html#scan_masks",
+            "crackseg_nb.sources.images.stored_as": ("sources/images.html#stored_as", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.tiff_pixels": (
+                "sources/images.html#tiff_pixels",
                 "crackseg_nb/sources/images.py",
             ),
-            "crackseg_nb.sources.images.to_rgb": ("sources/images.html#to_rgb", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.to_bytes": ("sources/images.html#to_bytes", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.turn": ("sources/images.html#turn", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.unknown_tiff": (
+                "sources/images.html#unknown_tiff",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.value_counts": (
                 "sources/images.html#value_counts",
                 "crackseg_nb/sources/images.py",
@@ -3593,6 +3696,60 @@ d = {
             "crackseg_nb.sources.images.value_table": (
                 "sources/images.html#value_table",
                 "crackseg_nb/sources/images.py",
+            ),
+        },
+        "crackseg_nb.sources.inspection": {
+            "crackseg_nb.sources.inspection.FileFacts": (
+                "sources/inspection.html#filefacts",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.check_ids": (
+                "sources/inspection.html#check_ids",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.check_palettes": (
+                "sources/inspection.html#check_palettes",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.class_counts": (
+                "sources/inspection.html#class_counts",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.decide_encoding": (
+                "sources/inspection.html#decide_encoding",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.digests_of": (
+                "sources/inspection.html#digests_of",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.inspect": (
+                "sources/inspection.html#inspect",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.inspect_all": (
+                "sources/inspection.html#inspect_all",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.occurring": (
+                "sources/inspection.html#occurring",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.settle_encoding": (
+                "sources/inspection.html#settle_encoding",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.settle_white": (
+                "sources/inspection.html#settle_white",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.unknown_values": (
+                "sources/inspection.html#unknown_values",
+                "crackseg_nb/sources/inspection.py",
+            ),
+            "crackseg_nb.sources.inspection.used_colours": (
+                "sources/inspection.html#used_colours",
+                "crackseg_nb/sources/inspection.py",
             ),
         },
         "crackseg_nb.sources.labelled": {
@@ -3638,6 +3795,14 @@ d = {
             ),
         },
         "crackseg_nb.sources.published": {
+            "crackseg_nb.sources.published.group_tiles": (
+                "sources/published.html#group_tiles",
+                "crackseg_nb/sources/published.py",
+            ),
+            "crackseg_nb.sources.published.group_turned_copies": (
+                "sources/published.html#group_turned_copies",
+                "crackseg_nb/sources/published.py",
+            ),
             "crackseg_nb.sources.published.read_crackforest": (
                 "sources/published.html#read_crackforest",
                 "crackseg_nb/sources/published.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from opens import counted_opens
 
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
@@ -61,8 +62,12 @@ def assert_close(one, other):
     assert abs(results[0]["test"]["pooled"]["iou"] - results[1]["test"]["pooled"]["iou"]) < 0.02
 
 
-def test_two_processes_equal_one(outputs, alone):
-    both = run(configure(**SETTINGS, outputs=str(outputs), run_name="both", devices=2)).folder
+def test_two_processes_equal_one(outputs, alone, tmp_path, monkeypatch):
+    "They also share the decoded images of the process that starts them: each file is inspected once and decoded once."
+    with counted_opens(outputs / "synthetic", tmp_path, monkeypatch) as opened:
+        both = run(configure(**SETTINGS, outputs=str(outputs), run_name="both", devices=2)).folder
+    pictures = {name: count for name, count in opened.items() if name.endswith((".jpg", ".png"))}
+    assert len(pictures) == 24 and set(pictures.values()) == {2}
     assert both.state == "done" and ") x 2, precision" in (both / "training.log").read_text()
     assert_close(alone, both)
 

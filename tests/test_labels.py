@@ -326,7 +326,7 @@ def test_fingerprint_is_over_images_and_labels(tmp_path):
         != before
     )
     write_image(splits.train[0].image, noise(77))
-    assert fingerprint(splits) != before
+    assert fingerprint(replace(splits, facts={})) != before
 
 
 def test_damaged_images_and_unknown_labels_stop_the_run(tmp_path):
@@ -338,7 +338,7 @@ def test_damaged_images_and_unknown_labels_stop_the_run(tmp_path):
     )
     path = splits.val[0].image
     path.write_bytes(path.read_bytes()[:200])
-    one_line(audit(splits).raise_if_fatal, path.name, "damaged")
+    one_line(audit(replace(splits, facts={})).raise_if_fatal, path.name, "damaged")
 
 
 def test_copies_in_other_splits_are_found(tmp_path):

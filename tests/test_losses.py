@@ -1,6 +1,7 @@
 "Parity of the losses with torch, torchvision and segmentation-models-pytorch, and their properties on random cases."
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import sigmoid_focal_loss
 
 from crackseg_nb.core.checks import VOID, CrackSegError
+from crackseg_nb.core.files import project_root
+from crackseg_nb.training import losses as losses_module
 from crackseg_nb.training.losses import LOSSES, create_loss
-from crackseg_nb.training.settings import LossConfig, loss_settings, losses_for
+from crackseg_nb.training.settings import LOSS_LIMITS, LossConfig, loss_settings, losses_for
 
 ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]
 WEIGHTED = [(name, num_channels) for name, num_channels in ALL if "class_weights" in loss_settings(name)]
@@ -578,3 +581,18 @@ def test_gpu_agrees_with_cpu_without_waiting(name, num_channels):
     assert wrong.isnan()
     with pytest.raises(CrackSegError, match="found class id 77"):
         create_loss(name).cuda()(logits, target.masked_fill(target == 1, 77))
+
+
+def test_the_example_in_contributing_is_a_loss(monkeypatch):
+    text = (project_root() / "CONTRIBUTING.md").read_text("utf-8")
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "class HardPixels" in block]
+    limit = re.search(r"`\"(hard_pixels\.limit)\": \((\S+), (\S+)\)`", text)
+    monkeypatch.setitem(LOSS_LIMITS, limit[1], (float(limit[2]), float(limit[3])))
+    names = dict(vars(losses_module))
+    exec(example, names)
+    logits, target = random_case(1, num_channels=4)
+    logits.requires_grad_()
+    names["HardPixels"]()(logits, target).backward()
+    assert logits.grad.isfinite().all() and not logits.grad.movedim(1, -1)[target == VOID].any()
+    with pytest.raises(CrackSegError, match="hard_pixels.limit"):
+        names["HardPixels"](2)

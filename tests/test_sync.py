@@ -199,6 +199,20 @@ def folder_of(path):
     return path.parent.name
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_the_index_of_a_part_leads_to_its_chapters(part):
+    index = ROOT / "nbs" / part / "index.ipynb"
+    linked = set(re.findall(r"\]\((\d\d_\w+\.ipynb)\)", "\n".join(texts_of(index))))
+    assert linked == {path.name for path in CHAPTERS if path.parent == index.parent}
+
+
+def test_the_files_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = set(re.findall(r"\b(?:nbs|tests|docs|crackseg_nb|\.ci)/[\w/.]+\.(?:ipynb|py|yml|md)\b", text))
+    invented = {"nbs/sources/NN_name.ipynb"}
+    assert len(named) > 8 and not [name for name in named - invented if not (ROOT / name).exists()]
+
+
 def test_readme_is_generated_from_the_index():
     if not (ROOT / "nbs" / "index.ipynb").exists():
         pytest.skip("nbs/index.ipynb does not exist")

@@ -20,10 +20,13 @@ __all__ = [
     "plain_variables",
     "first_few",
     "first_line",
+    "LateModule",
 ]
 
 # %% ../../nbs/core/01_checks.ipynb #03ca340c
 import difflib
+import importlib
+import inspect
 import math
 from pathlib import Path
 
@@ -148,3 +151,23 @@ def first_few(items, limit: int = 3) -> str:
 def first_line(error: Exception) -> str:
     "Return the first line of an error's message, or its type where it says nothing."
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# %% ../../nbs/core/01_checks.ipynb #acc132cd
+class LateModule:
+    "Stand for a module that is imported when one of its names, or a module inside it, is first asked for."
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, item: str):
+        if item.startswith("__"):
+            raise AttributeError(item)
+        module = importlib.import_module(self._name)
+        if not hasattr(module, item):
+            importlib.import_module(f"{self._name}.{item}")
+        value = getattr(module, item)
+        return LateModule(value.__name__) if inspect.ismodule(value) else value
+
+    def __repr__(self):
+        return f"LateModule({self._name!r})"

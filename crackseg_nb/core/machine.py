@@ -42,12 +42,14 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+# %% ../../nbs/core/03_machine.ipynb #e700f78f
+from .checks import CrackSegError, LateModule, choose
+from .files import project_root
+
 if TYPE_CHECKING:
     import torch
-
-# %% ../../nbs/core/03_machine.ipynb #e700f78f
-from .checks import CrackSegError, choose
-from .files import project_root
+else:
+    torch = LateModule("torch")
 
 
 # %% ../../nbs/core/03_machine.ipynb #1148b0c8

@@ -10,13 +10,13 @@ __all__ = [
     "proposed_pattern",
     "NearDuplicate",
     "find_near_duplicates",
-    "read_thumbnails",
+    "overlapping_names",
     "repeat_problems",
-    "FileFacts",
-    "digests_of",
+    "facts_of",
     "label_counts",
-    "read_facts",
-    "fingerprint_from",
+    "SampleFacts",
+    "judge",
+    "split_digests",
     "fingerprint",
     "Audit",
     "summarise",
@@ -24,9 +24,11 @@ __all__ = [
     "family_problem",
     "border_warning",
     "border_findings",
+    "picture_warnings",
+    "contradictions",
     "class_warnings",
     "balance_warnings",
-    "read_all",
+    "judge_all",
     "duplicate_warnings",
     "audit",
 ]
@@ -35,19 +37,17 @@ __all__ = [
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 
 # %% ../../nbs/data/02_audit.ipynb #548f89ab
 from ..core.checks import VOID, CrackSegError, first_few
-from ..core.files import fingerprint_of, in_threads, raise_first, sha256_file
-from .splits import Splits
-from ..sources.duplicates import same_detail, similar, unit_thumbnail
+from ..core.files import fingerprint_of, in_threads
+from .splits import SPLITS, Splits
+from ..sources.duplicates import same_detail, similar
 from ..sources.folders import AUGMENTATION, AUGMENTATION_WORDS, place_of, source_name
-from ..sources.images import image_size, read_mask, value_counts
+from ..sources.inspection import FileFacts, class_counts, digests_of, inspect
 from ..sources.samples import LABELS, Classes, Sample
 
 
@@ -106,82 +106,62 @@ class NearDuplicate:
     correlation: float
 
 
-def find_near_duplicates(
-    splits: Splits,
-    thumbnails: dict[str, np.ndarray] | None = None,  # by split, (N, 32, 32); read from the files if None
-) -> list[NearDuplicate]:
+def find_near_duplicates(splits: Splits, facts: dict[str, FileFacts]) -> list[NearDuplicate]:
     "Find images of validation and test that nearly repeat one of an earlier split."
-    if thumbnails is None:
-        thumbnails = {split: read_thumbnails(samples) for split, samples in splits}
+    thumbnails = {split: np.array([facts[sample.name].small for sample in samples]) for split, samples in splits}
     found = []
     for later, earlier in (("val", "train"), ("test", "train"), ("test", "val")):
         if not (len(thumbnails[later]) and len(thumbnails[earlier])):
             continue
         for ours, theirs, correlation in similar(thumbnails[later], thumbnails[earlier]):
             one, other = splits[later][ours], splits[earlier][theirs]
-            if same_detail(one.image, other.image):
+            if same_detail(facts[one.name].large, facts[other.name].large):
                 found.append(NearDuplicate(one.name, later, other.name, earlier, round(correlation, 4)))
     return found
 
 
-def read_thumbnails(samples: list[Sample]) -> np.ndarray:
-    "Read the images of samples as unit thumbnails (N, 32, 32); raise CrackSegError if one is damaged."
-    thumbnails = in_threads(lambda sample: unit_thumbnail(sample.image), samples, "thumbnails")
-    raise_first(thumbnails)
-    return np.stack(thumbnails) if thumbnails else np.zeros((0, 32, 32), np.float32)
-
-
 # %% ../../nbs/data/02_audit.ipynb #fe55bd22
-@patch(as_prop=True)
-def overlapping_test_names(self: Splits) -> list[str]:
-    "Names of test samples that share a group with training or validation, or nearly repeat an image of them."
-    if self.near_duplicates is None:
-        self.near_duplicates = find_near_duplicates(self)
-    seen = {sample.group for sample in self.train + self.val}
-    repeated = {pair.name for pair in self.near_duplicates}
-    return [sample.name for sample in self.test if sample.group in seen or sample.name in repeated]
+def overlapping_names(splits: Splits, pairs: list[NearDuplicate]) -> list[str]:
+    "Return the test samples that share a group with training or validation, or nearly repeat an image of them."
+    seen = {sample.group for sample in splits.train + splits.val}
+    repeated = {pair.name for pair in pairs}
+    return [sample.name for sample in splits.test if sample.group in seen or sample.name in repeated]
 
 
 # %% ../../nbs/data/02_audit.ipynb #8a019be9
 REPEATED = 0.05  # share of validation and test images from which on a set counts as augmented
 
 
-def repeat_problems(splits: Splits) -> list[str]:
+def repeat_problems(splits: Splits, pairs: list[NearDuplicate]) -> list[str]:
     "Return a problem if more than REPEATED, and at least three, of the images split here repeat a training image."
     origin = {sample.name: sample.split for _, samples in splits for sample in samples}
     ours = [sample for sample in splits.val + splits.test if sample.split in {sample.split for sample in splits.train}]
     repeats = {
         pair.name: pair.other
-        for pair in splits.near_duplicates or []
+        for pair in pairs
         if pair.other_split == "train" and origin[pair.name] == origin[pair.other]
     }
     if len(repeats) < 3 or len(repeats) <= REPEATED * len(ours):
         return []
-    pairs = first_few([f"{name} repeats {other}" for name, other in sorted(repeats.items())])
+    named = first_few([f"{name} repeats {other}" for name, other in sorted(repeats.items())])
     return [
         f"splits: found {len(repeats)} of {len(ours)} validation and test images that nearly repeat a training image "
-        f"({pairs}), which looks like an augmented set; expected all copies of an image in one split: "
+        f"({named}), which looks like an augmented set; expected all copies of an image in one split: "
         "give group_pattern, or folders train/ val/ test/"
     ]
 
 
 # %% ../../nbs/data/02_audit.ipynb #31f01f0e
-@dataclass(frozen=True)
-class FileFacts:
-    "Hold what one pass over a sample's files tells."
-
-    digests: tuple[str, str]  # see `digests_of`
-    size: tuple[int, int]  # width, height
-    counts: np.ndarray  # (C,) pixels of each class; of a labelled image 1 at its label
-    void: int  # pixels that count nowhere
-    thumbnail: np.ndarray  # (32, 32), a unit vector
+def facts_of(splits: Splits) -> tuple[dict[str, FileFacts], list[str]]:
+    "Return the facts of all samples by name, and the errors of files that were inspected here."
+    unknown = [sample for _, samples in splits for sample in samples if sample.name not in splits.facts]
+    encoding = "auto" if splits.mask_encoding == LABELS else splits.mask_encoding
+    found = in_threads(lambda sample: inspect(sample, encoding), unknown, "inspection")
+    facts = {sample.name: fact for sample, fact in zip(unknown, found) if isinstance(fact, FileFacts)}
+    return splits.facts | facts, [str(error) for error in found if isinstance(error, CrackSegError)]
 
 
-def digests_of(sample: Sample) -> tuple[str, str]:
-    "Return the SHA-256 of a sample's image and of its mask, or in the latter's place its label."
-    return sha256_file(sample.image), sha256_file(sample.mask) if sample.mask else f"label {sample.label}"
-
-
+# %% ../../nbs/data/02_audit.ipynb #91be03d7
 def label_counts(sample: Sample, classes: Classes) -> np.ndarray:
     "Return 1 for the class of a labelled image, 0 for the others, (C,); raise CrackSegError if it has none of them."
     if sample.label not in range(len(classes)):
@@ -190,46 +170,52 @@ def label_counts(sample: Sample, classes: Classes) -> np.ndarray:
 
 
 # %% ../../nbs/data/02_audit.ipynb #9b511be2
-def read_facts(sample: Sample, mask_encoding: str, classes: Classes = Classes()) -> FileFacts:
-    "Read a sample's files; raise CrackSegError if they are damaged, differ in size or hold unknown values."
-    size, _ = image_size(sample.image)
-    small = unit_thumbnail(sample.image)
+@dataclass(frozen=True, eq=False)
+class SampleFacts:
+    "Hold what the audit reads of a sample."
+
+    sample: Sample
+    size: tuple[int, int]  # width, height
+    counts: np.ndarray  # (C,) pixels of each class; of a labelled image 1 at its label
+    void: int = 0  # pixels that count nowhere
+
+
+def judge(sample: Sample, facts: FileFacts, mask_encoding: str, classes: Classes = Classes()) -> SampleFacts:
+    "Return the classes of a sample; raise CrackSegError where it holds values or labels that `classes` lacks."
     if mask_encoding == LABELS:
-        return FileFacts(digests_of(sample), size, label_counts(sample, classes), 0, small)
-    mask = read_mask(sample.mask, mask_encoding)
-    if mask.shape != size[::-1]:
-        raise CrackSegError(
-            f"{sample.mask}: found a mask of {mask.shape[1]}x{mask.shape[0]} for an image of "
-            f"{size[0]}x{size[1]} ({sample.image.name}), expected equal sizes"
-        )
-    counts = value_counts(mask)
+        return SampleFacts(sample, facts.size, label_counts(sample, classes))
+    counts = class_counts(sample, facts, mask_encoding)
     if beyond := [value for value in np.flatnonzero(counts).tolist() if value >= len(classes) and value != VOID]:
         raise CrackSegError(
             f"{sample.mask}: found class id {beyond[0]}, expected 0 to {len(classes) - 1} or {VOID} for void"
         )
-    return FileFacts(digests_of(sample), size, counts[: len(classes)], int(counts[VOID]), small)
+    return SampleFacts(sample, facts.size, counts[: len(classes)], int(counts[VOID]))
 
 
 # %% ../../nbs/data/02_audit.ipynb #19a20268
-def fingerprint_from(splits: Splits, digests: dict[str, list[tuple[str, str]]]) -> str:
-    "Return the fingerprint from the digests of each split's files."
-    lines = [
-        f"{split}\t{sample.name}\t{image}\t{mask}"
-        for split, samples in splits
-        for sample, (image, mask) in zip(samples, digests[split])
-    ]
-    return fingerprint_of(sorted(lines))
+def split_digests(splits: Splits) -> dict[str, dict[str, tuple[str, str]]]:
+    "Return the digests of each split's files by name; raise CrackSegError if a file cannot be read."
+    facts, errors = facts_of(splits)
+    if errors:
+        raise CrackSegError(errors[0])
+    return {
+        split: {sample.name: digests_of(sample, facts[sample.name]) for sample in samples} for split, samples in splits
+    }
 
 
 def fingerprint(splits: Splits) -> str:
     "Return one SHA-256 over split, name and content of all images and masks or labels, wherever the folder lies."
-    return fingerprint_from(
-        splits, {split: in_threads(digests_of, samples, f"hashing {split}") for split, samples in splits}
+    return fingerprint_of(
+        sorted(
+            f"{split}\t{name}\t{image}\t{mask}"
+            for split, digests in split_digests(splits).items()
+            for name, (image, mask) in digests.items()
+        )
     )
 
 
 # %% ../../nbs/data/02_audit.ipynb #8b7c61a2
-@dataclass
+@dataclass(frozen=True)
 class Audit:
     "Report on the files and borders of splits."
 
@@ -237,6 +223,7 @@ class Audit:
     problems: list[str] = field(default_factory=list)  # training must not start
     warnings: list[str] = field(default_factory=list)  # to be known and stated with results
     notes: list[str] = field(default_factory=list)
+    near_duplicates: list[NearDuplicate] = field(default_factory=list)
     overlapping_test_names: list[str] = field(default_factory=list)
     fingerprint: str = ""  # empty if a file could not be read
     pixels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, (C,) pixels (or labels) of each class
@@ -259,8 +246,7 @@ class Audit:
 
 # %% ../../nbs/data/02_audit.ipynb #61c4e202
 def summarise(
-    samples: list[Sample],
-    facts: list[FileFacts],
+    facts: list[SampleFacts],
     classes: Classes,
     labelled: bool = False,  # images carry labels instead of masks
 ) -> dict:
@@ -271,8 +257,8 @@ def summarise(
     )
     width, height = max(sizes, key=sizes.get, default=(0, 0))
     row = {
-        "images": len(samples),
-        "groups": len({sample.group for sample in samples}),
+        "images": len(facts),
+        "groups": len({fact.sample.group for fact in facts}),
         "image size": f"{width}x{height}" + (f" and {len(sizes) - 1} more" if len(sizes) > 1 else ""),
     }
     if labelled:
@@ -343,6 +329,42 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
 
 
 # %% ../../nbs/data/02_audit.ipynb #f82ff6d7
+def picture_warnings(splits: Splits, facts: dict[str, FileFacts]) -> list[str]:
+    "Return warnings about images that show nothing: one grey, nearly black, or mostly beyond white."
+    found = {
+        "show one grey": lambda grey: np.ptp(grey) < 2,
+        "are nearly black": lambda grey: np.percentile(grey, 99) < 16,
+        "are mostly white, as overexposed": lambda grey: np.mean(grey >= 254) > 0.5,
+    }
+    names = {look: [] for look in found}
+    for _, samples in splits:
+        for sample in samples:
+            grey = facts[sample.name].large.astype(np.float32) * (255 / (sample.white or 255))
+            if look := next((look for look, test in found.items() if test(grey)), None):
+                names[look].append(sample.name)
+    return [f"{len(part)} images {look} ({first_few(part)})" for look, part in names.items() if part]
+
+
+def contradictions(splits: Splits, facts: dict[str, FileFacts], limit: int = 10) -> list[str]:
+    "Return a warning for each of the first images that are stored twice with different masks or labels."
+    by_look = {}
+    for _, samples in splits:
+        for sample in samples:
+            look = facts[sample.name]
+            if np.ptp(look.large) > 0:  # blank images are all alike
+                by_look.setdefault((look.size, look.large.tobytes()), []).append(sample)
+    lines = []
+    for first, *others in by_look.values():
+        said = facts[first.name].mask_content or first.label
+        lines += [
+            f"{first.name} and {other.name} show the same image with different {'masks' if first.mask else 'labels'}"
+            for other in others
+            if (facts[other.name].mask_content or other.label) != said
+        ]
+    return lines[:limit] + ([f"{len(lines) - limit} more images with different masks"] if len(lines) > limit else [])
+
+
+# %% ../../nbs/data/02_audit.ipynb #2f9ad6b8
 def class_warnings(
     images: dict[str, np.ndarray],
     classes: Classes,
@@ -362,7 +384,7 @@ def class_warnings(
     return lines
 
 
-def balance_warnings(table: pd.DataFrame) -> list[str]:
+def balance_warnings(table: pd.DataFrame, facts: list[SampleFacts]) -> list[str]:
     "Return warnings about splits without cracks and about masks of two classes that look inverted."
     warnings = [
         f"{split}: no image shows a crack"
@@ -374,18 +396,33 @@ def balance_warnings(table: pd.DataFrame) -> list[str]:
         warnings.append(
             f"cracks fill {share:.0f} % of the pixels on average: the masks may be inverted (background is 0)"
         )
+        return warnings
+    warnings += [
+        f"{split}: cracks fill {row['crack %']:.0f} % of the pixels: its masks may be inverted (background is 0)"
+        for split, row in table.iterrows()
+        if row["crack %"] > 50
+    ]
+    full = [fact.sample.name for fact in facts if fact.counts[1] > fact.counts[0]]
+    if full:
+        warnings.append(
+            f"{len(full)} of {len(facts)} masks mark more than half of the image as crack ({first_few(full)}): "
+            "they may be inverted (background is 0)"
+        )
     return warnings
 
 
 # %% ../../nbs/data/02_audit.ipynb #ed2c5d67
-def read_all(splits: Splits) -> tuple[dict[str, list[tuple[Sample, FileFacts]]], list[str]]:
-    "Read the files of all splits; return what was found by split, and the errors."
-    read = partial(read_facts, mask_encoding=splits.mask_encoding, classes=splits.classes)
-    found, errors = {}, []
+def judge_all(splits: Splits, facts: dict[str, FileFacts]) -> tuple[dict[str, list[SampleFacts]], list[str]]:
+    "Return what each split's samples hold, and the errors; samples without facts are left out."
+    found, errors = {split: [] for split in SPLITS}, []
     for split, samples in splits:
-        results = list(zip(samples, in_threads(read, samples, f"audit {split}")))
-        found[split] = [(sample, facts) for sample, facts in results if isinstance(facts, FileFacts)]
-        errors += [str(error) for _, error in results if isinstance(error, CrackSegError)]
+        for sample in samples:
+            if sample.name not in facts:
+                continue
+            try:
+                found[split].append(judge(sample, facts[sample.name], splits.mask_encoding, splits.classes))
+            except CrackSegError as error:
+                errors.append(str(error))
     return found, errors
 
 
@@ -405,39 +442,36 @@ def audit(
     splits: Splits,
     near_duplicates: bool = True,  # compare images across splits
 ) -> Audit:
-    "Read every file of the splits once and report; near duplicates are also kept in `splits`."
-    found, errors = read_all(splits)
-    facts = {split: [fact for _, fact in pairs] for split, pairs in found.items()}
+    "Judge the files and the borders of splits; files are read only where nobody has inspected them."
+    facts, unreadable = facts_of(splits)
+    splits = replace(splits, facts=facts)
+    found, odd = judge_all(splits, facts)
+    whole = not unreadable + odd  # what compares files needs all of them
     labelled = splits.mask_encoding == LABELS
-    rows = {
-        split: summarise([sample for sample, _ in pairs], facts[split], splits.classes, labelled)
-        for split, pairs in found.items()
-    }
+    table = {split: summarise(part, splits.classes, labelled) for split, part in found.items()}
+    table = pd.DataFrame.from_dict(table, orient="index")
     counts = {
         split: np.array([fact.counts for fact in part], np.int64).reshape(-1, len(splits.classes))
-        for split, part in facts.items()
+        for split, part in found.items()
     }
+    images = {split: (part > 0).sum(0) for split, part in counts.items()}
     problems, warnings = border_findings(splits)
-    report = Audit(
-        pd.DataFrame.from_dict(rows, orient="index"),
-        errors + problems,
-        warnings,
+    if splits.classes.binary and not labelled:
+        warnings += balance_warnings(table, sum(found.values(), []))
+    else:
+        warnings += class_warnings({split: images[split] for split in SPLITS if found[split]}, splits.classes)
+    pairs = find_near_duplicates(splits, facts) if near_duplicates and whole else []
+    if whole:
+        warnings += picture_warnings(splits, facts) + contradictions(splits, facts)
+    return Audit(
+        table,
+        unreadable + odd + problems + repeat_problems(splits, pairs),
+        warnings + duplicate_warnings(pairs),
         list(splits.notes),
+        pairs,
+        overlapping_names(splits, pairs) if whole else [],
+        fingerprint(splits) if whole else "",
         pixels={split: part.sum(0) for split, part in counts.items()},
-        images={split: (part > 0).sum(0) for split, part in counts.items()},
+        images=images,
+        digests=split_digests(splits) if whole else {},
     )
-    shown = {split: images for split, images in report.images.items() if facts[split]}
-    cracks = splits.classes.binary and not labelled
-    report.warnings += balance_warnings(report.table) if cracks else class_warnings(shown, splits.classes)
-    if errors:
-        return report  # the rest needs all files
-    report.fingerprint = fingerprint_from(
-        splits, {split: [fact.digests for fact in part] for split, part in facts.items()}
-    )
-    report.digests = {split: {sample.name: fact.digests for sample, fact in pairs} for split, pairs in found.items()}
-    thumbnails = {split: np.array([fact.thumbnail for fact in part]) for split, part in facts.items()}
-    splits.near_duplicates = find_near_duplicates(splits, thumbnails) if near_duplicates else []
-    report.problems += repeat_problems(splits)
-    report.warnings += duplicate_warnings(splits.near_duplicates)
-    report.overlapping_test_names = splits.overlapping_test_names
-    return report

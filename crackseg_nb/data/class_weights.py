@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, LateModule, check_number, choose
 from ..core.files import to_plain, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
+else:
+    pd = LateModule("pandas")
 
 
 # %% ../../nbs/data/03_class_weights.ipynb #b62ccff3

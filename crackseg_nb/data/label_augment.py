@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    import torch
-
 # %% ../../nbs/data/05_label_augment.ipynb #cf85f2b1
-from ..core.checks import choose
+from ..core.checks import LateModule, choose
 from ..core.seeds import lent_generator
 from .augment import FILL, check_image_size
 from ..sources.images import normalize
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LateModule("torch")
 
 
 # %% ../../nbs/data/05_label_augment.ipynb #b20fa187

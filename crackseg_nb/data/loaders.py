@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 # %% ../../nbs/data/08_loaders.ipynb #6ca5dfef
 from ..core.checks import CrackSegError, check_number
@@ -207,6 +207,9 @@ def describe_fault(
 # %% ../../nbs/data/08_loaders.ipynb #885a92ef
 class Loader(DataLoader):
     "Load batches as torch's DataLoader does; what goes wrong in a worker becomes a CrackSegError of one line."
+
+    def __init__(self, dataset: Dataset, **settings):  # settings: of torch's DataLoader
+        super().__init__(dataset, **settings)
 
     def __iter__(self) -> Iterator[dict]:
         if ended_workers(self._iterator):

@@ -21,7 +21,7 @@ from ..sources.samples import Classes, Sample, Source
 SPLITS = ("train", "val", "test")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Splits:
     "Hold the samples of the three splits and what is needed to read them; iterates over (split, samples)."
 
@@ -32,7 +32,7 @@ class Splits:
     classes: Classes = Classes()
     mask_encoding: str = "ids"
     notes: list[str] = field(default_factory=list)
-    near_duplicates: list | None = field(default=None, init=False, compare=False)  # None: not looked for
+    facts: dict = field(default_factory=dict, repr=False, compare=False)  # by name, what the inspection found
 
     def __getitem__(self, split: str) -> list[Sample]:
         return dict(self)[split]
@@ -157,4 +157,5 @@ def make_splits(
         classes=source.classes,
         mask_encoding=source.mask_encoding,
         notes=list(source.notes),
+        facts=source.facts,
     )

@@ -15,11 +15,13 @@ __all__ = [
     "bytes_needed",
     "amount",
     "ImageStore",
+    "open_store",
+    "is_whole",
     "decode_into",
     "open_memory_file",
     "hold_in_memory",
+    "digest_pair",
     "cache_file",
-    "is_whole",
     "remove_leftovers",
     "hold_on_disk",
     "Room",
@@ -46,10 +48,10 @@ import PIL
 
 # %% ../../nbs/data/06_store.ipynb #7e00a826
 from ..core.checks import CrackSegError
-from ..core.files import atomic_write, display_path, fingerprint_of, in_order
+from ..core.files import atomic_write, display_path, fingerprint_of, in_order, sha256_file
 from ..core.machine import free_memory, logger
 from .augment import resize_pair
-from ..sources.images import image_size, read_image, read_mask
+from ..sources.images import check_same_size, image_size, read_image, read_mask
 from ..sources.samples import Sample
 
 
@@ -60,12 +62,8 @@ def read_pair(
     resize: tuple[int, int] | None = None,  # (height, width)
 ) -> tuple[np.ndarray, np.ndarray]:
     "Read a sample's image (H, W, 3) and mask (H, W); raise CrackSegError naming the file that cannot be used."
-    image, mask = read_image(sample.image), read_mask(sample.mask, mask_encoding)
-    if image.shape[:2] != mask.shape:
-        raise CrackSegError(
-            f"{sample.mask}: found a mask of shape {mask.shape}, expected {image.shape[:2]} as its image "
-            f"{Path(sample.image).name}"
-        )
+    image, mask = read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)
+    check_same_size(sample, image.shape[1::-1], mask.shape[::-1])
     return resize_pair(image, mask, resize) if resize else (image, mask)
 
 
@@ -108,7 +106,18 @@ class ImageStore:
         return self.block[start:middle].reshape(height, width, 3), self.block[middle:end].reshape(height, width)
 
     def __reduce__(self):
-        return ImageStore, (self.file, self.sizes)  # without the bytes
+        return open_store, (self.file, self.sizes)  # without the bytes
+
+
+def open_store(file: Path, sizes: list[tuple[int, int]]) -> ImageStore | None:
+    "Return a store that another process filled; None on another machine, which reads the images from their files."
+    return ImageStore(file, sizes) if is_whole(file, sizes) else None
+
+
+# %% ../../nbs/data/06_store.ipynb #4c7750a1
+def is_whole(file: Path, sizes: list[tuple[int, int]]) -> bool:
+    "Tell whether a cache file exists and has the size that it must have."
+    return file.is_file() and file.stat().st_size == bytes_needed(sizes)
 
 
 # %% ../../nbs/data/06_store.ipynb #035b9424
@@ -171,25 +180,31 @@ def hold_in_memory(
 
 
 # %% ../../nbs/data/06_store.ipynb #08644bd6
-CACHE_FORMAT = 1  # raised whenever decoding or the layout of the file changes
+CACHE_FORMAT = 2  # raised whenever decoding or the layout of the file changes
 
 
-def cache_file(folder: Path, samples: list[Sample], mask_encoding: str, resize: tuple[int, int] | None = None) -> Path:
+def digest_pair(sample: Sample) -> tuple[str, str]:
+    "Return the SHA-256 of a sample's image and mask; raise CrackSegError naming a file that is missing."
+    try:
+        return sha256_file(sample.image), sha256_file(sample.mask)
+    except OSError as error:
+        raise CrackSegError(
+            f"{error.filename}: no such file ({error.strerror}); expected an image or a mask"
+        ) from error
+
+
+def cache_file(
+    folder: Path,
+    samples: list[Sample],
+    mask_encoding: str,
+    resize: tuple[int, int] | None = None,
+    digests: list[tuple[str, str]] | None = None,  # of images and masks, where they are known
+) -> Path:
     "Return where in `folder` these samples are kept decoded; raise CrackSegError naming a file that is missing."
     items = [f"format {CACHE_FORMAT}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}", mask_encoding, resize]
-    for file in (file for sample in samples for file in (sample.image, sample.mask)):
-        try:
-            state = os.stat(file)
-        except OSError as error:
-            raise CrackSegError(f"{file}: no such file ({error.strerror}); expected an image or a mask") from error
-        items.append(f"{Path(file).absolute()} {state.st_size} {state.st_mtime_ns}")
+    items += digests or [digest_pair(sample) for sample in samples]
+    items += sorted({sample.white for sample in samples if sample.white})
     return Path(folder) / f"{fingerprint_of(items)[:32]}.images"
-
-
-# %% ../../nbs/data/06_store.ipynb #4c7750a1
-def is_whole(file: Path, sizes: list[tuple[int, int]]) -> bool:
-    "Tell whether a cache file exists and has the size that it must have."
-    return file.is_file() and file.stat().st_size == bytes_needed(sizes)
 
 
 # %% ../../nbs/data/06_store.ipynb #121f9abb
@@ -236,18 +251,16 @@ class Room:
     memory: int
     disk: int | None = None  # None: there is no cache folder
     written: bool = False  # the cache holds these images already
-    copies: int = 1  # processes on this machine that each hold them in memory
 
     def __str__(self):
-        each = f" in each of {self.copies} processes" if self.copies > 1 else ""
         disk = "no cache folder" if self.disk is None else f"{amount(self.disk)} of disk"
         available = f"{amount(self.memory)} of memory and {disk} are available"
-        return f"{self.images:,} images need {amount(self.needed)}{each}; {available}"
+        return f"{self.images:,} images need {amount(self.needed)}; {available}"
 
     def place(self, preload: bool | str) -> str:
         "Return memory, disk or files; raise CrackSegError where the place that `preload` names has no room."
         share = SHARES.get(preload)
-        if share and self.copies * self.needed <= share * self.memory:
+        if share and self.needed <= share * self.memory:
             return "memory"
         if (
             preload in ("disk", "auto")
@@ -283,12 +296,12 @@ def create_store(
     preload: bool | str = "auto",
     cache: Path | None = None,
     progress: bool = True,
-    copies: int = 1,
+    digests: list[tuple[str, str]] | None = None,  # of images and masks, where they are known
 ) -> ImageStore | None:
     "Return a store of the decoded samples where `preload` wants it, None where they stay in files; log why."
-    file = cache and cache_file(cache, samples, mask_encoding, resize)
+    file = cache and cache_file(cache, samples, mask_encoding, resize, digests)
     written = bool(file) and is_whole(file, sizes)
-    room = Room(len(samples), bytes_needed(sizes), free_memory(), file and free_disk(file.parent), written, copies)
+    room = Room(len(samples), bytes_needed(sizes), free_memory(), file and free_disk(file.parent), written)
     place = room.place(preload)
     where = display_path(file.parent) if place == "disk" else "memory"
     over = f"more than {100 * SHARES['auto']:.0f} % of the memory, " if preload == "auto" else ""

@@ -36,14 +36,13 @@ from ..core.files import atomic_write, read_yaml, sha256_file, write_table, writ
 from ..core.run_folder import RunFolder, find_finished_run
 from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
-from ..data.splits import make_splits
 from ..metrics.calibration import Calibration
 from ..metrics.curves import Sums, ThresholdCurves
 from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.widths import trace_pair
 from ..runs.config import ExperimentConfig, configure
-from ..runs.experiment import find_source
+from ..runs.experiment import load_splits
 from ..runs.results import prediction_path, read_prediction
 
 
@@ -72,13 +71,18 @@ class TestPredictions:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         "Return probability and mask, both (H, W)."
-        probability, mask = read_prediction(self.folder / "predictions", self.names[index]), self.dataset.pair(index)[1]
+        return self.case(index)[1:]
+
+    def case(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Return image (H, W, 3), probability and mask (H, W), each read once."
+        image, mask = self.dataset.pair(index)
+        probability = read_prediction(self.folder / "predictions", self.names[index])
         if probability.shape != mask.shape:
             raise CrackSegError(
                 f"{prediction_path(self.folder / 'predictions', self.names[index])}: "
                 f"found size {probability.shape}, expected that of its mask, {mask.shape}"
             )
-        return probability, mask
+        return image, probability, mask
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #c5faa1ab
@@ -106,7 +110,7 @@ def open_predictions(
         device="cpu",
         **({"data_dir": data_dir} if data_dir else {}),
     )
-    splits = make_splits(find_source(config), config.data.fractions, config.run.seed)
+    splits = load_splits(config)
     names = [sample.name for sample in splits.test]
     now, then = fingerprint(splits), read_yaml(folder / "environment.yaml")["data"]["fingerprint"]
     if names != seen or now != then:
@@ -115,7 +119,8 @@ def open_predictions(
             f"expected {then[:12]})"
         )
     resize = (config.data.image_size,) * 2 if config.data.eval_fit == "resize" else None
-    return TestPredictions(folder, config, results, CrackDataset(splits.test, splits.mask_encoding, resize=resize), now)
+    dataset = CrackDataset(splits.test, splits.mask_encoding, resize=resize, facts=splits.facts)
+    return TestPredictions(folder, config, results, dataset, now)
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #02ec29f2
@@ -155,11 +160,11 @@ def measure_part(predictions: TestPredictions, indices: range, progress: tqdm) -
     "Return the metrics of some images, and a row of numbers for each."
     metrics, rows = metrics_for(predictions.threshold), []
     for index in indices:
-        sample, (probability, mask) = predictions.dataset.samples[index], predictions[index]
+        sample, (image, probability, mask) = predictions.dataset.samples[index], predictions.case(index)
         row = {
             "name": sample.name,
             "group": sample.group,
-            "photo": digest_of(predictions.dataset.pair(index)[0]),
+            "photo": digest_of(image),
             "mask": digest_of(mask),
         }
         pair = trace_pair(probability >= predictions.threshold, mask)  # once for all tolerances

@@ -54,7 +54,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 # %% ../../nbs/figures/02_photos.ipynb #d1a75f2b
-from ..core.checks import VOID, CrackSegError
+from ..core.checks import VOID, CrackSegError, LateModule
 from ..core.files import atomic_write
 from ..core.seeds import seed_for
 from .style import styled
@@ -62,8 +62,11 @@ from ..sources.images import denormalize, read_image, read_mask
 from ..sources.samples import LABELS, Classes, Sample
 
 if TYPE_CHECKING:
-    from crackseg_nb.data.augment import Augmentation
-    from crackseg_nb.data.label_augment import LabelAugmentation
+    import crackseg_nb.data.augment as augment
+    import crackseg_nb.data.label_augment as label_augment
+else:
+    augment = LateModule("crackseg_nb.data.augment")
+    label_augment = LateModule("crackseg_nb.data.label_augment")
 
 # %% ../../nbs/figures/02_photos.ipynb #c61e0ad5
 CRACK_COLOUR = (0, 190, 255)  # mask over a photo
@@ -393,9 +396,10 @@ def show_samples(
     shown = [samples[number] for number in sorted(chosen)]
     if mask_encoding == LABELS:
         return show_grid(
-            [as_tile(read_image(sample.image)) for sample in shown], [classes.names[sample.label] for sample in shown]
+            [as_tile(read_image(sample.image, sample.white)) for sample in shown],
+            [classes.names[sample.label] for sample in shown],
         )
-    pairs = [(read_image(sample.image), read_mask(sample.mask, mask_encoding)) for sample in shown]
+    pairs = [(read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)) for sample in shown]
     return show_pairs(pairs, [sample.name for sample in shown], classes)
 
 
@@ -403,7 +407,7 @@ def show_samples(
 def show_augmentations(
     sample: Sample,
     mask_encoding: str,
-    augmentation: "Augmentation | LabelAugmentation",
+    augmentation: "augment.Augmentation | label_augment.LabelAugmentation",
     count: int = 6,  # pictures, the original among them
     seed: int = 0,
     classes: Classes = Classes(),
@@ -412,12 +416,12 @@ def show_augmentations(
     seeds = [seed_for(seed, "show_augmentations", number) for number in range(1, count)]
     titles = [f"version {number}" for number in range(1, count)]
     if mask_encoding == LABELS:
-        image = read_image(sample.image)
+        image = read_image(sample.image, sample.white)
         return show_grid(
             [as_tile(picture) for picture in (image, *(denormalize(augmentation(image, seed)) for seed in seeds))],
             [classes.names[sample.label], *titles],
         )
-    pair = read_image(sample.image), read_mask(sample.mask, mask_encoding)
+    pair = read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)
     return show_pairs([pair, *(augmentation(*pair, seed) for seed in seeds)], [sample.name, *titles], classes)
 
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "AT_ONCE",
     "PredictSettings",
     "open_network",
     "check_places",
@@ -159,6 +160,9 @@ def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any
 
 
 # %% ../../nbs/inference/07_prediction.ipynb #0d60badd
+AT_ONCE = 4_000_000  # pixels that threads compute at once, unless `workers` says otherwise
+
+
 def predict_photo(
     path: Path,
     folder: Path,  # for the results
@@ -183,7 +187,7 @@ def predict_photo(
         if done:
             logger.info("%s: going on behind %d of %d bands", path.name, done, len(plan.rows))
         if done < len(plan.rows):
-            workers = settings.workers or min(cores(), 8)
+            workers = settings.workers or max(1, min(cores(), 8, AT_ONCE // plan.tile**2))
             for band in predict_bands(photo, plan, network, settings.batch, workers, first=done):
                 store.add(band, network.facts, rules)
                 progress.update(million / len(plan.rows))
@@ -263,7 +267,7 @@ def predict(
     halo: int | None = None,  # pixels around what a tile predicts; None: as far as the network looks
     blend: int = BLEND,  # pixels in which neighbouring tiles share their prediction
     batch: int = 1,  # tiles that go through the network at once; no effect on the result
-    workers: int = 0,  # threads that compute; 0: one for each core, up to eight; no effect on the result
+    workers: int = 0,  # threads that compute; 0: by cores and the tile's size; no effect on the result
     shard: str = "",  # part of the photos for one job of an array, such as 3/16
     device: str = "auto",  # auto, cuda, mps or cpu
     outputs: str = "",  # folder of all runs, where `model` names one of them

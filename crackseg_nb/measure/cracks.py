@@ -29,6 +29,7 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.ndimage import map_coordinates
 from scipy.signal import savgol_filter
 from scipy.spatial import KDTree
@@ -36,6 +37,7 @@ from skimage.morphology import skeletonize
 
 # %% ../../nbs/measure/02_cracks.ipynb #b136901e
 from ..core.checks import CrackSegError, check_number
+from ..figures.style import styled
 from .widths import area_widths, crop_around, probability_widths, sample_profiles
 
 
@@ -491,18 +493,15 @@ def _mean_width(cracks):
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #40a7e5b8
-def show_rose(
-    summary: pd.Series,  # from `summarize_cracks`
-    axis=None,  # polar, of matplotlib
-):
+@styled
+def show_rose(summary: pd.Series) -> Figure:  # of `summarize_cracks`, or a sum of several
     "Draw the length of cracks in each direction; 0 degrees along the rows, counted as on the photo, clockwise."
-    if axis is None:
-        axis = plt.figure(figsize=(3, 3)).add_subplot(projection="polar")
+    figure = plt.figure(figsize=(3, 3))
+    axis = figure.add_subplot(projection="polar")
     unit = "mm" if "length_mm" in summary else "px"
     lengths = np.array([summary[f"length_{180 * i // DIRECTIONS:03d}_deg_{unit}"] for i in range(DIRECTIONS)])
     angles = np.deg2rad(np.arange(2 * DIRECTIONS) * 180 / DIRECTIONS)
     axis.bar(angles, np.tile(lengths, 2), width=np.pi / DIRECTIONS, color="0.45", edgecolor="white")
     axis.set_theta_direction(-1)
     axis.set_title(f"length by direction [{unit}]", fontsize=9)
-    axis.tick_params(labelsize=7)
-    return axis
+    return figure

@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
 from ..core.checks import CrackSegError, check_number, first_few, plain_variables
 from ..core.files import write_text
+from ..figures.style import styled
 from .classes import WidthClasses, classify, width_limits
 from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
@@ -313,6 +314,7 @@ def _background(axis, prediction, box=None):
     axis.set(xticks=[], yticks=[])
 
 
+@styled
 def show_overview(
     result: Folder,
     place,  # the folder that was measured
@@ -324,9 +326,7 @@ def show_overview(
     photos = result.photos.sort_values("length_px", ascending=False, kind="stable")[:count]
     columns = min(columns, len(photos))
     rows = -(-len(photos) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns + 0.8, 2.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns + 0.8, 2.4 * rows), squeeze=False)
     highest = result.points[f"width_{unit}"].quantile(0.99) if len(result.points) else 1
     drawn = None
     for axis, photo in zip(axes.flat, photos.itertuples()):
@@ -343,6 +343,7 @@ def show_overview(
     return figure
 
 
+@styled
 def show_worst(
     result: Folder,
     place,
@@ -378,10 +379,10 @@ def show_worst(
         axis.set_title(title, fontsize=8)
     for axis in axes.flat[len(cracks) :]:
         axis.axis("off")
-    figure.tight_layout()
     return figure
 
 
+@styled
 def show_widths(
     result: Folder,
     classes: str | list[float] | WidthClasses | None = None,  # whose limits are drawn

@@ -22,13 +22,15 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% ../../nbs/metrics/04_calibration.ipynb #4cc7ce54
-from ..core.checks import VOID, check_number, choose
+from ..core.checks import VOID, LateModule, check_number, choose
 from ..figures.style import styled
 from .curves import Sums, check_planes, highest_within, levels
+
+if TYPE_CHECKING:
+    import matplotlib as mpl
+else:
+    mpl = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/04_calibration.ipynb #8eb31be2
 CALIBRATION_PROTOCOL = """\
@@ -180,7 +182,7 @@ def draw_reliability(
 def show_reliability(
     metrics: Mapping[str, Calibration],  # name -> metric
     title: str = "",
-) -> "Figure":
+) -> "mpl.figure.Figure":
     "Draw the fraction of crack pixels against the probability, over all pixels and near cracks, and pixels per bin."
     import matplotlib.pyplot as plt
 

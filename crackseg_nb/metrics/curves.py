@@ -33,12 +33,14 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% ../../nbs/metrics/03_curves.ipynb #9605a19a
-from ..core.checks import VOID, CrackSegError, check_number
+from ..core.checks import VOID, CrackSegError, LateModule, check_number
 from ..figures.style import styled
+
+if TYPE_CHECKING:
+    import matplotlib as mpl
+else:
+    mpl = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/03_curves.ipynb #d6480a2f
 CURVE_PROTOCOL = """\
@@ -372,7 +374,7 @@ def draw_iso_f1(axis) -> None:
 def show_curves(
     curves: Mapping[str, ThresholdCurves],  # name -> metric
     title: str = "",
-) -> "Figure":
+) -> "mpl.figure.Figure":
     "Draw precision against recall, and pooled F1 (strong) and mean F1 (faint) against the threshold."
     import matplotlib.pyplot as plt
 

@@ -23,11 +23,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% ../../nbs/metrics/06_geometry.ipynb #97f1d78f
-from ..core.checks import check_number
+from ..core.checks import LateModule, check_number
 from .curves import Sums, check_planes
 from crackseg_nb.metrics.widths import (
     WIDTH_PROTOCOL,
@@ -40,6 +37,11 @@ from crackseg_nb.metrics.widths import (
     width_counts,
     width_scores,
 )
+
+if TYPE_CHECKING:
+    import matplotlib as mpl
+else:
+    mpl = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/06_geometry.ipynb #1eacf2b9
 GEOMETRY_PROTOCOL = """\
@@ -246,7 +248,7 @@ def show_geometry(
     prediction: np.ndarray,  # boolean (H, W)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
     tolerance: float = 2.0,  # pixels
-) -> "Figure":
+) -> "mpl.figure.Figure":
     "Return a figure with the centre lines and the boundaries, matched within the tolerance, missed, and false."
     from crackseg_nb.figures.cases import error_legend
     from crackseg_nb.figures.photos import check_pair, paint_outcomes

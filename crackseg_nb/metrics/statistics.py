@@ -55,13 +55,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # %% ../../nbs/metrics/07_statistics.ipynb #ed9b0107
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, LateModule, check_number, choose
 from ..figures.style import styled
 from .scores import SCORES, scores_from_counts
+
+if TYPE_CHECKING:
+    import matplotlib as mpl
+else:
+    mpl = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a11069f8
 COUNTS = ("tp", "fp", "fn")
@@ -585,7 +587,7 @@ def compare_repeats(
 def show_intervals(
     intervals: dict[str, Interval],  # a run, or a pair, and its score or difference
     label: str = "score",
-) -> "Figure":
+) -> "mpl.figure.Figure":
     "Return a figure with a dot and a bar for each interval; differences have a line at 0."
     import matplotlib.pyplot as plt
 
@@ -607,7 +609,7 @@ def show_intervals(
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a8df0c3f
 @styled
-def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "Figure":
+def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "mpl.figure.Figure":
     "Return a figure with a point for each image: its score by the first run across, by the second up."
     import matplotlib.pyplot as plt
 

@@ -32,14 +32,15 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
 # %% ../../nbs/metrics/05_widths.ipynb #3ce498e0
-from ..core.checks import VOID, CrackSegError
+from ..core.checks import VOID, CrackSegError, LateModule
 from ..figures.style import styled
 from .curves import highest_within
+
+if TYPE_CHECKING:
+    import matplotlib as mpl
+else:
+    mpl = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/05_widths.ipynb #a8ade5cc
 WIDTH_PROTOCOL = """\
@@ -175,7 +176,7 @@ def by_width(counts: np.ndarray) -> dict[str, float]:
 
 # %% ../../nbs/metrics/05_widths.ipynb #4a21b8d5
 @styled
-def show_panels(panels: dict[str, np.ndarray], legend: list["Patch"]) -> "Figure":
+def show_panels(panels: dict[str, np.ndarray], legend: "list[mpl.patches.Patch]") -> "mpl.figure.Figure":
     "Show images, uint8 RGB (H, W, 3), side by side under their titles, at least 300 pixels large, with a legend."
     from crackseg_nb.figures.photos import add_legend, name_tile, tiles
 
@@ -195,7 +196,7 @@ WIDTH_COLOURS = ((240, 228, 66), (86, 180, 233), (213, 94, 0), (200, 60, 160))  
 def show_widths(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
-) -> "Figure":
+) -> "mpl.figure.Figure":
     "Return a figure with the photo and each crack pixel in the colour of its class of width."
     from matplotlib.patches import Patch
 

@@ -10,6 +10,7 @@ __all__ = [
     "flat",
     "note_resume",
     "find_source",
+    "load_splits",
     "learned_splits",
     "make_datasets",
     "make_loaders",
@@ -64,7 +65,7 @@ from ..core.seeds import seed_everything, seed_for
 from ..data.audit import Audit, audit
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
-from ..data.dataset import CrackDataset, LabelDataset
+from ..data.dataset import CrackDataset, LabelDataset, check_large_enough
 from ..data.label_augment import create_label_augmentation
 from ..data.loaders import create_loader
 from ..data.splits import Splits, make_splits
@@ -253,21 +254,24 @@ def find_source(config: ExperimentConfig):
     return source
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #7be2f4d0
+def load_splits(config: ExperimentConfig) -> Splits:
+    "Return the splits that `config` describes, with what the inspection of their files found."
+    return make_splits(find_source(config), config.data.fractions, config.run.seed)
+
+
 # %% ../../nbs/runs/05_experiment.ipynb #8813d9b6
 def learned_splits(config: ExperimentConfig, splits: Splits) -> Splits:
     "Return `splits` as `train_set` wants them."
     if config.data.train_set == "train":
         return splits
-    joined = replace(splits, train=sorted(splits.train + splits.val, key=lambda sample: sample.name), val=[])
-    joined.near_duplicates = splits.near_duplicates
-    return joined
+    return replace(splits, train=sorted(splits.train + splits.val, key=lambda sample: sample.name), val=[])
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #80de6851
 def make_datasets(
     config: ExperimentConfig,
-    splits,
-    copies: int = 1,  # processes on this machine that hold the same images
+    splits: Splits,
 ) -> dict[str, CrackDataset | LabelDataset]:
     "Return the data sets that have images: augmented windows for training, whole or resized images otherwise."
     data, size = config.data, (config.data.image_size, config.data.image_size)
@@ -284,7 +288,7 @@ def make_datasets(
     preload = {"true": True, "false": False}.get(data.preload, data.preload)
     augmentation = create_augmentation(data.augmentation, size, fit=data.fit)
     resize = size if data.eval_fit == "resize" else None
-    return {
+    datasets = {
         split: CrackDataset(
             samples,
             splits.mask_encoding,
@@ -292,12 +296,15 @@ def make_datasets(
             seed=config.run.seed,
             preload=preload,
             resize=None if split == "train" else resize,
-            copies=copies,
             cache=outputs_folder(config.run.outputs) / "cache",
+            facts=splits.facts,
         )
         for split, samples in splits.items()
         if samples
     }
+    for dataset in datasets.values():
+        check_large_enough(dataset)
+    return datasets
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #1e740b73
@@ -359,7 +366,7 @@ def make_criterion(config: ExperimentConfig, folder: RunFolder) -> Loss:
 def load_data(self: Experiment) -> None:
     "Read, split and audit the data, and build the loaders; raise CrackSegError if anything in it is wrong."
     config, start = self.config, time.perf_counter()
-    splits = make_splits(find_source(config), config.data.fractions, config.run.seed)
+    splits = load_splits(config)
     report = audit(splits)
     for warning in report.warnings:
         logger.warning("data: %s", warning)
@@ -618,19 +625,14 @@ def train_in_process(
     path: str,  # the run's folder
     minutes: float,  # time that is left; 0 for no limit
     micro_batch: int,  # images at a time
+    datasets: dict[str, CrackDataset | LabelDataset],  # of the starting process, whose decoded images are shared
 ) -> None:
     "Train the run in `path` as one of several processes, from its newest state if there is one."
     rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), RunFolder(path)
     if rank == 0:
         log_to(folder / "training.log")
     config = configure(config=str(folder / "config.yaml"))
-    splits = learned_splits(config, make_splits(find_source(config), config.data.fractions, config.run.seed))
-    loaders = make_loaders(
-        config,
-        {split: data for split, data in make_datasets(config, splits, copies=world).items() if split != "test"},
-        rank,
-        world,
-    )
+    loaders = make_loaders(config, datasets, rank, world)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     model = make_model(config, fresh=checkpoint is None)
     # Dropout differs between processes.
@@ -655,13 +657,20 @@ def train_in_process(
 
 
 @patch
+def share(self: Experiment) -> tuple:
+    "Return the arguments of `train_in_process`, which can be sent to another process."
+    datasets = {split: data for split, data in self.prepared.datasets.items() if split != "test"}
+    return str(self.folder.path), self.stop.minutes_left, self.built.micro_batch, datasets
+
+
+@patch
 def train_on_devices(self: Experiment) -> None:
     "Train in several processes up to a state that this process can take over; raise Stopped if they were stopped."
     self.built.model.to("cpu")  # the first process wants this one's device for itself
     clear_cache(self.device)
     code = launch(
         train_in_process,
-        (str(self.folder.path), self.stop.minutes_left, self.built.micro_batch),
+        self.share(),
         self.config.run.devices,
         self.device,
     )

@@ -39,15 +39,17 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
-
 # %% ../../nbs/runs/10_jobs.ipynb #de972f79
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, LateModule, check_number, choose
 from ..core.files import read_yaml, write_yaml
 from ..core.machine import cores, now, signal_handlers
 from ..core.run_folder import Claimed, RunFolder, claim
 from .notebook import Outcome, SignalRelay, execute
+
+if TYPE_CHECKING:
+    import submitit
+else:
+    submitit = LateModule("submitit")
 
 
 # %% ../../nbs/runs/10_jobs.ipynb #486a86f6
@@ -197,7 +199,7 @@ class SweepJob:
         between.received += outcome.signals
         return not outcome.signals and not self.may_try(run)
 
-    def checkpoint(self) -> "DelayedSubmission":
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         "Return what submitit is to start again."
         from submitit.helpers import DelayedSubmission
 

@@ -28,7 +28,7 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     accelerator, experiment, share = create_accelerator(get_device(config.run.device)), None, None
     if accelerator.is_main_process:
         experiment = prepare(config)
-        share = str(experiment.folder.path), experiment.stop.minutes_left, experiment.built.micro_batch
+        share = experiment.share()
     arguments = gather_objects(share, accelerator)[0]
     if experiment is None:
         train_in_process(*arguments)

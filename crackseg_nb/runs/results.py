@@ -422,7 +422,8 @@ def show_labels(prepared: Prepared, tested: Tested, worst: bool, count: int = 6)
     samples = prepared.splits.test
     rows = tested.per_image.sort_values(["rank", "name"], ascending=[not worst, True]).head(count)
     titles = [row.label if row.rank == 0 else f"{row.label}, called {row.answer}" for row in rows.itertuples()]
-    return show_grid([as_tile(read_image(samples[index].image)) for index in rows["index"]], titles)
+    tiles = [as_tile(read_image(samples[index].image, samples[index].white)) for index in rows["index"]]
+    return show_grid(tiles, titles)
 
 
 def show_extremes(folder: RunFolder, prepared: Prepared, tested: Tested, worst: bool = True, count: int = 3) -> Figure:

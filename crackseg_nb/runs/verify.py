@@ -57,13 +57,13 @@ from torch import nn
 
 # %% ../../nbs/runs/12_verify.ipynb #de7a3798
 from ..core.checks import CrackSegError
-from ..core.files import find_path, in_threads, manifest_sum, read_yaml
+from ..core.files import find_path, manifest_sum, read_yaml
 from ..core.machine import describe_environment, get_device, quiet_loggers
 from ..core.run_folder import RunFolder, find_finished_run
-from ..data.audit import digests_of, fingerprint_from
-from ..data.splits import Splits, make_splits
+from ..data.audit import fingerprint, split_digests
+from ..data.splits import Splits
 from .config import SYNTHETIC, ExperimentConfig, configure, read_config
-from .experiment import find_source, learned_splits, make_datasets, make_loaders, make_model
+from .experiment import learned_splits, load_splits, make_datasets, make_loaders, make_model
 from .experiment import run as run_experiment
 from .results import image_table, kept_files, resumes, split_scores
 from .stages import score_model
@@ -429,17 +429,11 @@ def look_for_changes(run: KeptRun, config: ExperimentConfig, splits: Splits) -> 
 
 def check_images(run: KeptRun, config: ExperimentConfig, splits: Splits) -> Check:
     "Compare the images and masks with those that the run saw."
-    digests = {
-        split: dict(zip([sample.name for sample in samples], in_threads(digests_of, samples, f"hashing {split}")))
-        for split, samples in splits
-    }
+    digests = split_digests(splits)
     count = f"images and masks of {sum(splits.lengths.values())} samples"
     if (run.folder / "images.csv").is_file():
         return run.compare_table("images", "images.csv", "name", image_table(digests), f"digests of {count}")
-    found, kept = (
-        fingerprint_from(splits, {split: list(part.values()) for split, part in digests.items()}),
-        run.results["data_fingerprint"],
-    )
+    found, kept = fingerprint(splits), run.results["data_fingerprint"]
     if found == kept:
         return Check("images", "equal", [f"one fingerprint of the {count}"])
     lines = [f"fingerprint: found {shown(found)}, kept {shown(kept)}"]
@@ -589,7 +583,7 @@ def read_splits(config: ExperimentConfig) -> Splits | Check:
     "Return the splits that a configuration describes, or what keeps them from being read."
     there = config.data.data in SYNTHETIC or config.data.data_dir != "" and find_path(config.data.data_dir).is_dir()
     try:
-        return make_splits(find_source(config), config.data.fractions, config.run.seed)
+        return load_splits(config)
     except CrackSegError as error:
         return (
             Check("images", "different", [str(error)])

@@ -11,8 +11,8 @@ __all__ = [
     "describe_tile",
     "share_border",
     "photo_numbers",
-    "thumbnail",
-    "unit_thumbnail",
+    "shrink",
+    "thumbnails",
     "orientations",
     "similar",
     "fine_detail",
@@ -23,14 +23,12 @@ __all__ = [
 # %% ../../nbs/sources/04_duplicates.ipynb #9a339549
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/04_duplicates.ipynb #b5dc377c
-from ..core.files import in_threads, raise_first
-from .images import open_picture
+from .images import is_jpeg, open_picture
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #e5fa63e2
@@ -51,7 +49,9 @@ def unit_vector(values: np.ndarray) -> np.ndarray:
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #a1820ce0
-def describe_tile(path) -> Tile:
+def describe_tile(
+    path,  # of an image, or its Content
+) -> Tile:
     "Read a tile at half its size and describe it."
 
     def look(picture):
@@ -100,20 +100,21 @@ def photo_numbers(
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #2574bfc6
-def thumbnail(path, side: int) -> np.ndarray:
-    "Return an image as grey (side, side) float32; JPEG is decoded at a smaller scale where that suffices."
-
-    def shrink(picture):
-        picture.draft("L", (2 * side, 2 * side))
-        grey = picture.convert("L") if picture.mode[0] not in "IF" else picture.convert("F")
-        return np.asarray(grey.resize((side, side), Image.BILINEAR), dtype=np.float32)
-
-    return open_picture(path, shrink)
+def shrink(picture: Image.Image, side: int) -> np.ndarray:
+    "Return an opened picture as grey (side, side), uint8 or float32; JPEG is decoded at a smaller scale."
+    picture.draft("L", (2 * side, 2 * side))
+    grey = picture.convert("L") if picture.mode[0] not in "IF" else picture.convert("F")
+    return np.asarray(grey.resize((side, side), Image.BILINEAR))
 
 
-def unit_thumbnail(path) -> np.ndarray:
-    "Return an image as a grey thumbnail (32, 32) that is a unit vector."
-    return unit_vector(thumbnail(path, 32)).reshape(32, 32)
+def thumbnails(
+    path,  # of an image, or its Content
+    *sides: int,
+) -> list[np.ndarray]:
+    "Return an image as grey (side, side) for each of `sides`."
+    if is_jpeg(path):  # each side has a scale of its own, so the file is decoded anew
+        return [open_picture(path, lambda picture, side=side: shrink(picture, side)) for side in sides]
+    return open_picture(path, lambda picture: [shrink(picture, side) for side in sides])
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #08a5e251
@@ -142,24 +143,29 @@ def similar(
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #ff67207f
-def fine_detail(path) -> np.ndarray:
+def fine_detail(large: np.ndarray) -> np.ndarray:
     "Return what a thumbnail of 128x128 holds beyond its means over 8x8 pixels, as a unit vector."
-    blocks = thumbnail(path, 128).reshape(16, 8, 16, 8)
+    blocks = large.astype(np.float32).reshape(16, 8, 16, 8)
     return unit_vector(blocks - blocks.mean((1, 3), keepdims=True)).reshape(128, 128)
 
 
-def same_detail(one, other, threshold: float = 0.5) -> bool:
-    "Return whether two image files agree in detail, in any orientation."
+def same_detail(
+    one: np.ndarray,  # a thumbnail (128, 128)
+    other: np.ndarray,
+    threshold: float = 0.5,
+) -> bool:
+    "Return whether two images agree in detail, in any orientation."
     ours = fine_detail(one).ravel()
     return max(float(ours @ view.ravel()) for view in orientations(fine_detail(other))) > threshold
 
 
 # %% ../../nbs/sources/04_duplicates.ipynb #cb89e4f2
-def same_photos(paths: list[Path]) -> list[int]:
+def same_photos(
+    small: list[np.ndarray],  # thumbnails (32, 32), each a unit vector
+    large: list[np.ndarray],  # of the same images (128, 128)
+) -> list[int]:
     "Return for each image the index of the first one that shows the same, as it is, turned or mirrored."
-    small = in_threads(unit_thumbnail, paths, "thumbnails")
-    raise_first(small)
-    earlier = list(range(len(paths)))
+    earlier = list(range(len(small)))
 
     def first(index):
         while earlier[index] != index:
@@ -168,6 +174,6 @@ def same_photos(paths: list[Path]) -> list[int]:
 
     for one, other, _ in similar(np.stack(small), np.stack(small)):
         low, high = sorted((first(one), first(other)))
-        if low != high and same_detail(paths[one], paths[other]):
+        if low != high and same_detail(large[one], large[other]):
             earlier[high] = low
-    return [first(index) for index in range(len(paths))]
+    return [first(index) for index in range(len(small))]

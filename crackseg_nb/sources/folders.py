@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = [
+    "SYSTEM_NAMES",
     "PICTURES",
+    "OTHER_PICTURES",
     "MASK_WORDS",
     "IMAGE_FOLDERS",
     "MASK_FOLDERS",
@@ -13,46 +15,108 @@ __all__ = [
     "AUGMENTATION_WORDS",
     "AUGMENTATION",
     "FOLDER_READER",
+    "of_the_system",
+    "walk",
     "files_below",
+    "left_out",
     "pair_files",
     "pair_folders",
+    "hint",
     "subfolder",
+    "subfolders",
     "split_of",
     "place_of",
     "group_of",
     "source_name",
     "group_notes",
     "folder_pairs",
+    "unread_folders",
     "read_folder",
-    "subfolders",
 ]
 
 # %% ../../nbs/sources/03_folders.ipynb #17e3acdf
+import os
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
 from ..core.checks import CrackSegError, first_few
 from .samples import Reader, Sample
 
+# %% ../../nbs/sources/03_folders.ipynb #5a1c07de
+SYSTEM_NAMES = (".", "@", "#", "$", "~", "__macosx", "system volume information", "lost+found", "thumbs.db")
+
+
+def of_the_system(name: str) -> bool:
+    "Tell whether a file or folder was left by the system and not by people."
+    return name.lower().startswith(SYSTEM_NAMES)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    "Yield the files below `folder`, sorted, those in linked folders too; what the system left there is passed over."
+    above = {str(folder): {os.path.realpath(folder)}}
+    for place, names, files in os.walk(folder, followlinks=True):
+        seen = above.pop(place)
+        homes = {name: os.path.realpath(os.path.join(place, name)) for name in names if not of_the_system(name)}
+        # A link to a folder above is a circle.
+        names[:] = sorted(name for name, home in homes.items() if home not in seen)
+        above |= {os.path.join(place, name): seen | {homes[name]} for name in names}
+        yield from (Path(place, name) for name in sorted(files) if not of_the_system(name))
+
+
 # %% ../../nbs/sources/03_folders.ipynb #83c7719e
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+# Pictures in other formats; they are named where they were left out.
+OTHER_PICTURES = {
+    ".arw",
+    ".avif",
+    ".cr2",
+    ".dng",
+    ".exr",
+    ".gif",
+    ".hdr",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".nef",
+    ".npy",
+    ".pbm",
+    ".pgm",
+    ".pnm",
+    ".ppm",
+    ".raw",
+    ".svg",
+    ".tga",
+}
 MASK_WORDS = re.compile(r"[-_. ](masks?|labels?|lab|gt|groundtruth|annot|annotation|seg|segmentation)$", re.IGNORECASE)
 
 
 def files_below(folder: Path, suffixes: set[str] = PICTURES) -> dict[str, Path]:
     "Return the files below `folder` by relative name without suffix; raise CrackSegError if two share a name."
     found = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
-        if path.suffix.lower() not in suffixes or hidden or not path.is_file():
+    for path in sorted(walk(folder)):
+        if path.suffix.lower() not in suffixes or not path.is_file():
             continue
-        key = inside.with_suffix("").as_posix()
+        key = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         if key in found:
             raise CrackSegError(f"{path}: found a second file of this name beside {found[key].name}, expected one")
         found[key] = path
     return found
+
+
+# %% ../../nbs/sources/03_folders.ipynb #b7e21f50
+def left_out(folder: Path, suffixes: set[str] = PICTURES) -> list[str]:
+    "Return notes on pictures below `folder` that `files_below` leaves out."
+    files = [path for path in walk(folder) if path.suffix.lower() not in suffixes]
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_PICTURES | PICTURES)
+    broken = [path.name for path in walk(folder) if path.is_symlink() and not path.exists()]
+    notes = [f"{count} {suffix} files in {folder.name}/ were left out" for suffix, count in sorted(others.items())]
+    return notes + ([f"{len(broken)} links in {folder.name}/ lead nowhere ({first_few(broken)})"] if broken else [])
 
 
 # %% ../../nbs/sources/03_folders.ipynb #62377f79
@@ -63,7 +127,8 @@ def pair_files(
     "Pair images and masks by name; return the pairs, the images without a mask and the masks without an image."
     bare = {}
     for key, path in masks.items():
-        bare.setdefault(MASK_WORDS.sub("", key), []).append(path)
+        if key not in images:
+            bare.setdefault(MASK_WORDS.sub("", key), []).append(path)
     pairs = {}
     for key, image in images.items():
         candidates = [masks[key]] if key in masks else bare.get(key, [])
@@ -86,19 +151,26 @@ def pair_folders(
     "Pair the files of two folders; return pairs by name and notes; raise CrackSegError where an image lacks its mask."
     images, masks = files_below(image_folder), files_below(mask_folder, mask_suffixes)
     if not images:
-        raise CrackSegError(f"{image_folder}: found no images, expected {' '.join(sorted(PICTURES))} files")
+        expected = f"expected {' '.join(sorted(PICTURES))} files{hint(image_folder)}"
+        raise CrackSegError(f"{image_folder}: found no images, {expected}")
     if not masks:
-        raise CrackSegError(f"{mask_folder}: found no masks, expected {' '.join(sorted(mask_suffixes))} files")
+        expected = f"expected {' '.join(sorted(mask_suffixes))} files{hint(mask_folder, mask_suffixes)}"
+        raise CrackSegError(f"{mask_folder}: found no masks, {expected}")
     pairs, no_mask, no_image = pair_files(images, masks)
     if no_mask and not (unlabelled and pairs):
         raise CrackSegError(
             f"{mask_folder}: found no mask for {len(no_mask)} of {len(images)} images ({first_few(no_mask)}), "
-            "expected one of the same name for each"
+            f"expected one of the same name for each{hint(mask_folder, mask_suffixes)}"
         )
     notes = [f"{len(no_mask)} images without a label were skipped ({first_few(no_mask, 5)})"] if no_mask else []
     if no_image:
         notes.append(f"{len(no_image)} masks without an image were skipped ({first_few(no_image)})")
-    return pairs, notes
+    return pairs, notes + left_out(image_folder) + left_out(mask_folder, mask_suffixes)
+
+
+def hint(folder: Path, suffixes: set[str] = PICTURES) -> str:
+    "Return what was left out of a folder, for the end of an error."
+    return "".join(f"; {note}" for note in left_out(folder, suffixes))
 
 
 # %% ../../nbs/sources/03_folders.ipynb #c258d6a0
@@ -106,6 +178,12 @@ def subfolder(root: Path, names: tuple[str, ...]) -> Path | None:
     "Return the folder in `root` whose name is one of `names`, capitals aside, in the order of `names`."
     found = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     return next((found[name] for name in names if name in found), None)
+
+
+# %% ../../nbs/sources/03_folders.ipynb #84e2518f
+def subfolders(place: Path) -> list[str]:
+    "Return the names of the folders in `place`, sorted; hidden ones aside."
+    return sorted(path.name for path in place.iterdir() if path.is_dir() and not of_the_system(path.name))
 
 
 # %% ../../nbs/sources/03_folders.ipynb #a9d0608b
@@ -132,6 +210,7 @@ SPLIT_WORDS = {
     "validation": "val",
     "test": "test",
     "testing": "test",
+    "dev": "val",
 }
 
 
@@ -203,6 +282,13 @@ def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
     return [places for places in found if places[1] and places[2]]
 
 
+def unread_folders(root: Path) -> list[str]:
+    "Return a note on the folders in `root` that hold images and masks and are read as no split."
+    names = [name for name in subfolders(root) if name.lower() not in SPLIT_WORDS]
+    names = [name for name in names if subfolder(root / name, IMAGE_FOLDERS) and subfolder(root / name, MASK_FOLDERS)]
+    return [f"{', '.join(name + '/' for name in names)}: images and masks in it were left out"] if names else []
+
+
 # %% ../../nbs/sources/03_folders.ipynb #121975dc
 def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
     "Read a folder of `images/` and `masks/`, with the published split where sub-folders name one."
@@ -214,18 +300,10 @@ def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Samp
             Sample(name, *paths, group_of(name, group_pattern) or name, split_of(name)) for name, paths in names
         ]
         notes += more
-    return samples, notes + group_notes(samples, group_pattern)
+    return samples, notes + unread_folders(root) + group_notes(samples, group_pattern)
 
 
 # %% ../../nbs/sources/03_folders.ipynb #1fa7bd01
 FOLDER_READER = Reader(
     read_folder, "images/ and masks/ with files of equal names (also img/, labels/, gt/ ...)", classes=None
 )
-
-
-# %% ../../nbs/sources/03_folders.ipynb #84e2518f
-def subfolders(place: Path) -> list[str]:
-    "Return the names of the folders in `place`, sorted; hidden ones aside."
-    return sorted(
-        path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))
-    )

@@ -5,20 +5,41 @@
 # %% auto #0
 __all__ = [
     "MAX_PIXELS",
+    "TURNS",
+    "WHITES",
     "IDS_EXPECTED",
     "STRETCHED",
     "UNKNOWN",
     "ENCODINGS",
     "EXPECTED",
+    "PNG_NOTES",
     "MEAN",
     "DEVIATION",
     "NORMALIZED",
+    "Content",
+    "read_content",
+    "as_content",
+    "naming",
     "open_picture",
-    "to_rgb",
+    "check_pixels",
+    "turn",
+    "is_deep",
+    "stored_as",
+    "unknown_tiff",
+    "opencv_pixels",
+    "opened_tiff",
+    "tiff_pixels",
+    "read_pixels",
+    "describe_file",
+    "check_single",
+    "find_white",
+    "to_bytes",
     "read_image",
     "palette_values",
+    "palette_of",
     "colour_values",
     "plane_values",
+    "deep_plane",
     "id_values",
     "mask_values",
     "value_table",
@@ -26,33 +47,78 @@ __all__ = [
     "raw_values",
     "read_mask",
     "image_size",
+    "check_same_size",
     "value_counts",
-    "MaskFacts",
-    "read_mask_facts",
-    "decide_encoding",
-    "check_ids",
-    "scan_masks",
+    "is_jpeg",
     "normalize",
     "denormalize",
 ]
 
 # %% ../../nbs/sources/02_images.ipynb #89579a18
+import io
+import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# %% ../../nbs/sources/02_images.ipynb #f162de6a
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, LateModule, choose, first_few
+from .samples import Sample
 
 if TYPE_CHECKING:
     import torch
+    from tifffile import TiffFile
+else:
+    torch = LateModule("torch")
 
-# %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, choose, first_few
-from ..core.files import in_threads, raise_first
-from .samples import Classes, Sample
+
+# %% ../../nbs/sources/02_images.ipynb #5d0c9e11
+@dataclass(frozen=True)
+class Content:
+    "Hold the bytes of a file, so that it is opened once however often it is decoded."
+
+    path: Path
+    data: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+
+def read_content(
+    path,
+    what: str = "an image",  # for the error
+) -> Content:
+    "Read a file's bytes; raise CrackSegError if it is missing or cannot be read."
+    try:
+        return Content(Path(path), Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise CrackSegError(f"{path}: no such file; expected {what}") from error
+    except OSError as error:
+        raise CrackSegError(f"{path}: cannot read it ({error.strerror}); expected {what}") from error
+
+
+def as_content(path) -> Content:
+    "Return `path` if it is a Content, else read it."
+    return path if isinstance(path, Content) else read_content(path)
+
+
+@contextmanager
+def naming(path) -> Iterator[None]:
+    "Put the file's name before a CrackSegError."
+    try:
+        yield
+    except CrackSegError as error:
+        raise CrackSegError(f"{path}: {error}") from error
+
 
 # %% ../../nbs/sources/02_images.ipynb #47430854
 MAX_PIXELS = 80_000_000  # largest picture that is decoded
@@ -60,42 +126,206 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pi
 
 
 def open_picture(
-    path,  # file of any format that Pillow reads
+    path,  # file of any format that Pillow reads, or its Content
     use: Callable,  # gets the opened Pillow image, returns the result
 ):
     "Return `use(picture)`; raise CrackSegError if the file is missing, too large, truncated or damaged."
     try:
-        with Image.open(path) as picture:
-            pixels = picture.width * picture.height
-            if pixels <= MAX_PIXELS:
-                return use(picture)
+        # From its bytes: what Pillow maps from a file, it turns wrongly.
+        with Image.open(as_content(path).open()) as picture:
+            check_pixels(path, picture.width * picture.height)
+            return use(picture)
     except CrackSegError:
         raise
     except Image.DecompressionBombError as error:
         raise CrackSegError(f"{path}: found too many pixels, expected at most {MAX_PIXELS / 1e6:g} million") from error
-    except FileNotFoundError as error:
-        raise CrackSegError(f"{path}: no such file; expected an image") from error
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = str(error).splitlines()[0].replace(f" {str(path)!r}", "") if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else reason
         raise CrackSegError(f"{path}: found a damaged or unreadable image ({reason}), expected a whole one") from error
-    raise CrackSegError(
-        f"{path}: found {pixels / 1e6:.0f} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
-    )
 
 
-# %% ../../nbs/sources/02_images.ipynb #04796920
-def to_rgb(picture: Image.Image) -> np.ndarray:
-    "Return a Pillow image as uint8 RGB (H, W, 3), turned upright; 16-bit grey is scaled to 8 bits."
-    if picture.mode.startswith(("I", "F")):
-        grey = np.asarray(picture, dtype=np.float32)
-        picture = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-    return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+def check_pixels(path, pixels: int) -> None:
+    "Raise CrackSegError if a picture is too large to be decoded."
+    if pixels > MAX_PIXELS:
+        raise CrackSegError(
+            f"{path}: found {pixels / 1e6:.0f} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
+        )
+
+
+# %% ../../nbs/sources/02_images.ipynb #2e7d90af
+TURNS = {
+    1: lambda values: values,
+    2: lambda values: values[:, ::-1],
+    3: lambda values: values[::-1, ::-1],
+    4: lambda values: values[::-1],
+    5: lambda values: values.swapaxes(0, 1),
+    6: lambda values: np.rot90(values, -1),
+    7: lambda values: np.rot90(values, 2).swapaxes(0, 1),
+    8: lambda values: np.rot90(values),
+}
+
+
+def turn(values: np.ndarray, orientation: int) -> np.ndarray:
+    "Return stored pixels (H, W, ...) as their EXIF orientation shows them."
+    return TURNS.get(orientation, TURNS[1])(values)
+
+
+# %% ../../nbs/sources/02_images.ipynb #71fd3c08
+def is_deep(picture: Image.Image) -> bool:
+    "Tell whether an opened picture, not yet decoded, stores more than 8 bits for each value."
+    if picture.mode[0] in "IF":
+        return True
+    if picture.format == "TIFF":
+        return max(picture.tag_v2.get(258, (1,))) > 8
+    return picture.format == "PNG" and "16" in stored_as(picture)
+
+
+def stored_as(picture: Image.Image) -> str:
+    "Return how Pillow names the values that the file stores, such as 'L;2'; it forgets this when it decodes."
+    arguments = picture.tile[0].args if picture.tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def unknown_tiff(path, error: CrackSegError) -> Content | None:
+    "Return the content of a TIFF of a kind that Pillow does not know, which ended in `error`; else None."
+    if isinstance(error.__cause__, UnidentifiedImageError):
+        content = as_content(path)
+        return content if content.data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else None
+    return None
+
+
+def opencv_pixels(content: Content) -> np.ndarray:
+    "Decode a picture with OpenCV, which turns a TIFF and no other; grey (H, W) or RGB (H, W, 3)."
+    import cv2  # here: few files need it
+
+    values = cv2.imdecode(np.frombuffer(content.data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise ValueError("no decoder for its kind of values")
+    return values if values.ndim == 2 else values[..., 2::-1]
+
+
+@contextmanager
+def opened_tiff(content: Content) -> Iterator["TiffFile"]:
+    "Open a TIFF of any kind of values; raise CrackSegError naming the file if it is damaged or cannot be decoded."
+    from tifffile import TiffFile  # here: few files need it
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it has to say is in the error
+    try:
+        with TiffFile(content.open()) as tiff:
+            yield tiff
+    except CrackSegError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CrackSegError(
+            f"{content}: found a damaged or unreadable image ({reason}), expected a whole one of 8 or 16 bits or "
+            "floating-point numbers"
+        ) from error
+
+
+def tiff_pixels(content: Content) -> np.ndarray:
+    "Decode the first page of a TIFF of any kind of values, upright; grey (H, W) or RGB (H, W, 3)."
+    with opened_tiff(content) as tiff:
+        page = tiff.pages[0]
+        check_pixels(content, page.imagewidth * page.imagelength)
+        planar = page.planarconfig == 2 and page.samplesperpixel > 1
+        try:
+            values = page.asarray()
+        except Exception:  # of codecs that are not installed
+            if planar:
+                raise
+            return opencv_pixels(content)
+        values = np.moveaxis(values, 0, -1) if planar else values
+        if page.photometric == 0 and values.dtype.kind == "u":  # white is zero
+            values = np.iinfo(values.dtype).max - values
+        return turn(values[..., :3] if values.ndim == 3 else values, page.tags.valueof(274, 1))
+
+
+# %% ../../nbs/sources/02_images.ipynb #c5a91d2e
+def read_pixels(path) -> np.ndarray:
+    "Read an image, upright: uint8 RGB (H, W, 3), or where it has more bits its own values (H, W) or (H, W, 3)."
+
+    def decode(picture):
+        deep = is_deep(picture)
+        if deep and picture.format == "TIFF" and (picture.mode[0] not in "IF" or picture.tag_v2.get(262) == 0):
+            return tiff_pixels(as_content(path))
+        if deep and picture.mode[0] not in "IF":
+            return turn(opencv_pixels(as_content(path)), picture.getexif().get(274, 1))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return np.asarray(picture if deep or picture.mode == "RGB" else picture.convert("RGB"))
+
+    try:
+        return open_picture(path, decode)
+    except CrackSegError as error:
+        content = unknown_tiff(path, error)
+        if not content:
+            raise
+    return tiff_pixels(content)
+
+
+# %% ../../nbs/sources/02_images.ipynb #3be60a57
+def describe_file(content: Content) -> tuple[bool, int]:
+    "Return whether a picture stores more than 8 bits for each value, and how many pictures its file holds."
+
+    def look(picture):
+        deep, size, pictures = is_deep(picture), picture.size, 1
+        if picture.format in ("TIFF", "PNG", "WEBP", "GIF"):  # a JPEG of several is a photo with its preview
+            for number in range(1, getattr(picture, "n_frames", 1)):
+                picture.seek(number)
+                pictures += picture.size == size
+        return deep, pictures
+
+    try:
+        return open_picture(content, look)
+    except CrackSegError as error:
+        if not unknown_tiff(content, error):
+            raise
+    with opened_tiff(content) as tiff:
+        return True, sum(page.shape == tiff.pages[0].shape for page in tiff.pages)
+
+
+def check_single(content: Content) -> bool:
+    "Return whether a picture stores more than 8 bits; raise CrackSegError if its file holds several pictures."
+    deep, pictures = describe_file(content)
+    if pictures > 1:
+        raise CrackSegError(f"{content}: found {pictures} pictures in one file, expected one; save the one that counts")
+    return deep
+
+
+# %% ../../nbs/sources/02_images.ipynb #4f8ae210
+WHITES = (1, 255, 1023, 4095, 16383, 65535)
+
+
+def find_white(
+    lowest: float,
+    highest: float,  # of all pictures with more than 8 bits
+    whole: bool,  # they hold whole numbers
+) -> int:
+    "Return the value that is shown as 255; raise CrackSegError where the values are none of an image."
+    if not (lowest >= 0 and highest <= WHITES[-1]):  # not a number counts as neither
+        raise CrackSegError(f"found values from {lowest:g} to {highest:g}, expected 0 to 1, 0 to 255 or 0 to 65535")
+    return next(white for white in WHITES[whole:] if highest <= white)
+
+
+def to_bytes(values: np.ndarray, white: int) -> np.ndarray:
+    "Return values from 0 to `white` as uint8 RGB (H, W, 3)."
+    scaled = np.rint(values.astype(np.float32) / np.float32(white / 255)).clip(0, 255).astype(np.uint8)
+    return scaled if scaled.ndim == 3 else scaled[..., None].repeat(3, 2)
 
 
 # %% ../../nbs/sources/02_images.ipynb #191be060
-def read_image(path) -> np.ndarray:
+def read_image(
+    path,
+    white: int | None = None,  # what a picture of more than 8 bits shows as 255; None: told from this file alone
+) -> np.ndarray:
     "Read an image as uint8 RGB (H, W, 3), upright by its EXIF orientation; raise CrackSegError if it is damaged."
-    return open_picture(path, to_rgb)
+    pixels = read_pixels(path)
+    if pixels.dtype == np.uint8:
+        return pixels if pixels.ndim == 3 else pixels[..., None].repeat(3, 2)
+    with naming(path):
+        white = white or find_white(float(pixels.min()), float(pixels.max()), pixels.dtype.kind in "iu")
+    return to_bytes(pixels, white)
 
 
 # %% ../../nbs/sources/02_images.ipynb #81183224
@@ -108,6 +338,15 @@ def palette_values(picture: Image.Image) -> np.ndarray:
     used = colours[np.unique(index)]
     black_and_white = bool(np.isin(used, (0, 255)).all() and (used == used[:, :1]).all())
     return colours[index, 0] if black_and_white else index
+
+
+# %% ../../nbs/sources/02_images.ipynb #d3f06a81
+def palette_of(picture: Image.Image) -> list[tuple[int, int, int]] | None:
+    "Return the colours of an opened picture's palette, or None where it has none."
+    if picture.mode != "P":
+        return None
+    values = picture.getpalette("RGB")
+    return list(zip(values[::3], values[1::3], values[2::3]))
 
 
 # %% ../../nbs/sources/02_images.ipynb #af7bbcb1
@@ -136,24 +375,32 @@ def plane_values(picture: Image.Image) -> np.ndarray:
         return palette_values(picture)
     if picture.mode in ("RGB", "RGBA", "LA"):
         return colour_values(picture)
-    values = np.asarray(picture)
+    raise CrackSegError(f"found a picture of mode {picture.mode}, expected grey, a palette or RGB")
+
+
+def deep_plane(values: np.ndarray) -> np.ndarray:
+    "Return the values of a mask of more than 8 bits as uint8 (H, W), with 65535 as 255."
+    if values.ndim == 3:
+        if (values != values[..., :1]).any():
+            raise CrackSegError("found colours of 16 bits, expected one plane of values, or RGB with equal channels")
+        values = values[..., 0]
     values = np.where(values == 65535, 255, values)
-    if values.ndim == 2 and np.isin(values, np.arange(256)).all():
+    if np.isin(values, np.arange(256)).all():
         return values.astype(np.uint8)
     raise CrackSegError(
-        f"found values such as {np.unique(values)[-1]:g} ({picture.mode}), expected 0 and 1, 0 and 255, or 0 and 65535"
+        f"found values such as {np.unique(values)[-1]:g} ({values.dtype}), expected 0 and 1, 0 and 255, or 0 and 65535"
     )
 
 
 # %% ../../nbs/sources/02_images.ipynb #4cd823c0
 IDS_EXPECTED = "class ids as grey values or as indices of a palette, not painted in their colours"
-STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # by which Pillow multiplies greys of few bits
+STRETCHED = {"L;2": 85, "L;4": 17}  # by which Pillow multiplies greys of few bits
 
 
 def id_values(picture: Image.Image) -> np.ndarray:
     "Return an upright mask's values as its file stores them, uint8 (H, W), with 65535 as 255."
-    if picture.mode == "P":
-        return np.asarray(picture)
+    if picture.mode in ("P", "1"):
+        return np.asarray(picture).astype(np.uint8)
     if picture.mode in ("RGB", "RGBA", "LA"):
         return colour_values(picture, IDS_EXPECTED)
     return plane_values(picture)
@@ -166,16 +413,25 @@ def mask_values(
 ) -> np.ndarray:
     "Read a mask file's raw values as uint8 (H, W); raise CrackSegError naming the file where they are unclear."
 
-    def read(picture):
-        stored = str(picture.tile[0].args) if picture.tile else ""  # Pillow forgets it when it decodes
-        if picture.getexif().get(274, 1) != 1:
-            picture = ImageOps.exif_transpose(picture)
-        try:
-            return id_values(picture) // STRETCHED.get(stored, 1) if class_ids else plane_values(picture)
-        except CrackSegError as error:
-            raise CrackSegError(f"{path}: {error}") from error
+    def decode(picture):
+        if is_deep(picture):
+            return None
+        stretch = STRETCHED.get(stored_as(picture), 1)
+        ImageOps.exif_transpose(picture, in_place=True)
+        with naming(path):
+            return id_values(picture) // stretch if class_ids else plane_values(picture)
 
-    return open_picture(path, read)
+    try:
+        values = open_picture(path, decode)
+    except CrackSegError as error:
+        if not unknown_tiff(path, error):
+            raise
+        values = None
+    if values is not None:
+        return values
+    pixels = read_pixels(path)
+    with naming(path):
+        return deep_plane(pixels)
 
 
 # %% ../../nbs/sources/02_images.ipynb #3a3bebf5
@@ -214,7 +470,8 @@ def matlab_values(path) -> np.ndarray:
     from scipy.io import loadmat  # scipy takes longer to start than all the rest of this chapter
 
     try:
-        values = loadmat(path, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
+        file = path.open() if isinstance(path, Content) else path
+        values = loadmat(file, variable_names=["groundTruth"])["groundTruth"][0, 0]["Segmentation"]
         if values.ndim == 2 and values.size and values.max() <= 255:
             return values.astype(np.uint8)
     except FileNotFoundError as error:
@@ -244,7 +501,7 @@ def read_mask(
     "Read a mask as uint8 (H, W) of class ids and 255 (void); raise CrackSegError on values that the encoding lacks."
     table = ENCODINGS[choose("mask_encoding", encoding, ENCODINGS)]
     values = raw_values(path, encoding)
-    mask = table[values]
+    mask = table.take(values)
     if (unknown := values[mask == UNKNOWN]).size:
         raise CrackSegError(
             f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}"
@@ -253,15 +510,42 @@ def read_mask(
 
 
 # %% ../../nbs/sources/02_images.ipynb #c716c99a
+PNG_NOTES = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may say its orientation
+
+
 def image_size(path) -> tuple[tuple[int, int], bool]:
     "Return an image's upright (width, height) from its header, and whether its EXIF orientation turns it."
 
     def look(picture):
-        # Pillow decodes a PNG to look for an orientation behind its pixels, where hardly anybody writes it.
-        orientation = 1 if picture.format == "PNG" and "exif" not in picture.info else picture.getexif().get(274, 1)
+        if picture.format == "TIFF":  # Pillow's size is that of the turned picture already
+            return picture.size, picture.tag_v2.get(274, 1) not in (0, 1)
+        if picture.format == "PNG" and isinstance(path, Content) and not any(word in path.data for word in PNG_NOTES):
+            return picture.size, False  # Pillow decodes a PNG to look for a note behind its pixels
+        orientation = picture.getexif().get(274, 1)
         return (picture.size[::-1] if orientation in (5, 6, 7, 8) else picture.size), orientation not in (0, 1)
 
-    return open_picture(path, look)
+    try:
+        return open_picture(path, look)
+    except CrackSegError as error:
+        if not unknown_tiff(path, error):
+            raise
+        return read_pixels(path).shape[1::-1], False
+
+
+# %% ../../nbs/sources/02_images.ipynb #1f0a6c52
+def check_same_size(
+    sample: Sample,
+    size: tuple[int, int],  # of the image: width, height
+    mask_size: tuple[int, int],
+    turned: bool = False,  # the image was turned by its EXIF orientation
+) -> None:
+    "Raise CrackSegError unless a sample's image and mask have one size."
+    if mask_size != size:
+        hint = " after its EXIF orientation is applied" if turned else ""
+        raise CrackSegError(
+            f"{sample.mask}: found a mask of {mask_size[0]}x{mask_size[1]} for an image of "
+            f"{size[0]}x{size[1]} ({Path(sample.image).name}){hint}, expected equal sizes"
+        )
 
 
 # %% ../../nbs/sources/02_images.ipynb #e5219ce1
@@ -270,112 +554,15 @@ def value_counts(values: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(values).histogram(), np.int64)
 
 
-# %% ../../nbs/sources/02_images.ipynb #2354763a
-@dataclass(frozen=True)
-class MaskFacts:
-    "Hold the facts that a scan keeps of a mask and its image."
-
-    values: frozenset[int]  # raw values that occur
-    is_jpeg: bool
-    turned: bool  # the image carries an EXIF orientation
-
-
-# %% ../../nbs/sources/02_images.ipynb #a67e6623
-def read_mask_facts(sample: Sample, encoding: str) -> MaskFacts:
-    "Read a sample's mask and its image's header; raise CrackSegError if their sizes differ."
-    size, turned = image_size(sample.image)
-    values = raw_values(sample.mask, encoding)
-    if values.shape != size[::-1]:
-        hint = " after its EXIF orientation is applied" if turned else ""
-        raise CrackSegError(
-            f"{sample.mask}: found a mask of {values.shape[1]}x{values.shape[0]} for an image of "
-            f"{size[0]}x{size[1]} ({sample.image.name}){hint}, expected equal sizes"
-        )
-    with open(sample.mask, "rb") as handle:
-        is_jpeg = handle.read(3) == b"\xff\xd8\xff"  # whatever its suffix says
-    return MaskFacts(frozenset(np.flatnonzero(value_counts(values)).tolist()), is_jpeg, turned)
-
-
-# %% ../../nbs/sources/02_images.ipynb #82206b5a
-def decide_encoding(samples: list[Sample], facts: list[MaskFacts]) -> str:
-    "Return the encoding that explains the masks of all samples; raise CrackSegError naming a file that fits none."
-    if any(fact.is_jpeg for fact in facts):
-        highest = max(max(fact.values) for fact in facts if fact.is_jpeg)
-        ids = any(1 in fact.values for fact in facts if not fact.is_jpeg)
-        if (highest >= 128 or highest == 0) and not ids:
-            return "threshold"
-        found = "others with class ids" if ids else f"values up to {highest}"
-        raise CrackSegError(
-            f"{samples[0].mask.parent}: found JPEG masks and {found}, expected JPEG masks of 0 and 255 only"
-        )
-    for sample, fact in zip(samples, facts):
-        if unknown := sorted(fact.values - {0, 1, 255}):
-            hint = "; several classes are read as 'folder' with class_names" if unknown[-1] < 64 else ""
-            raise CrackSegError(
-                f"{sample.mask}: found mask values {first_few(unknown, 5)}, expected 0 and 1, 0 and 255, "
-                f"or 0, 1 and 255 (void){hint}"
-            )
-    ids = [sample for sample, fact in zip(samples, facts) if 1 in fact.values]
-    full = [sample for sample, fact in zip(samples, facts) if 255 in fact.values]
-    if ids and full and not set(ids) & set(full):
-        raise CrackSegError(
-            f"{full[0].mask}: found 0 and 255, but {ids[0].mask.name} holds 0 and 1 and no mask holds all "
-            "three, so 255 could mean crack or void; expected one encoding for all masks"
-        )
-    return "0/255" if full and not ids else "ids"
-
-
-# %% ../../nbs/sources/02_images.ipynb #8c0a8290
-def check_ids(samples: list[Sample], facts: list[MaskFacts], classes: Classes) -> None:
-    "Raise CrackSegError naming the first mask that holds anything but ids of `classes` and void."
-    expected = f"0 to {len(classes) - 1} ({first_few(classes.names, 6)}) or {VOID} for void"
-    known, errors = {*range(len(classes)), VOID}, []
-    for sample, fact in zip(samples, facts):
-        if fact.is_jpeg:
-            errors.append(f"{sample.mask}: found a JPEG mask, which smears class ids; expected PNG")
-        elif beyond := sorted(fact.values - known):
-            errors.append(
-                f"{sample.mask}: found class id{'s' * (len(beyond) > 1)} {first_few(beyond, 5)}, expected {expected}"
-            )
-    raise_first([CrackSegError(error) for error in errors])
-    if {VOID} <= frozenset().union(*(fact.values for fact in facts)) <= {0, VOID}:
-        raise CrackSegError(
-            f"{samples[0].mask.parent}: found only 0 and {VOID} in all masks, expected class ids {expected}; "
-            "masks of 0 and 255 are read without class_names, or with mask_encoding '0/255'"
-        )
-
-
-# %% ../../nbs/sources/02_images.ipynb #442f0770
-def scan_masks(
-    samples: list[Sample],
-    encoding: str = "auto",  # or a key of ENCODINGS: then masks are only checked against it
-    classes: Classes = Classes(),  # that 'class_ids' may name
-) -> tuple[str, list[str]]:
-    "Look at every mask; return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
-    choose("mask_encoding", encoding, ["auto", *ENCODINGS])
-    facts = in_threads(partial(read_mask_facts, encoding=encoding), samples, "masks")
-    raise_first(facts)
-    if encoding == "auto":
-        encoding = decide_encoding(samples, facts)
-    if encoding == "class_ids":
-        check_ids(samples, facts, classes)
-    known = set(np.flatnonzero(ENCODINGS[encoding] != UNKNOWN).tolist())
-    odd = [(sample.mask, sorted(fact.values - known)) for sample, fact in zip(samples, facts) if fact.values - known]
-    expected = EXPECTED[encoding]
-    raise_first(
-        [
-            CrackSegError(f"{mask}: found mask values {first_few(odd_values, 5)}, expected {expected}")
-            for mask, odd_values in odd
-        ]
-    )
-    notes = []
-    if encoding == "threshold":
-        notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
-    if encoding in ("ids", "class_ids") and any(VOID in fact.values for fact in facts):
-        notes.append("mask value 255 means void")
-    if turned := sum(fact.turned for fact in facts):
-        notes.append(f"{turned} images are turned by their EXIF orientation")
-    return encoding, notes
+# %% ../../nbs/sources/02_images.ipynb #71b5a0ce
+def is_jpeg(
+    path,  # of a picture, or its Content
+) -> bool:
+    "Tell whether a file is a JPEG, whatever its suffix says."
+    if isinstance(path, Content):
+        return path.data.startswith(b"\xff\xd8\xff")
+    with open(path, "rb") as handle:
+        return handle.read(3) == b"\xff\xd8\xff"
 
 
 # %% ../../nbs/sources/02_images.ipynb #882fad02

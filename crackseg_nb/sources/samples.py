@@ -106,6 +106,7 @@ class Sample:
     group: str  # samples of one group show the same photo
     split: str | None = None  # 'train', 'val' or 'test' as published, or None
     label: int | None = None  # id of the class of the whole image
+    white: int | None = None  # what an image of more than 8 bits shows as 255, as the set decides
 
 
 # %% ../../nbs/sources/01_samples.ipynb #1e587d74
@@ -121,6 +122,7 @@ class Source:
     classes: Classes = Classes()
     mask_encoding: str = "ids"  # how `read_mask` is to understand the mask files; LABELS where there are none
     notes: list[str] = field(default_factory=list)  # what a reader of results should know
+    facts: dict = field(default_factory=dict, repr=False, compare=False)  # by name, what the inspection found
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,3 +148,5 @@ class Reader:
     classes: Classes | None = Classes()  # of the published masks; None: any that the user names, or those of `labels`
     fetch: Callable | None = None  # () -> root, for a set that can be downloaded
     labels: Callable | None = None  # (root) -> names of the classes, where images carry labels and no masks
+    group: Callable | None = None  # (samples, facts) -> (samples, notes), where pictures tell which share a photo
+    tiles: bool = False  # `group` compares the borders of images

@@ -60,7 +60,6 @@ from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import display_path, read_if_there, read_yaml, write_table
 from ..core.machine import get_device
 from ..data.augment import create_augmentation
-from ..data.splits import make_splits
 from ..figures.charts import label_means
 from ..figures.photos import CURVE_COLOURS, save_figure, shorten
 from ..figures.style import styled
@@ -68,7 +67,7 @@ from ..metrics.statistics import compare_repeats, least_effect
 from ..models.registry import count_flops, count_parameters
 from ..models.settings import ENCODERS
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
-from ..runs.experiment import find_source, make_model
+from ..runs.experiment import load_splits, make_model
 from ..runs.jobs import JobConfig
 from ..runs.results import class_table
 from ..runs.sweep import Sweep, rank, read_fixed, read_settings, score
@@ -492,8 +491,7 @@ def loading(
     "Return images per second of loading, and of the fastest and the slowest encoder in use and in training."
     config, table = self.run_config(self.config.encoders[0]), self.table()
     with hidden_bars():
-        source = find_source(config)
-    splits, size = make_splits(source, config.data.fractions, config.run.seed), (config.data.image_size,) * 2
+        splits, size = load_splits(config), (config.data.image_size,) * 2
     augmentation = create_augmentation(config.data.augmentation, size, fit=config.data.fit)
     found = measure_loading(
         splits.train[:images],

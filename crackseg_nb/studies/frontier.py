@@ -33,12 +33,11 @@ from ..core.files import outputs_folder, read_yaml, write_table
 from ..core.machine import get_device, logger
 from ..core.run_folder import RunFolder, create_run_folder, find_finished_run
 from ..core.seeds import seed_everything
-from ..data.splits import make_splits
 from ..metrics.counts import create_metrics
 from ..runs.config import ExperimentConfig, configure
 from crackseg_nb.runs.experiment import (
-    find_source,
     learned_splits,
+    load_splits,
     make_criterion,
     make_datasets,
     make_loaders,
@@ -147,7 +146,7 @@ class Frontier:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.student, self.teacher = (self.runs[name] for name in (config.student, config.teacher))
         own = self.student.config
-        self.splits = learned_splits(own, make_splits(find_source(own), own.data.fractions, own.run.seed))
+        self.splits = learned_splits(own, load_splits(own))
         self.loaders = make_loaders(own, make_datasets(own, self.splits))
 
     def check_runs(self) -> None:

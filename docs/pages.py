@@ -1,0 +1,390 @@
+"""What the site adds to the notebooks: their processing, navigation, the gallery, the reference, and llms.txt."""
+
+import inspect
+import json
+import posixpath
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+from execnb.nbio import dict2nb
+from fastcore.docments import docments
+from nbdev import processors
+from nbdev.process import NBProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+FENCED_BLOCK = re.compile(r"(^```.*?^```)", re.M | re.S)
+LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:|#)([^)\s]+)\)")
+IMPORT = re.compile(r"^from (crackseg_nb[\w.]*) import (\([^)]*\)|.*)$", re.M)
+# A name in highlighted Python that is neither an attribute nor the left side of an assignment or a keyword.
+CODE_NAME = re.compile(r'(?<!<span class="o">\.</span>)<span class="n">(\w+)</span>(?!<span class="o">=</span>)')
+DEFAULT_EXPORT = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+BLURB = "A reproducible study of crack and damage segmentation, written as notebooks."
+HOME = (
+    "Guides <docs/guides/index>",
+    "Notebooks <docs/notebooks>",
+    "Runs <docs/gallery>",
+    "Reference <docs/reference/index>",
+    "Glossary <docs/glossary>",
+    "CHANGELOG",
+    "CONTRIBUTING",
+    "SECURITY",
+    "CODE_OF_CONDUCT",
+)
+PROCESSORS = [
+    processors.populate_language,
+    processors.strip_ansi,
+    processors.hide_line,
+    processors.filter_stream_,
+    processors.hide_,
+    processors.clean_magics,
+]
+
+
+@cache
+def sections() -> dict[str, list[str]]:
+    "Return the notebooks of each section of nbs/sidebar.yml, in reading order, as names of pages."
+    sidebar = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text("utf-8"))
+    return {
+        section["section"]: ["nbs/" + name.removesuffix(".ipynb") for name in section["contents"]]
+        for section in sidebar["website"]["sidebar"]["contents"]
+    }
+
+
+def read_notebook(page: str) -> dict:
+    "Return the notebook behind a page."
+    return json.loads((ROOT / f"{page}.ipynb").read_text("utf-8"))
+
+
+@cache
+def chapters() -> dict[str, str]:
+    "Map the modules of the package to the pages of their chapters, in reading order."
+    found = {}
+    for page in sum(sections().values(), []):
+        match = DEFAULT_EXPORT.search("\n".join("".join(cell["source"]) for cell in read_notebook(page)["cells"]))
+        if match:
+            found[f"crackseg_nb.{match[1]}"] = page
+    return found
+
+
+def public_names(module: str) -> list[str]:
+    "Return the names that `module` exports for everyone."
+    return [name for name in import_module(module).__all__ if not name.startswith("_")]
+
+
+def toctree(*entries: str, hidden: bool = True, depth: int = 1) -> str:
+    "Return a table of contents as MyST text; an entry is a page, or `title <page>`."
+    rooted = [re.sub(r"(^|<)(?=[^<>]+>?$)", r"\1/", entry) for entry in entries]
+    options = [":hidden:"] if hidden else [f":maxdepth: {depth}", ":titlesonly:"]
+    return "\n".join(["```{toctree}", *options, "", *rooted, "```"])
+
+
+# Notebooks
+
+
+def mend_links(text: str, page: str) -> str:
+    """Lead the relative links of a markdown `text` to pages and files of the site.
+
+    A folder becomes its notebook. A run's notebook was written in nbs/, so its links start there. The text alone stays
+    of a link that leads nowhere any more, as in records that name old chapters.
+    """
+
+    def lead(match):
+        target, _, anchor = match[2].partition("#")
+        for start in (posixpath.dirname(page), "nbs"):
+            path = posixpath.normpath(posixpath.join(start, target))
+            for found in (path, f"{path}/result.ipynb", f"{path}/index.ipynb"):
+                if (ROOT / found).is_file():
+                    return f"[{match[1]}](/{found}{anchor and '#' + anchor})"
+        return match[1]
+
+    return "".join(part if part.startswith("```") else LINK.sub(lead, part) for part in FENCED_BLOCK.split(text))
+
+
+def figure_text(output: dict, heading: str) -> str:
+    "Return the alternative text of a stored figure: its own, or what its section is about."
+    own = next(
+        (kind["alt"] for kind in output.get("metadata", {}).values() if isinstance(kind, dict) and "alt" in kind), ""
+    )
+    return own or f"Figure of the section {heading}"
+
+
+def prepare_code(cell: dict, heading: str) -> None:
+    "Remove from a code `cell` what only tools read; name its figures."
+    tags = cell["metadata"].get("tags", [])
+    if "echo:" in cell["directives_"] or "input:" in cell["directives_"]:
+        tags = [*tags, "remove-input"]
+    cell["source"] = re.sub(r"^# NBVAL_\w+.*\n?", "", cell["source"], flags=re.M)
+    cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
+    cell["metadata"] = {"tags": tags}
+    texts = [figure_text(output, heading) for output in cell["outputs"] if PICTURES & output.get("data", {}).keys()]
+    if texts:
+        cell["metadata"]["mystnb"] = {"image": {"alt": texts[0]}}
+
+
+def prepare_notebook(text: str, page: str) -> dict:
+    "Process a notebook as nbdev does for its site, but keep the code; add commands, links and navigation."
+    module = DEFAULT_EXPORT.search("\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]))
+    processor = NBProcessor(nb=dict2nb(json.loads(text)), procs=PROCESSORS, process=True)
+    notebook = processor.nb
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = mend_links(cell.source, page)
+            heading = (re.findall(r"^#+ (.+)$", cell.source, re.M) or [heading])[-1]
+        elif cell.cell_type == "code":
+            prepare_code(cell, heading)
+    cells = [
+        {key: value for key, value in cell.items() if not key.endswith("_")}
+        for cell in notebook.cells
+        if cell.cell_type != "code" or cell.outputs or re.sub(r"^#\s*\|.*", "", cell.source, flags=re.M).strip()
+    ]
+    first = next(cell for cell in cells if cell["cell_type"] == "markdown")
+    title, _, rest = first["source"].partition("\n")
+    if page.startswith("outputs/"):
+        title = f"# {page.removeprefix('outputs/').removesuffix('/result')}"
+    opening = f"*In JupyterLab:* `.venv/bin/jupyter lab {page}.ipynb`"
+    if module:
+        opening += f" · *Reference:* [`crackseg_nb.{module[1]}`](/docs/reference/crackseg_nb.{module[1]}.md)"
+    first["source"] = "\n".join([title, rest, "", opening] if page != "nbs/index" else [title, rest])
+    trees = navigation(page)
+    if trees:
+        cells.append({"cell_type": "markdown", "metadata": {}, "source": trees})
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python", "pygments_lexer": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def navigation(page: str) -> str:
+    "Return the tables of contents that a page gets: the home page, indexes of parts, and runs of a study."
+    if page == "nbs/index":
+        return toctree(*HOME)
+    if page.startswith("nbs/") and page.endswith("/index"):
+        return toctree(*[name for name in sections()[page.split("/")[1].capitalize()] if name != page])
+    runs = sorted((ROOT / page).parent.glob("*/result.ipynb")) if page.startswith("outputs/") else []
+    return toctree(*[str(path.relative_to(ROOT).with_suffix("")) for path in runs]) if runs else ""
+
+
+def prepare(app, page: str, source: list[str]) -> None:
+    "Replace the text of a page by what the site shows of it."
+    if (ROOT / f"{page}.ipynb").exists():
+        source[0] = json.dumps(prepare_notebook(source[0], page))
+        return
+    parts = dict(doors=sections()["Start here"][1:], parts=[names[0] for name, names in sections().items()][1:])
+    text = mend_links(source[0], page)
+    for name, names in parts.items():
+        text = text.replace(f"<!-- {name} -->", toctree(*names, hidden=False, depth=2))
+    source[0] = text.replace("<!-- runs -->", gallery()) if "<!-- runs -->" in text else text
+
+
+def link_names(app, tree) -> None:
+    "Link names of the package that a notebook's or a guide's text quotes."
+    from docutils import nodes  # here, so that the rest is tested where Sphinx is not installed
+    from sphinx.addnodes import pending_xref
+
+    if app.env.docname.startswith(("docs/reference", "outputs/")):
+        return
+    for literal in list(tree.findall(nodes.literal)):
+        full = homes().get(literal.astext().removesuffix("()"))
+        if full and not isinstance(literal.parent, nodes.reference | pending_xref):
+            link = pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=full, refdoc=app.env.docname, refexplicit=True
+            )
+            literal.replace_self(link)
+            link += literal
+
+
+def known_names(page: str) -> dict[str, str]:
+    "Map the names that a notebook imports from the package or exports into it to their full names."
+    text = "\n".join("".join(cell["source"]) for cell in read_notebook(page)["cells"] if cell["cell_type"] == "code")
+    module = DEFAULT_EXPORT.search(text)
+    home = f"crackseg_nb.{module[1]}" if module else ""
+    known = {name: f"{home}.{name}" for name in public_names(home)} if home else {}
+    for home, names in IMPORT.findall(text):
+        if home in chapters():
+            known |= {name: f"{home}.{name}" for name in re.findall(r"\w+", names) if name in public_names(home)}
+    return known
+
+
+def link_code(app, page: str, template: str, context: dict, tree) -> None:
+    "Link the names of the package in a notebook's code to the reference."
+    if not (ROOT / f"{page}.ipynb").exists():
+        return
+    known = known_names(page)
+
+    def link(match):
+        if match[1] not in known:
+            return match[0]
+        module = known[match[1]].rpartition(".")[0]
+        target = context["pathto"](f"docs/reference/{module}")
+        return f'<a class="name" href="{target}#{known[match[1]]}">{match[0]}</a>'
+
+    context["body"] = CODE_NAME.sub(link, context["body"])
+
+
+@cache
+def homes() -> dict[str, str]:
+    "Map each public name of the package that only one module has to its full name."
+    found = {}
+    for module in chapters():
+        for name in public_names(module):
+            found.setdefault(name, []).append(f"{module}.{name}")
+    return {name: full[0] for name, full in found.items() if len(full) == 1}
+
+
+# Gallery
+
+
+def scores(results: dict) -> str:
+    "Return the headline of a run: its pooled test scores."
+    pooled = results["test"]["pooled"]
+    if "accuracy" in pooled:
+        return f"top-1 {pooled['accuracy']:.3f}, top-5 {pooled['top5_accuracy']:.3f}"
+    mean = "mean " if "per_class" in results["test"] else ""
+    return f"{mean}IoU {pooled['iou']:.3f}, {mean}F1 {pooled['f1']:.3f} (pooled)"
+
+
+def protocol(results: dict) -> str:
+    "Return in one sentence how a run was scored."
+    rule, test = results["protocol"], results["test"]
+    threshold = (
+        f"threshold {test['threshold']:.2f} chosen on {rule['split']['val']} validation images, "
+        if "threshold" in test
+        else ""
+    )
+    return (
+        f"{test['num_images']} test images, {threshold}epoch {rule['epoch']} of {rule['epochs_trained']}, "
+        f"weights {results['model']['weights']}"
+    )
+
+
+def card(folder: Path) -> str:
+    "Return the card of the run or study in `folder` for the gallery."
+    page = f"outputs/{folder.name}/result"
+    blurb = re.search(r"> (.+)", "".join(read_notebook(page)["cells"][0]["source"]))
+    lines = [f":::{{grid-item-card}} {folder.name}", f":link: /{page}", ":link-type: doc"]
+    pictures = [folder / "visualizations" / "best_cases.png", *sorted(folder.glob("*.png"))]
+    picture = next((path for path in pictures if path.exists()), None)
+    if picture:
+        lines += [
+            f":img-top: /{picture.relative_to(ROOT)}",
+            f":img-alt: {picture.stem.replace('_', ' ')} of {folder.name}",
+        ]
+    lines.append("")
+    if (folder / "final_results.yaml").exists():
+        results = yaml.safe_load((folder / "final_results.yaml").read_text("utf-8"))
+        lines += [f"**{scores(results)}**", "", protocol(results)]
+    else:
+        runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
+        found = [results["test"]["pooled"]["iou"] for results in runs]
+        lines += [f"**{len(runs)} runs, test IoU {min(found):.3f} to {max(found):.3f}**", ""] if runs else []
+        lines.append(blurb[1] if blurb else "")
+    return "\n".join([*lines, ":::"])
+
+
+def gallery() -> str:
+    "Return the grid of the runs that are kept in outputs/."
+    folders = [path.parent for path in sorted((ROOT / "outputs").glob("*/result.ipynb"))]
+    pages = [f"outputs/{folder.name}/result" for folder in folders]
+    return "\n".join(["::::{grid} 1 2 2 3", "", *map(card, folders), "::::", "", toctree(*pages)])
+
+
+# Reference
+
+
+def write_if_new(path: Path, text: str) -> None:
+    "Write `text` to `path` unless it is there, so that an unchanged page is not read anew."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+
+
+def write_reference() -> None:
+    "Write a page for each module, and their index by parts."
+    index = ["# Reference", "", "What each module exports, in reading order."]
+    wanted = {REFERENCE / "index.md", REFERENCE / "crackseg_nb.md"}
+    for part, names in sections().items():
+        modules = [module for module, page in chapters().items() if page in names]
+        if modules:
+            index += ["", f"## {part}", "", toctree(*[f"docs/reference/{module}" for module in modules], hidden=False)]
+        for module in modules:
+            page = f"# {module}\n\nChapter: {{doc}}`/{chapters()[module]}`\n\n"
+            page += f"```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+            wanted.add(REFERENCE / f"{module}.md")
+            write_if_new(REFERENCE / f"{module}.md", page)
+    index[3:3] = ["", toctree("docs/reference/crackseg_nb", hidden=False)]
+    public = "```{eval-rst}\n.. automodule:: crackseg_nb\n   :no-members:\n\n```"
+    names = "\n".join(f"- `{name}`" for name in import_module("crackseg_nb").__all__)
+    write_if_new(REFERENCE / "crackseg_nb.md", f"# crackseg_nb\n\n{public}\n\n{names}\n")
+    write_if_new(REFERENCE / "index.md", "\n".join(index) + "\n")
+    for path in set(REFERENCE.glob("*.md")) - wanted:
+        path.unlink()
+
+
+def plain(value) -> str:
+    "Return an annotation or a default as one reads it; no address in memory."
+    text = inspect.formatannotation(value) if not isinstance(value, str | int | float | tuple) else repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def describe(app, what: str, name: str, target, options, lines: list[str]) -> None:
+    "Add the table of parameters, read from the comments beside them, to a docstring."
+    lines[:] = [re.sub(r"(?<![\\`])([*|])", r"\\\1", line) if "`" not in line else line for line in lines]
+    if what not in ("class", "function", "method"):
+        return
+    try:
+        found = docments(target, full=True)
+    except (TypeError, ValueError, OSError, SyntaxError):  # no source of its own to read comments from
+        return
+    rows = [
+        (name, entry)
+        for name, entry in found.items()
+        if name not in ("self", "cls") and (name != "return" or entry["anno"] not in (None, inspect.Parameter.empty))
+    ]
+    if not rows or rows[0][0] == "args":
+        return
+    lines += ["", ".. list-table::", "   :header-rows: 1", "   :class: parameters", ""]
+    for row in [("Parameter", "Type", "Default", "Meaning"), *(cells(*row) for row in rows)]:
+        lines += ["   * - " + row[0], *("     - " + cell for cell in row[1:])]
+    lines.append("")
+
+
+def cells(name: str, entry: dict) -> tuple[str, str, str, str]:
+    "Return the cells of a parameter's row."
+    kind, default = entry["anno"], entry["default"]
+    return (
+        f"``{name}``" if name != "return" else "*returns*",
+        "" if kind is inspect.Parameter.empty or kind is None else f"``{plain(kind)}``",
+        "" if default is inspect.Parameter.empty or name == "return" else f"``{plain(default)}``",
+        (entry["docment"] or "").replace("*", r"\*").replace("|", r"\|").replace("\n", " "),
+    )
+
+
+# llms.txt
+
+
+def write_llms(app, error) -> None:
+    "Write llms.txt: every page with its title, in reading order."
+    if error or app.builder.format != "html":
+        return
+    env = app.env
+    lines = ["# crackseg_nb", "", f"> {BLURB}", ""]
+    for page in order(env, app.config.root_doc):
+        lines.append(f"- [{env.titles[page].astext()}]({page}.html)")
+    Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def order(env, page: str):
+    "Yield `page` and what its tables of contents hold, as one reads it."
+    yield page
+    for child in env.toctree_includes.get(page, []):
+        yield from order(env, child)

@@ -1,0 +1,198 @@
+"""The site: what becomes of a notebook, links that lead somewhere, guides whose tables are those of the runs."""
+
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+check_links = importlib.import_module("check_links")
+pages = importlib.import_module("pages")
+
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.ipynb"))
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def notebook(*cells):
+    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n\n> blurb"), *cells])
+    return nbformat.writes(new)
+
+
+def code(source, *outputs):
+    return nbformat.v4.new_code_cell(source, outputs=list(outputs))
+
+
+def figure(**metadata):
+    return nbformat.v4.new_output("display_data", {"image/png": PNG}, metadata=metadata)
+
+
+def prepared(*cells, page="nbs/core/01_checks"):
+    "Return the cells of a notebook as the site shows them, the title left out."
+    return pages.prepare_notebook(notebook(*cells), page)["cells"][1:]
+
+
+def test_a_notebook_keeps_its_code_without_what_only_tools_read():
+    shown = prepared(
+        code("#| default_exp core.checks"),
+        code("#| hide\nhidden = 1"),
+        code("#| export\ndef kept(): pass"),
+        code("# NBVAL_CHECK_OUTPUT\nkept()"),
+        code("#| echo: false\nprint(1)", nbformat.v4.new_output("stream", text="1\n")),
+    )
+    assert [cell["source"].strip() for cell in shown[:2]] == ["def kept(): pass", "kept()"]
+    assert shown[2]["metadata"]["tags"] == ["remove-input"] and shown[2]["outputs"]
+    assert len(shown) == 3
+
+
+def test_progress_bars_go_and_figures_have_alternative_text():
+    bar = nbformat.v4.new_output("display_data", {pages.WIDGET: {}, "text/plain": "epoch 1: 0%"})
+    heading = nbformat.v4.new_markdown_cell("## Curves")
+    _, own, other = prepared(
+        heading, code("a", bar, figure(**{"image/png": {"alt": "loss falls"}})), code("b", figure())
+    )
+    assert len(own["outputs"]) == 1 and own["metadata"]["mystnb"]["image"]["alt"] == "loss falls"
+    assert other["metadata"]["mystnb"]["image"]["alt"] == "Figure of the section Curves"
+
+
+def test_links_lead_to_pages_and_the_text_stays_of_those_that_cannot():
+    text = "[a](02_files.ipynb) [b](../../outputs/quickstart) [c](gone.ipynb) `[d](gone)` <https://x.invalid> [e](https://x.invalid)"
+    mended = pages.mend_links(text, "nbs/core/01_checks")
+    assert "[a](/nbs/core/02_files.ipynb)" in mended and "[b](/outputs/quickstart/result.ipynb)" in mended
+    assert " c " in mended and "[e](https://x.invalid)" in mended
+    assert (
+        pages.mend_links("[one](run_experiment.ipynb)", "outputs/quickstart/result")
+        == "[one](/nbs/run_experiment.ipynb)"
+    )
+
+
+def test_a_page_opens_with_its_command_and_leads_on():
+    first = pages.prepare_notebook(notebook(code("#| default_exp core.checks")), "nbs/core/01_checks")["cells"][0]
+    assert "jupyter lab nbs/core/01_checks.ipynb" in first["source"] and "crackseg_nb.core.checks.md" in first["source"]
+    index = pages.prepare_notebook(notebook(), "nbs/core/index")["cells"][-1]["source"]
+    listed = re.findall(r"^/(nbs/core/\d\S+)$", index, re.M)
+    assert listed == [page for page in pages.sections()["Core"] if not page.endswith("index")]
+
+
+def test_parameters_are_described_by_the_comments_beside_them():
+    def sample(
+        size: int = 3,  # pixels on a side
+        *,
+        names: tuple[str, ...] = (),
+    ) -> float:  # seconds
+        "Take a sample."
+
+    lines = ["Take a sample."]
+    pages.describe(None, "function", "sample", sample, None, lines)
+    table = "\n".join(lines)
+    assert "``size``\n     - ``int``\n     - ``3``\n     - pixels on a side" in table
+    assert (
+        "``tuple[str, ...]``\n     - ``()``" in table
+        and "*returns*\n     - ``float``\n     - \n     - seconds" in table
+    )
+
+
+def test_names_in_code_link_to_the_reference():
+    span = '<span class="n">{}</span>'.format
+    point, equals = '<span class="o">.</span>', '<span class="o">=</span>'
+    body = span("choose") + span("unknown") + point + span("choose") + span("choose") + equals
+    context = dict(body=body, pathto=lambda page: f"/{page}.html")
+    pages.link_code(None, "nbs/core/01_checks", "", context, None)
+    target = "/docs/reference/crackseg_nb.core.checks.html#crackseg_nb.core.checks.choose"
+    link = f'<a class="name" href="{target}">{span("choose")}</a>'
+    assert context["body"] == body.replace(span("choose"), link, 1)
+    assert pages.known_names("nbs/training/02_losses")["CrackSegError"] == "crackseg_nb.core.checks.CrackSegError"
+
+
+def test_a_card_of_the_gallery_says_score_and_protocol():
+    card = pages.card(ROOT / "outputs" / "quickstart")
+    assert "**IoU 0.622, F1 0.767 (pooled)**" in card and "36 test images, threshold 0.45 chosen on 36" in card
+    assert ":img-alt: " in card and "12 runs, test IoU" in pages.card(ROOT / "outputs" / "ablation-deepcrack")
+
+
+def test_every_guide_is_listed_and_the_glossary_is_in_order():
+    listed = re.findall(
+        r"^(\w+)$", (ROOT / "docs" / "guides" / "index.md").read_text("utf-8").split("```{toctree}")[1], re.M
+    )
+    assert sorted(listed) == sorted(
+        path.stem
+        for path in (ROOT / "docs" / "guides").iterdir()
+        if path.suffix in (".md", ".ipynb") and path.stem != "index"
+    )
+    glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8").split("```{glossary}")[1]
+    terms = re.findall(r"^(\w.*)$", glossary, re.M)
+    assert len(terms) >= 40 and terms == sorted(terms, key=str.lower)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_the_tables_of_a_guide_are_those_of_the_runs(path):
+    names = {}
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                exec("".join(cell["source"]), names)
+            stored = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+            assert printed.getvalue() == stored, f"run {path.relative_to(ROOT)} again"
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<p id="here"><a href="#here"></a><a href="b.html#there"></a><a href="https://x.invalid"></a></p>'
+        '<img src="no.png">'
+    )
+    (tmp_path / "b.html").write_text('<a href="c.html"></a>')
+    broken, elsewhere, count = check_links.broken_links(tmp_path)
+    assert broken == ["a.html: b.html#there", "a.html: no.png", "b.html: c.html"] and (elsewhere, count) == (1, 2)
+
+
+def build(folder, *options):
+    pytest.importorskip("pydata_sphinx_theme", reason="the site needs the extra docs")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-j",
+        "2",
+        "-c",
+        "docs",
+        "-d",
+        folder / "read",
+        *options,
+        ".",
+        folder / "html",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "html", done.stderr
+
+
+@pytest.mark.slow
+def test_the_site_holds_every_public_name_and_no_broken_link(tmp_path):
+    from sphinx.util.inventory import InventoryFile
+
+    site, complaints = build(tmp_path)
+    assert not complaints
+    assert not check_links.broken_links(site)[0]
+    anchors = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    found = {name for kind, entries in anchors.items() if kind.startswith("py:") for name in entries}
+    wanted = {f"{module}.{name}" for module in pages.chapters() for name in pages.public_names(module)}
+    assert not wanted - found
+    for page in sum(pages.sections().values(), []):
+        assert (site / f"{page}.html").exists()
+
+
+@pytest.mark.slow
+def test_two_builds_are_equal(tmp_path):
+    part = "include_patterns=nbs/index.ipynb,nbs/core/*.ipynb,docs/*.md,docs/reference/crackseg_nb.core.*.md"
+    first, second = (build(tmp_path / name, "-D", part)[0] for name in "ab")
+    files = {path.relative_to(first): path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(second): path.read_bytes() for path in second.rglob("*") if path.is_file()}
