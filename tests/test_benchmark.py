@@ -184,6 +184,15 @@ def test_precision_is_decided_once_for_all(make_contest, monkeypatch):
         assert contestants["bare"].model(torch.zeros(2, 3, 32, 32)).dtype == torch.bfloat16
 
 
+def test_the_clock_is_read_when_the_device_has_nothing_left_to_do(monkeypatch):
+    done = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda device: done.append("wait"))
+        patch.setattr(race_module.time, "perf_counter", lambda: float(done.append("look") or len(done)))
+        seconds_of(lambda: done.append("work"), torch.device("cuda"))
+    assert done == ["wait", "look", "work", "wait", "look"]
+
+
 @pytest.mark.gpu
 def test_the_clock_waits_for_the_device(make_contest):
     device, square = torch.device("cuda"), torch.randn(8192, 8192, device="cuda")
