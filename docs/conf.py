@@ -22,7 +22,7 @@ copyright = "2026 onwards, The crackseg_nb authors"
 root_doc = "nbs/index"
 include_patterns = [
     *("nbs/**.ipynb", "outputs/*/result.ipynb", "outputs/*/*/result.ipynb"),
-    *("docs/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"),
+    *("docs/**.md", "docs/**.ipynb", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"),
 ]
 exclude_patterns = [".*", "**/.*", "_*", "build", "dist", "crackseg_nb", "tests", "data", "docs/_*"]
 templates_path = ["_templates"]
