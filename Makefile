@@ -59,7 +59,7 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
 
-TESTS = pytest -n 3 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+TESTS = pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
   $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
 test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
