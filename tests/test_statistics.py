@@ -16,6 +16,7 @@ from crackseg_nb.metrics.statistics import (
     achieved_significance,
     bootstrap,
     compare_all,
+    compare_repeats,
     conclude,
     holm,
     paired_bootstrap,
@@ -239,6 +240,16 @@ def test_holm_equals_the_closure_of_bonferroni(num_cases):
             for number in numbers
         ]
         np.testing.assert_allclose(holm(p_values), expected)
+
+
+def test_repeats_are_compared_pair_by_pair_as_scipy_does():
+    "Each system ranks the seeds in its own way, so that a score with another partner gives another interval."
+    one, other = np.random.default_rng(0).normal(0.5, 0.1, (2, 6))
+    found = compare_repeats(pd.DataFrame({"one": one, "other": other})).iloc[0]
+    expected = stats.ttest_rel(one, other)
+    interval = expected.confidence_interval(0.95)
+    assert found[["difference", "p"]].tolist() == pytest.approx([np.mean(one - other), expected.pvalue])
+    assert found[["low", "high"]].tolist() == pytest.approx([interval.low, interval.high])
 
 
 def test_spread_equals_the_t_test(num_cases):
