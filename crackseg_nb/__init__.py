@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
-__all__ = ["compare", "configure", "load_model", "predict", "run"]
+__all__ = ["compare", "configure", "load_model", "measure_folder", "predict", "run"]
 
 if TYPE_CHECKING:
     from .evidence.comparison import compare
     from .inference.prediction import predict
+    from .measure.photos import measure_folder
     from .runs.config import configure
     from .runs.experiment import run
     from .runs.trained_model import load_model
@@ -21,6 +22,7 @@ _HOMES = {
     "compare": "evidence.comparison",
     "configure": "runs.config",
     "load_model": "runs.trained_model",
+    "measure_folder": "measure.photos",
     "predict": "inference.prediction",
     "run": "runs.experiment",
 }
