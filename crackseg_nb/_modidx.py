@@ -1411,6 +1411,10 @@ d = {
                 "inference/photos.html#check_side",
                 "crackseg_nb/inference/photos.py",
             ),
+            "crackseg_nb.inference.photos.covered_pixels": (
+                "inference/photos.html#covered_pixels",
+                "crackseg_nb/inference/photos.py",
+            ),
             "crackseg_nb.inference.photos.decode": ("inference/photos.html#decode", "crackseg_nb/inference/photos.py"),
             "crackseg_nb.inference.photos.dtypes_of": (
                 "inference/photos.html#dtypes_of",

@@ -22,6 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 def become_kernel(order):
     "Turn this fork into a kernel: its own session, environment, folder and files."
+    import matplotlib
     from ipykernel.kernelapp import IPKernelApp
 
     os.setsid()
@@ -34,6 +35,8 @@ def become_kernel(order):
     nowhere = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nowhere, number)
+    # A kernel asks for figures in the notebook through the environment, before matplotlib is imported.
+    matplotlib.use("module://matplotlib_inline.backend_inline")
     IPKernelApp.launch_instance(argv=["-f", order["connection_file"]])
 
 

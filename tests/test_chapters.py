@@ -42,6 +42,8 @@ def project(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
     shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "kernels.py", tmp_path / "tests")
     (tmp_path / "constraints.txt").write_text("torch==2\n")
     (tmp_path / "nbs" / "training").mkdir(parents=True)
     write_chapter(tmp_path, "from crackseg_nb.near import one\n\none()")

@@ -43,7 +43,8 @@ def test_a_wheel_holds_the_modules_the_doors_and_the_marker_of_types(built):
     found = {str(path.relative_to(built)) for path in built.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "crackseg_nb").rglob("*.py")}
     assert "run_experiment.ipynb" in doors()
-    assert found == modules | {f"crackseg_nb/doors/{name}" for name in doors()} | {"crackseg_nb/py.typed"}
+    others = {"crackseg_nb/py.typed", "crackseg_nb/figures/crackseg.mplstyle"}
+    assert found == modules | {f"crackseg_nb/doors/{name}" for name in doors()} | others
 
 
 def test_an_installed_package_finds_its_doors_and_writes_into_the_working_directory(built, tmp_path):

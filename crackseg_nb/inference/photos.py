@@ -12,6 +12,7 @@ __all__ = [
     "Photo",
     "fill_outside",
     "DecodedPhoto",
+    "covered_pixels",
     "decode",
     "white_of",
     "to_bytes",
@@ -42,7 +43,7 @@ from PIL import Image, ImageOps
 # %% ../../nbs/inference/01_photos.ipynb #6c79f8a5
 from ..core.checks import CrackSegError, first_few, first_line
 from ..sources.folders import PICTURES
-from ..sources.images import MAX_PIXELS, open_picture, to_rgb
+from ..sources.images import MAX_PIXELS, open_picture, read_image
 
 # %% ../../nbs/inference/01_photos.ipynb #fc738264
 OUTSIDE = np.array([124, 116, 104], np.uint8)  # ImageNet's mean colour, with which training fills what no photo covers
@@ -90,13 +91,17 @@ class DecodedPhoto(Photo):
         return fill_outside(self.rows[start:stop], covered)
 
 
-def decode(picture: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    "Return an upright picture as RGB, and where it is not transparent; None where it is opaque throughout."
-    covered = None
-    if picture.has_transparency_data:
-        alpha = np.asarray(ImageOps.exif_transpose(picture).convert("RGBA"))[..., 3]
-        covered = None if alpha.all() else alpha > 0
-    return to_rgb(picture), covered
+def covered_pixels(picture: Image.Image) -> np.ndarray | None:
+    "Return where an upright picture is not transparent; None where it is opaque throughout."
+    if not picture.has_transparency_data:
+        return None
+    alpha = np.asarray(ImageOps.exif_transpose(picture).convert("RGBA"))[..., 3]
+    return None if alpha.all() else alpha > 0
+
+
+def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    "Return a photo as upright RGB, as training reads it, and where it is not transparent."
+    return read_image(path), open_picture(path, covered_pixels)
 
 
 # %% ../../nbs/inference/01_photos.ipynb #e0a5e5cb
@@ -247,7 +252,7 @@ def open_photo(
     allow_heif(path)
     reason = reason_for_windows(path, limit)
     if not reason:
-        yield check_side(DecodedPhoto(path, *open_picture(path, decode)))
+        yield check_side(DecodedPhoto(path, *decode(path)))
         return
     rasterio = need_rasterio(path, reason)
     with quiet_gdal(rasterio):

@@ -188,8 +188,8 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
 def _size(path):
     try:
         return image_size(path)
-    except CrackSegError:
-        if path.exists() and cv2.haveImageReader(str(path)):
+    except CrackSegError as error:
+        if "million" in str(error) and cv2.haveImageReader(str(path)):
             return (MAX_PIXELS, 2), False  # too large for that reader
         raise
 

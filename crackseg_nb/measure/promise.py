@@ -6,6 +6,8 @@
 __all__ = ["THRESHOLDS", "missed_length", "promised_threshold"]
 
 # %% ../../nbs/measure/07_promise.ipynb #9e14b7d3
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -14,14 +16,14 @@ from ..core.checks import CrackSegError, check_number
 from .cracks import center_line
 
 # %% ../../nbs/measure/07_promise.ipynb #84ea1f3b
-THRESHOLDS = np.round(np.arange(1, 100) / 100, 2)
+THRESHOLDS = tuple(count / 100 for count in range(1, 100))
 
 
 def missed_length(
     probability: np.ndarray,  # (H, W) of 0..1
     mask: np.ndarray,  # (H, W), the true one; pixels of cracks above 0
     tolerance: int = 2,  # how far a prediction may lie from the line, in pixels
-    thresholds: np.ndarray = THRESHOLDS,
+    thresholds: Sequence[float] = THRESHOLDS,
 ) -> np.ndarray:
     "Return the fraction of the length of the true cracks that is missed at each threshold."
     probability, mask = np.asarray(probability, np.float32), np.asarray(mask) > 0
@@ -39,7 +41,7 @@ def missed_length(
 def promised_threshold(
     losses: np.ndarray,  # (N, T), of N validation images at each threshold
     bound: float,  # of the expected fraction that is missed
-    thresholds: np.ndarray = THRESHOLDS,  # (T,), rising
+    thresholds: Sequence[float] = THRESHOLDS,  # (T,), rising
 ) -> float:
     "Return the largest threshold at which the expected loss of the next image is at most `bound`."
     check_number("bound", bound, float, 0.001, 0.999)

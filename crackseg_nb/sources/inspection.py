@@ -21,6 +21,7 @@ __all__ = [
 
 # %% ../../nbs/sources/05_inspection.ipynb #0cf3d7e8
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -75,7 +76,9 @@ class FileFacts:
 def used_colours(mask: Content, values: np.ndarray) -> dict[int, tuple[int, int, int]] | None:
     "Return the colour of each palette index that occurs in a mask, None for a mask without a palette."
     colours = open_picture(mask, palette_of)
-    return colours and {index: colours[index] for index in np.flatnonzero(value_counts(values)) if index < len(colours)}
+    return colours and {
+        int(index): colours[index] for index in np.flatnonzero(value_counts(values)) if index < len(colours)
+    }
 
 
 def inspect(
@@ -207,12 +210,15 @@ def check_ids(samples: list[Sample], facts: list[FileFacts], classes: Classes) -
 # %% ../../nbs/sources/05_inspection.ipynb #95f1c3da
 def check_palettes(samples: list[Sample], facts: dict[str, FileFacts]) -> None:
     "Raise CrackSegError naming the first mask whose palette gives an index another colour, or a colour another index."
+    palettes = [(sample, facts[sample.name].colours or {}) for sample in samples]
+    shared = {colour for _, colours in palettes for colour, count in Counter(colours.values()).items() if count > 1}
     by_index, by_colour = {}, {}
-    for sample in samples:
-        for index, colour in (facts[sample.name].colours or {}).items():
+    for sample, colours in palettes:
+        for index, colour in colours.items():
             for known, key, value in ((by_index, index, colour), (by_colour, colour, index)):
                 there, other = known.setdefault(key, (value, sample))
-                if there != value:
+                # A palette may show several indices in one colour; such a colour tells nothing of an index.
+                if there != value and key not in shared:
                     raise CrackSegError(
                         f"{sample.mask}: found a palette that differs from that of {other.mask.name} (index {index} is "
                         f"the colour {colour}), expected one palette for all masks, or grey class ids"
