@@ -27,7 +27,7 @@ class Page(HTMLParser):
 def broken_links(site: Path) -> tuple[list[str], int, int]:
     "Return the broken links of all pages below `site`, how many links lead elsewhere, and the number of pages."
     read, broken, elsewhere = cache(Page), [], 0
-    pages = sorted(site.rglob("*.html"))
+    pages = sorted(path for path in site.rglob("*.html") if "_static" not in path.parts)  # templates of the theme
     for path in pages:
         for link in read(path).links:
             parts = urlsplit(link)

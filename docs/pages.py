@@ -308,6 +308,17 @@ def write_if_new(path: Path, text: str) -> None:
         path.write_text(text, "utf-8")
 
 
+def directive(module: str, name: str) -> str:
+    "Return what documents a public name of `module`; a short value is shown."
+    value = getattr(import_module(module), name)
+    if isinstance(value, type):
+        return f".. autoclass:: {name}\n   :members:\n   :undoc-members:"
+    if callable(value):
+        return f".. autofunction:: {name}"
+    shown = isinstance(value, str | int | float | tuple) and len(repr(value)) <= 80
+    return f".. py:data:: {name}\n" + (f"   :value: {value!r}\n" if shown else "")
+
+
 def write_reference() -> None:
     "Write a page for each module, and their index by parts."
     index = ["# Reference", "", "What each module exports, in reading order."]
@@ -318,7 +329,9 @@ def write_reference() -> None:
             index += ["", f"## {part}", "", toctree(*[f"docs/reference/{module}" for module in modules], hidden=False)]
         for module in modules:
             page = f"# {module}\n\nChapter: {{doc}}`/{chapters()[module]}`\n\n"
-            page += f"```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+            names = "\n\n".join(directive(module, name) for name in public_names(module))
+            page += f"```{{eval-rst}}\n.. automodule:: {module}\n   :no-members:\n\n"
+            page += f".. currentmodule:: {module}\n\n{names}\n```\n"
             wanted.add(REFERENCE / f"{module}.md")
             write_if_new(REFERENCE / f"{module}.md", page)
     index[3:3] = ["", toctree("docs/reference/crackseg_nb", hidden=False)]
