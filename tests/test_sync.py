@@ -183,6 +183,16 @@ def test_a_notebook_shows_no_failed_cell(path):
     assert not errors, f"{path.name}: {errors}"
 
 
+@every_notebook
+def test_a_notebook_keeps_no_progress_bar(path):
+    "Neither as a widget, which shows nothing once its kernel is gone, nor as a line for each state of it."
+    notebook = json.loads(path.read_text("utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    bars = [output for output in outputs if any("widget" in kind for kind in output.get("data", {}))]
+    bars += [output for output in outputs if "\r" in "".join(output.get("text", ""))]
+    assert not bars and "widgets" not in notebook["metadata"], f"{path.name}: run it with TQDM_DISABLE=1"
+
+
 def test_the_sidebar_holds_every_notebook_in_reading_order():
     "Doors first, then the parts: the index of a part, then its chapters by number."
     sections = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text("utf-8"))["website"]["sidebar"]["contents"]
