@@ -71,6 +71,7 @@ test-all: $(DOCS_STAMP)  ## the same and the slow tests, then one number: the pa
 	$(BIN)/coverage combine --quiet && echo "coverage: $$($(BIN)/coverage report --format=total) %"; exit $$status
 
 chapters: $(STAMP)  ## clean the notebooks and export the package
+	@$(BIN)/python .ci/clean.py
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
 	@$(BIN)/ruff format --quiet crackseg_nb
@@ -87,6 +88,7 @@ types: $(STAMP)  ## check the types of the package, at the level that ty.toml se
 	@$(BIN)/ty check --python $(VENV)
 
 clean-nbs: $(STAMP)  ## clean the notebooks only
+	@$(BIN)/python .ci/clean.py
 	@$(BIN)/nbdev_clean
 
 readme: $(STAMP)  ## write README.md from nbs/index.ipynb

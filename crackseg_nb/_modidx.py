@@ -1214,28 +1214,12 @@ d = {
                 "inference/models.html#alignment_of",
                 "crackseg_nb/inference/models.py",
             ),
-            "crackseg_nb.inference.models.data_of": (
-                "inference/models.html#data_of",
-                "crackseg_nb/inference/models.py",
-            ),
-            "crackseg_nb.inference.models.find_trained": (
-                "inference/models.html#find_trained",
-                "crackseg_nb/inference/models.py",
-            ),
-            "crackseg_nb.inference.models.load_model": (
-                "inference/models.html#load_model",
-                "crackseg_nb/inference/models.py",
-            ),
             "crackseg_nb.inference.models.load_network": (
                 "inference/models.html#load_network",
                 "crackseg_nb/inference/models.py",
             ),
             "crackseg_nb.inference.models.receptive_radius": (
                 "inference/models.html#receptive_radius",
-                "crackseg_nb/inference/models.py",
-            ),
-            "crackseg_nb.inference.models.threshold_of": (
-                "inference/models.html#threshold_of",
                 "crackseg_nb/inference/models.py",
             ),
         },
@@ -1387,8 +1371,8 @@ d = {
                 "inference/photos.html#rasterphoto.check_end",
                 "crackseg_nb/inference/photos.py",
             ),
-            "crackseg_nb.inference.photos.RasterPhoto.highest": (
-                "inference/photos.html#rasterphoto.highest",
+            "crackseg_nb.inference.photos.RasterPhoto.look_for_white": (
+                "inference/photos.html#rasterphoto.look_for_white",
                 "crackseg_nb/inference/photos.py",
             ),
             "crackseg_nb.inference.photos.RasterPhoto.read": (
@@ -1416,10 +1400,6 @@ d = {
                 "crackseg_nb/inference/photos.py",
             ),
             "crackseg_nb.inference.photos.decode": ("inference/photos.html#decode", "crackseg_nb/inference/photos.py"),
-            "crackseg_nb.inference.photos.dtypes_of": (
-                "inference/photos.html#dtypes_of",
-                "crackseg_nb/inference/photos.py",
-            ),
             "crackseg_nb.inference.photos.fill_outside": (
                 "inference/photos.html#fill_outside",
                 "crackseg_nb/inference/photos.py",
@@ -1446,14 +1426,6 @@ d = {
             ),
             "crackseg_nb.inference.photos.reason_for_windows": (
                 "inference/photos.html#reason_for_windows",
-                "crackseg_nb/inference/photos.py",
-            ),
-            "crackseg_nb.inference.photos.to_bytes": (
-                "inference/photos.html#to_bytes",
-                "crackseg_nb/inference/photos.py",
-            ),
-            "crackseg_nb.inference.photos.white_of": (
-                "inference/photos.html#white_of",
                 "crackseg_nb/inference/photos.py",
             ),
         },
@@ -1743,7 +1715,6 @@ d = {
                 "measure/photos.html#_read_large",
                 "crackseg_nb/measure/photos.py",
             ),
-            "crackseg_nb.measure.photos._size": ("measure/photos.html#_size", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._widen_all": (
@@ -2900,8 +2871,10 @@ d = {
                 "crackseg_nb/runs/command.py",
             ),
             "crackseg_nb.runs.command.main": ("runs/command.html#main", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.new_parser": ("runs/command.html#new_parser", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.parse_value": ("runs/command.html#parse_value", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.run_notebook": ("runs/command.html#run_notebook", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.take_outputs": ("runs/command.html#take_outputs", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.take_parameters": (
                 "runs/command.html#take_parameters",
                 "crackseg_nb/runs/command.py",
@@ -3588,6 +3561,7 @@ d = {
                 "sources/images.html#content.open",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.TooLarge": ("sources/images.html#toolarge", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.as_content": (
                 "sources/images.html#as_content",
                 "crackseg_nb/sources/images.py",

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.core.files import project_root, read_yaml
+from crackseg_nb.inference.models import load_network
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import prepare, run
 from crackseg_nb.runs.recipes import RECIPES
@@ -176,6 +177,11 @@ def test_the_published_layout_runs(folder, data_folder, begin):
     experiment = begin(configure(**settings, outputs=str(folder), run_name="cifar"))
     assert experiment.prepared.splits.lengths["test"] == 1000 and len(experiment.prepared.splits.classes) == 10
     assert experiment.config.model_config().num_classes == 10
+
+
+def test_it_is_refused_where_pixels_are_predicted(lender):
+    with pytest.raises(CrackSegError, match="model: found tiny, which names whole images"):
+        load_network(lender.folder.path, "cpu")
 
 
 def test_its_encoder_serves_the_hybrid(folder, lender, begin):

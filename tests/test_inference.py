@@ -19,7 +19,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.inference.commands import export_main, predict_main
 from crackseg_nb.inference.export import export_network
 from crackseg_nb.inference.files import BandStore
-from crackseg_nb.inference.models import TorchNetwork, alignment_of, load_model, receptive_radius
+from crackseg_nb.inference.models import TorchNetwork, alignment_of, receptive_radius
 from crackseg_nb.inference.networks import Facts, Network
 from crackseg_nb.inference.photos import DecodedPhoto, open_photo
 from crackseg_nb.inference.prediction import predict
@@ -28,6 +28,7 @@ from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.models.registry import create_model
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.trained_model import load_model
 from crackseg_nb.sources.images import normalize, read_image, read_mask
 from crackseg_nb.synthetic.cracks import synthesize
 
@@ -228,7 +229,7 @@ def test_bad_input_is_refused_before_work_begins(trained, photos, tmp_path):
     assert "found no run" in refused(tmp_path / "nothing", photos, out)
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(next((trained.folder / "checkpoints").glob("best*.safetensors")).read_bytes())
-    assert "without the config.yaml of their run" in refused(weights, photos, out)
+    assert "found no config.yaml beside these weights" in refused(weights, photos, out)
     Image.fromarray(np.zeros((20, 400, 3), np.uint8)).save(tmp_path / "thin.png")
     assert "found 20x400 pixels" in refused(Bright(), tmp_path / "thin.png", out)
     (tmp_path / "file").write_text("")

@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root
 from crackseg_nb.measure.cracks import measure_cracks
 from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
-from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo
+from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo, read_plane
 from crackseg_nb.measure.scale import Scale, scale_from_checkerboard, scale_from_marker
 
 rasterio = pytest.importorskip("rasterio")
@@ -217,3 +218,11 @@ def test_no_scale_is_said_and_a_scale_says_its_source(tmp_path):
     told = measure_photo(None, line, Scale(0.2, "a line of 100 mm", 0.004))[1].scale
     assert told == "0.2 mm/px ± 0.4 % (a line of 100 mm)"
     assert Frame().crs is None
+
+
+def test_a_mask_beyond_the_limit_of_pixels_is_read_all_the_same(tmp_path, monkeypatch):
+    values = np.zeros((40, 50), np.uint8)
+    values[10:12] = 255
+    Image.fromarray(values).save(tmp_path / "a_mask.png")
+    monkeypatch.setattr("crackseg_nb.sources.images.MAX_PIXELS", 1000)
+    assert (read_plane(tmp_path / "a_mask.png")[0] == values).all()

@@ -7,26 +7,26 @@ __all__ = ["predict_parser", "predict_main", "predict_parameters", "export_parse
 
 # %% ../../nbs/inference/09_commands.ipynb #ae2b04c2
 import argparse
-import textwrap
+import sys
 
 # %% ../../nbs/inference/09_commands.ipynb #ffc363e3
-from ..runs.command import command
+from ..core.checks import RESUME_CODE
+from ..runs.command import command, new_parser, take_outputs
 
 
 # %% ../../nbs/inference/09_commands.ipynb #e70e2eb0
 def predict_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_predict`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_predict",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Find cracks in photos of any size: masks, probabilities and overlays, with a manifest.",
-        epilog=textwrap.dedent("""\\
-            The same command goes on where it was killed, also inside a photo, and ends with the same bytes.
-            exit status: 0 done; 1 refused or failed, with one line that says why.
+    parser = new_parser(
+        "crackseg_predict",
+        "Find cracks in photos of any size: masks, probabilities and overlays, with a manifest.",
+        """\
+            The same command goes on where it was stopped or killed, also inside a photo, and ends with the same bytes.
+            exit status: 0 done; 75 stopped by Ctrl-C; 1 refused or failed, with one line that says why.
             examples:
               crackseg_predict --model bridge photos/ --out found
               crackseg_predict --model bridge --model pier 'survey/**/*.jpg' --tta flips --hysteresis 0.2 --specks 30
-              crackseg_predict --model bridge.onnx ortho.tif --shard 3/16"""),
+              crackseg_predict --model bridge.onnx ortho.tif --shard 3/16""",
     )
     parser.add_argument("images", nargs="+", help="photos, folders of photos, or patterns in quotes")
     parser.add_argument(
@@ -44,7 +44,7 @@ def predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="threads; no effect on the result")
     parser.add_argument("--shard", default="", help="part of the photos for one job of an array, such as 3/16")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--outputs", default="", help="folder of all runs (default: outputs/ of the project)")
+    take_outputs(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     return parser
 
@@ -59,8 +59,8 @@ def predict_main(words: list[str] | None = None) -> int:
     try:
         manifest = predict(given.pop("model"), given.pop("images"), progress=not quiet, **given)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is finished in {out}")
-        return 1
+        print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
+        return RESUME_CODE
     rule = manifest["mask"]
     print(f"{len(manifest['photos'])} photos, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
     return 0
@@ -75,20 +75,19 @@ def predict_parameters() -> list[str]:
 # %% ../../nbs/inference/09_commands.ipynb #ac65ff32
 def export_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_export`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_export",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Write a run as an ONNX file with classes, threshold and normalisation, if it predicts the same.",
-        epilog=textwrap.dedent("""\\
+    parser = new_parser(
+        "crackseg_export",
+        "Write a run as an ONNX file with classes, threshold and normalisation, if it predicts the same.",
+        """\
             The file is compared with the run at twelve odd sizes, which takes a minute.
             examples:
               crackseg_export bridge
-              crackseg_export outputs/bridge --out bridge.onnx --fixed-size 512"""),
+              crackseg_export outputs/bridge --out bridge.onnx --fixed-size 512""",
     )
     parser.add_argument("model", help="a run, or its checkpoint")
     parser.add_argument("--out", help="file to write (default: model.onnx in the run's folder)")
     parser.add_argument("--fixed-size", type=int, default=0, help="side of the only image that fits (default: any)")
-    parser.add_argument("--outputs", default="", help="folder of all runs (default: outputs/ of the project)")
+    take_outputs(parser)
     return parser
 
 

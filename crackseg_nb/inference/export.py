@@ -33,9 +33,11 @@ from torch import nn
 # %% ../../nbs/inference/08_export.ipynb #f4f6f53d
 from ..core.checks import CrackSegError, check_number, first_line
 from ..core.machine import quiet_loggers
+from ..core.run_folder import locate_weights
 from .files import beside
-from .models import TorchNetwork, find_trained, load_network
+from .models import TorchNetwork, load_network
 from .networks import Facts, Network, OnnxNetwork, write_facts
+from ..runs.trained_model import config_beside
 
 # %% ../../nbs/inference/08_export.ipynb #309c7b8e
 INPUT, OUTPUT = "images", "logits"
@@ -164,6 +166,5 @@ def export_run(
     check_number("fixed_size", fixed_size, int, 0)
     if fixed_size and (fixed_size < 64 or fixed_size % 32):
         raise CrackSegError(f"fixed_size: found {fixed_size}, expected a multiple of 32 from 64 up")
-    folder, _ = find_trained(model, outputs)
-    target = Path(path) if path else folder / "model.onnx"
+    target = Path(path) if path else config_beside(locate_weights("model", str(model), outputs)).with_name("model.onnx")
     return export_network(load_network(model, "cpu", outputs), target, fixed_size=fixed_size)

@@ -14,11 +14,8 @@ __all__ = [
     "DecodedPhoto",
     "covered_pixels",
     "decode",
-    "white_of",
-    "to_bytes",
     "need_rasterio",
     "RasterPhoto",
-    "dtypes_of",
     "allow_heif",
     "reason_for_windows",
     "open_photo",
@@ -43,7 +40,7 @@ from PIL import Image, ImageOps
 # %% ../../nbs/inference/01_photos.ipynb #6c79f8a5
 from ..core.checks import CrackSegError, first_few, first_line
 from ..sources.folders import PICTURES
-from ..sources.images import MAX_PIXELS, open_picture, read_image
+from ..sources.images import MAX_PIXELS, find_white, naming, open_picture, read_image, to_bytes
 
 # %% ../../nbs/inference/01_photos.ipynb #fc738264
 OUTSIDE = np.array([124, 116, 104], np.uint8)  # ImageNet's mean colour, with which training fills what no photo covers
@@ -104,23 +101,6 @@ def decode(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return read_image(path), open_picture(path, covered_pixels)
 
 
-# %% ../../nbs/inference/01_photos.ipynb #e0a5e5cb
-def white_of(highest: float, floating: bool) -> float:
-    "Return the value that stands for white, from the highest value of a photo: 1, or the least full range of bits."
-    if floating and highest <= 1:
-        return 1.0
-    return float(next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest <= 2**bits - 1), highest))
-
-
-def to_bytes(values: np.ndarray, white: float) -> np.ndarray:
-    "Return values from 0 to `white` as bytes; what is no number becomes 0."
-    if values.dtype == np.uint8 and white == 255:
-        return values
-    with np.errstate(invalid="ignore"):
-        scaled = np.nan_to_num(values.astype(np.float32) * np.float32(255 / white), nan=0, posinf=255, neginf=0)
-    return scaled.round().clip(0, 255).astype(np.uint8)
-
-
 # %% ../../nbs/inference/01_photos.ipynb #494cfd6e
 def need_rasterio(path: Path, reason: str):
     "Return the module rasterio; raise CrackSegError saying what it is needed for where it is missing."
@@ -145,7 +125,7 @@ class RasterPhoto(Photo):
         colours = dataset.colorinterp
         self.bands = [1, 2, 3] if dataset.count - (ColorInterp.alpha in colours) >= 3 else [1]
         self.palette = dataset.colormap(1) if colours[0] == ColorInterp.palette else None
-        kinds = dtypes_of(dataset, self.bands)
+        kinds = [np.dtype(dataset.dtypes[band - 1]) for band in self.bands]
         if any(kind.kind not in "uif" or kind.itemsize > 8 for kind in kinds):
             raise CrackSegError(f"{path}: found values of type {kinds[0]}, expected whole or floating numbers")
         self.has_gaps = MaskFlags.all_valid not in dataset.mask_flag_enums[0]
@@ -153,8 +133,8 @@ class RasterPhoto(Photo):
             self.place = {"crs": dataset.crs, "transform": dataset.transform}
         if dataset.nodata is not None:
             self.place["nodata"] = dataset.nodata
-        self.floating = kinds[0].kind == "f"
-        self.white = 255.0 if all(kind == np.uint8 for kind in kinds) else None  # None: not yet looked for
+        self.whole = kinds[0].kind in "iu"
+        self.white = 255 if all(kind == np.uint8 for kind in kinds) else None  # None: not yet looked for
 
     def values(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         "Return rows as they are stored, (bands, N, W), and which pixels are covered."
@@ -170,30 +150,28 @@ class RasterPhoto(Photo):
     def check_end(self) -> None:
         self.values(self.height - 1, self.height)
 
-    def highest(self) -> float:
-        "Return the photo's highest value among covered pixels, from bands of about 16 million values."
-        step, highest = max(16_000_000 // (self.width * len(self.bands)), 1), 0.0
+    def look_for_white(self) -> int:
+        "Return the value that is shown as 255, from all covered pixels, read in bands of about 16 million values."
+        step, found = max(16_000_000 // (self.width * len(self.bands)), 1), [0.0]
         for start in range(0, self.height, step):
             planes, covered = self.values(start, min(start + step, self.height))
-            usable = np.isfinite(planes) if covered is None else np.isfinite(planes) & covered
-            highest = max(highest, float(planes.max(initial=0, where=usable)))
-        return highest
+            usable = planes[np.isfinite(planes) if covered is None else np.isfinite(planes) & covered]
+            if usable.size:
+                found += [float(usable.min()), float(usable.max())]
+        with naming(self.path):
+            return find_white(min(found), max(found), self.whole)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         planes, covered = self.values(start, stop)
-        if self.white is None:
-            self.white = white_of(self.highest(), self.floating)
         if self.palette is not None:
             table = np.array([self.palette.get(index, (0, 0, 0, 0))[:3] for index in range(256)], np.uint8)
-            rows = table[planes[0]]
-        else:
-            rows = np.moveaxis(to_bytes(planes, self.white), 0, -1)
-            rows = np.repeat(rows, 3, axis=2) if rows.shape[2] == 1 else np.ascontiguousarray(rows)
+            return fill_outside(table[planes[0]], covered)
+        self.white = self.white or self.look_for_white()
+        rows = np.moveaxis(planes, 0, -1)
+        if rows.dtype != np.uint8:
+            rows = to_bytes(np.nan_to_num(rows, posinf=self.white, neginf=0), self.white)
+        rows = np.repeat(rows, 3, axis=2) if rows.shape[2] == 1 else np.ascontiguousarray(rows)
         return fill_outside(rows, covered)
-
-
-def dtypes_of(dataset, bands: list[int]) -> list[np.dtype]:
-    return [np.dtype(dataset.dtypes[band - 1]) for band in bands]
 
 
 # %% ../../nbs/inference/01_photos.ipynb #8a8a6402

@@ -26,6 +26,7 @@ __all__ = [
 # %% ../../nbs/measure/06_photos.ipynb #3e6c90fd
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
 from .scale import Scale, check_scale, scale_from_geotiff
 from .widths import widen
-from ..sources.images import MAX_PIXELS, image_size, open_picture
+from ..sources.images import TooLarge, open_picture
 
 
 # %% ../../nbs/measure/06_photos.ipynb #4da3c918
@@ -176,22 +177,13 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
                 f"{path}: found a damaged or unreadable image ({reason}), expected a whole one"
             ) from None
         return values, None if covered.all() else covered, frame
-    (width, height), _ = _size(path)
-    if width * height > MAX_PIXELS:
+    try:
+        values = open_picture(path, np.asarray)
+    except TooLarge:
         return _read_large(path), None, Frame()
-    values = open_picture(path, lambda picture: np.asarray(picture))
     if values.ndim != 2:
         raise CrackSegError(f"{path}: found {values.shape[2]} channels, expected a mask or a probability of one")
     return values.astype(np.uint16) if values.dtype.kind == "i" else values, None, Frame()
-
-
-def _size(path):
-    try:
-        return image_size(path)
-    except CrackSegError as error:
-        if "million" in str(error) and cv2.haveImageReader(str(path)):
-            return (MAX_PIXELS, 2), False  # too large for that reader
-        raise
 
 
 def _read_large(path):
@@ -277,7 +269,7 @@ def measure_folder(
             tables[name].append(table)
         if out is not False:
             bare = Tables(*(table.drop(columns="photo") for table in measured.tables))
-            files += write_files(measured.__class__(**vars(measured) | dict(tables=bare)), target, formats)
+            files += write_files(replace(measured, tables=bare), target, formats)
     photos = pd.DataFrame([line.to_dict() for line in lines])
     joined = {name: _stack(parts) for name, parts in tables.items()}
     if out is not False:

@@ -9,14 +9,13 @@ __all__ = ["JOB_HELP", "sweep_parser", "sweep_main", "verify_parser", "verify_ma
 import argparse
 import json
 import sys
-import textwrap
 from dataclasses import fields
 
 # %% ../../nbs/runs/13_commands.ipynb #3c047436
 from ..core.checks import CrackSegError
 from ..core.files import display_path, find_path
 from ..core.run_folder import find_run_folder
-from .command import command, given_parameters, take_parameters
+from .command import command, given_parameters, new_parser, take_outputs, take_parameters
 from .jobs import JobConfig
 from .notebook import one_line, write_page
 
@@ -35,18 +34,17 @@ JOB_HELP = {
 
 def sweep_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_sweep`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_sweep",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Execute a grid of runs, on this machine or on SLURM, and compare them.",
-        epilog=textwrap.dedent("""\
+    parser = new_parser(
+        "crackseg_sweep",
+        "Execute a grid of runs, on this machine or on SLURM, and compare them.",
+        """\
             The same command goes on with a sweep; runs that are done are not repeated. Ctrl-C stops local runs with a
             checkpoint.
             examples:
               crackseg_sweep encoders -g encoder=swinv2_tiny,swinv2_small -g seed=1,2 -p epochs 3
               crackseg_sweep encoders -g encoder=swinv2_tiny,swinv2_small -g seed=1,2 -p epochs 100 \\
                 --cluster slurm --gpus 1 --cpus 8 --time 240
-              crackseg_sweep encoders --table"""),
+              crackseg_sweep encoders --table""",
     )
     parser.add_argument("name", help="name of the sweep, a folder in outputs/")
     parser.add_argument(
@@ -57,9 +55,7 @@ def sweep_parser() -> argparse.ArgumentParser:
         help="values to try of a parameter; may be repeated",
     )
     take_parameters(parser, "a parameter of all runs")
-    parser.add_argument(
-        "--outputs", default="", help="folder of all runs and sweeps (default: outputs/ of the project)"
-    )
+    take_outputs(parser, "runs and sweeps")
     for item in fields(JobConfig):
         kind = {"mem": float, "cluster": str, "partition": str}.get(item.name, int)
         if item.name != "extra":
@@ -105,22 +101,21 @@ def sweep_main(words: list[str] | None = None) -> int:
 # %% ../../nbs/runs/13_commands.ipynb #f5f46876
 def verify_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_verify`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_verify",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Repeat a finished run from its folder alone, and say what is equal and what differs.",
-        epilog=textwrap.dedent("""\
+    parser = new_parser(
+        "crackseg_verify",
+        "Repeat a finished run from its folder alone, and say what is equal and what differs.",
+        """\
             The folder is not changed. On another machine, or with other versions or code, scores may differ by a
             tolerance, which is printed.
             exit status: 0 equal, or within tolerance; 1 different; 2 not verified.
             examples:
               crackseg_verify quickstart
-              crackseg_verify outputs/quickstart --train"""),
+              crackseg_verify outputs/quickstart --train""",
     )
     parser.add_argument("run", help="folder of a finished run, or its name in outputs/")
     parser.add_argument("--train", action="store_true", help="train it again as well, in a new folder RUN-again")
     parser.add_argument("--data-dir", default="", help="where the images lie now (default: where they lay)")
-    parser.add_argument("--outputs", default="", help="folder of all runs (default: outputs/ of the project)")
+    take_outputs(parser)
     parser.add_argument("--json", action="store_true", help="print every difference as JSON")
     return parser
 
@@ -143,12 +138,10 @@ def verify_main(words: list[str] | None = None) -> int:
 # %% ../../nbs/runs/13_commands.ipynb #2069f6d1
 def page_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_page`."
-    parser = argparse.ArgumentParser(
-        prog="crackseg_page", description="Write an executed notebook as one HTML file, without its code."
-    )
+    parser = new_parser("crackseg_page", "Write an executed notebook as one HTML file, without its code.")
     parser.add_argument("notebook", help="an executed notebook, or a run, by folder or name, that keeps its own")
     parser.add_argument("page", nargs="?", help="where the page goes (default: beside the notebook, as .html)")
-    parser.add_argument("--outputs", default="", help="folder of all runs (default: outputs/ of the project)")
+    take_outputs(parser)
     return parser
 
 

@@ -6,10 +6,11 @@
 __all__ = ["TrainedModel", "config_beside", "classes_of", "open_model", "load_model"]
 
 # %% ../../nbs/runs/06_trained_model.ipynb #4b64a510
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 # %% ../../nbs/runs/06_trained_model.ipynb #58e11e32
@@ -18,7 +19,7 @@ from ..core.files import find_path, read_if_there
 from ..core.machine import get_device
 from ..core.run_folder import locate_weights
 from ..models.registry import create_model
-from .config import configure, is_labelled, model_settings, read_config
+from .config import DataConfig, is_labelled, model_settings, read_config
 from ..sources.samples import Classes
 from ..training.weights import load_model_weights, read_weights
 
@@ -32,7 +33,9 @@ class TrainedModel:
     classes: Classes
     labelled: bool  # one label for an image, in place of a mask
     threshold: float | None  # binary: chosen on the validation images; None without a chosen one
+    threshold_rule: str  # how it was chosen, in words
     settings: dict[str, Any]  # every setting of the run, as in its config.yaml
+    folder: Path  # of the run
     source: Path  # the file or the folder of checkpoints that the weights were read from
     sha256: str  # of the weights
 
@@ -46,25 +49,30 @@ def config_beside(weights: Path) -> Path:
             return folder / "config.yaml"
     raise CrackSegError(
         f"{weights}: found no config.yaml beside these weights, so their model is unknown; "
-        "expected weights in a run folder, or the config.yaml of their run as `config`"
+        "expected weights in the folder of their run (load_model also takes its config.yaml as `config`)"
     )
 
 
 def classes_of(config: Path) -> Classes:
     "Return the classes that the run of a config.yaml told apart, without looking at its data where it wrote them down."
+    settings = read_config(config)
     names = read_if_there(config.parent / "environment.yaml").get("data", {}).get("classes")
-    return Classes(tuple(names)) if names else configure(config=str(config)).data.classes
+    if names and is_labelled(settings["data"]):  # labels are the names of folders; the classes of masks are settings
+        return Classes(tuple(names))
+    return DataConfig(
+        **{item.name: settings[item.name] for item in fields(DataConfig) if item.name in settings}
+    ).classes
 
 
 # %% ../../nbs/runs/06_trained_model.ipynb #0792ec90
 def open_model(
-    run_or_file: str | Path,  # run by folder or name, its checkpoints, or a file of weights
+    model: str | Path,  # run by folder or name, its checkpoints, or a file of weights
     config: str | Path = "",  # config.yaml of the run, for a file that lies elsewhere
     outputs: str = "",  # folder of all runs
     device: str = "cpu",
 ) -> TrainedModel:
     "Return a trained model and what its use depends on; raise CrackSegError unless every tensor has learned weights."
-    source = locate_weights("run_or_file", str(run_or_file), outputs)
+    source = locate_weights("model", str(model), outputs)
     path = find_path(config) if config else config_beside(source)
     settings, classes = read_config(path), classes_of(path)
     labelled = is_labelled(settings["data"])
@@ -72,21 +80,31 @@ def open_model(
     if "pretrained" in own:
         own["pretrained"] = "false"  # every weight is replaced
     channels = len(classes) if labelled else classes.num_channels
-    model = create_model(settings["model"], **own, image_size=settings["image_size"], num_classes=channels)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        built = create_model(settings["model"], **own, image_size=settings["image_size"], num_classes=channels)
     weights = read_weights(source)
-    load_model_weights(model, weights)
-    model.weights = {"requested": str(run_or_file), "loaded": str(source), "sha256": weights.sha256}
-    threshold = read_if_there(path.parent / "final_results.yaml").get("test", {}).get("threshold")
-    model = model.eval().to(get_device(device))
-    return TrainedModel(model, classes, labelled, threshold, settings, source, weights.sha256)
+    load_model_weights(built, weights)
+    built.weights = {"requested": str(model), "loaded": str(source), "sha256": weights.sha256}
+    results = read_if_there(path.parent / "final_results.yaml")
+    return TrainedModel(
+        built.eval().to(get_device(device)),
+        classes,
+        labelled,
+        results.get("test", {}).get("threshold"),
+        results.get("protocol", {}).get("threshold_rule", ""),
+        settings,
+        path.parent,
+        source,
+        weights.sha256,
+    )
 
 
 # %% ../../nbs/runs/06_trained_model.ipynb #ee230259
 def load_model(
-    run_or_file: str | Path,  # run by folder or name, its checkpoints, or a file of weights
+    model: str | Path,  # run by folder or name, its checkpoints, or a file of weights
     config: str | Path = "",  # config.yaml of the run, for a file that lies elsewhere
     outputs: str = "",  # folder of all runs
     device: str = "cpu",
 ) -> nn.Module:
     "Return the model of a run with its best weights; raise CrackSegError unless every tensor has learned weights."
-    return open_model(run_or_file, config, outputs, device).model
+    return open_model(model, config, outputs, device).model

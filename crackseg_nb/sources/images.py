@@ -20,6 +20,7 @@ __all__ = [
     "read_content",
     "as_content",
     "naming",
+    "TooLarge",
     "open_picture",
     "check_pixels",
     "turn",
@@ -125,6 +126,10 @@ MAX_PIXELS = 80_000_000  # largest picture that is decoded
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow warns beyond the limit above
 
 
+class TooLarge(CrackSegError):
+    "A picture has more pixels than are decoded as a whole."
+
+
 def open_picture(
     path,  # file of any format that Pillow reads, or its Content
     use: Callable,  # gets the opened Pillow image, returns the result
@@ -138,7 +143,7 @@ def open_picture(
     except CrackSegError:
         raise
     except Image.DecompressionBombError as error:
-        raise CrackSegError(f"{path}: found too many pixels, expected at most {MAX_PIXELS / 1e6:g} million") from error
+        raise TooLarge(f"{path}: found too many pixels, expected at most {MAX_PIXELS / 1e6:g} million") from error
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else reason
@@ -148,7 +153,7 @@ def open_picture(
 def check_pixels(path, pixels: int) -> None:
     "Raise CrackSegError if a picture is too large to be decoded."
     if pixels > MAX_PIXELS:
-        raise CrackSegError(
+        raise TooLarge(
             f"{path}: found {pixels / 1e6:.0f} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
         )
 
