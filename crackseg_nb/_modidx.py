@@ -1795,10 +1795,6 @@ d = {
                 "measure/scale.html#_ground_distance",
                 "crackseg_nb/measure/scale.py",
             ),
-            "crackseg_nb.measure.scale._import_rasterio": (
-                "measure/scale.html#_import_rasterio",
-                "crackseg_nb/measure/scale.py",
-            ),
             "crackseg_nb.measure.scale._local": ("measure/scale.html#_local", "crackseg_nb/measure/scale.py"),
             "crackseg_nb.measure.scale._scale_from_corners": (
                 "measure/scale.html#_scale_from_corners",
@@ -3003,14 +2999,6 @@ d = {
                 "runs/experiment.html#experiment.build_model",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.Experiment.fail": (
-                "runs/experiment.html#experiment.fail",
-                "crackseg_nb/runs/experiment.py",
-            ),
-            "crackseg_nb.runs.experiment.Experiment.fail_if_unfinished": (
-                "runs/experiment.html#experiment.fail_if_unfinished",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.Experiment.finish": (
                 "runs/experiment.html#experiment.finish",
                 "crackseg_nb/runs/experiment.py",
@@ -3029,6 +3017,10 @@ d = {
             ),
             "crackseg_nb.runs.experiment.Experiment.stop_if_asked": (
                 "runs/experiment.html#experiment.stop_if_asked",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.stop_workers": (
+                "runs/experiment.html#experiment.stop_workers",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.Experiment.test": (
@@ -3095,6 +3087,14 @@ d = {
             ),
             "crackseg_nb.runs.experiment.make_model": (
                 "runs/experiment.html#make_model",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.mark_failed": (
+                "runs/experiment.html#mark_failed",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.mark_unfinished": (
+                "runs/experiment.html#mark_unfinished",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.note_resume": (

@@ -1,9 +1,12 @@
 """Whole runs: through papermill from another folder, failing ones, bad input, repetition."""
 
+import gc
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure, known_parameters
-from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.experiment import prepare, run
 from crackseg_nb.runs.results import prediction_path
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import load_checkpoint
@@ -121,7 +124,7 @@ def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
     executed, failed = execute(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
     assert failed and error_of(executed) == "RuntimeError: no picture"
     folder = only_run(tmp_path / "made")
-    assert folder.state == "failed" and "before the run was finished" in folder.status["error"]
+    assert folder.state == "failed" and "before it was finished" in folder.status["error"]
     assert not (folder / "final_results.yaml").exists()
 
 
@@ -133,7 +136,20 @@ def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 3
     folder = only_run(tmp_path)
-    assert folder.state == "failed" and "before the run was finished" in folder.status["error"]
+    assert folder.state == "failed" and "before it was finished" in folder.status["error"]
+
+
+def test_a_run_lets_go_of_its_workers_and_of_its_memory(tmp_path):
+    experiment = run(configure(**TINY, num_workers=2, outputs=str(tmp_path), run_name="workers"))
+    assert not multiprocessing.active_children()
+    held = weakref.ref(experiment)
+    del experiment
+    gc.collect()
+    assert held() is None and RunFolder(tmp_path / "workers").state == "done"
+    prepare(configure(**TINY, outputs=str(tmp_path), run_name="dropped"))
+    gc.collect()
+    dropped = RunFolder(tmp_path / "dropped")
+    assert dropped.state == "failed" and "let go of the run" in dropped.status["error"]
 
 
 def test_the_parameters_cell_is_the_whole_manual():

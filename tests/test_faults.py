@@ -1,6 +1,7 @@
 """Faults that are put into a run: each ends as promised, in one line, with nothing lost."""
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -283,6 +284,7 @@ def test_a_dead_worker_costs_no_step(tmp_path, whole):
         patch.setattr(trainer_module, "train_window", kill)
         message = failing(configure(**settings(tmp_path, "workers", num_workers=2)))
     assert str(seen[0]) in message and "killed by signal 9" in message and "num_workers" in message
+    assert not multiprocessing.active_children()
     folder = RunFolder(tmp_path / "workers")
     assert folder.state == "failed" and checkpoint_names(folder / "checkpoints")[-1] == "epoch_0002_step_00002"
     assert_equals(whole, resume(tmp_path, "workers", num_workers=0))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 
 import cv2
 import numpy as np
@@ -226,3 +227,12 @@ def test_a_mask_beyond_the_limit_of_pixels_is_read_all_the_same(tmp_path, monkey
     Image.fromarray(values).save(tmp_path / "a_mask.png")
     monkeypatch.setattr("crackseg_nb.sources.images.MAX_PIXELS", 1000)
     assert (read_plane(tmp_path / "a_mask.png")[0] == values).all()
+
+
+def test_without_rasterio_no_place_on_the_map_is_lost(tmp_path, monkeypatch):
+    write_geotiff(tmp_path / "a_mask.tif", np.full((40, 50), 255, np.uint8))
+    Image.fromarray(np.full((40, 50), 255, np.uint8)).save(tmp_path / "b_mask.tif")
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    with pytest.raises(CrackSegError, match="a place on the map, and no package rasterio"):
+        read_plane(tmp_path / "a_mask.tif")
+    assert read_plane(tmp_path / "b_mask.tif")[0].shape == (40, 50)

@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from ..core.checks import CrackSegError, check_number, first_few, plain_variables
 from ..core.files import write_text
 from ..figures.style import styled
+from ..inference.photos import need_rasterio, reason_for_windows
 from .classes import WidthClasses, classify, width_limits
 from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
@@ -159,6 +160,8 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
         try:
             import rasterio
         except ImportError:
+            if reason := reason_for_windows(path):  # without rasterio its place on the map would be lost
+                need_rasterio(path, reason)
             return _read_large(path), None, Frame()
         try:
             with warnings.catch_warnings():

@@ -27,6 +27,7 @@ import numpy as np
 
 # %% ../../nbs/measure/03_scale.ipynb #9d20c3b7
 from ..core.checks import CrackSegError, check_number, choose
+from ..inference.photos import need_rasterio
 
 
 # %% ../../nbs/measure/03_scale.ipynb #7c13e9f4
@@ -102,19 +103,11 @@ def _ground_distance(longitude, latitude):
     return float(np.hypot(north, east))
 
 
-def _import_rasterio():
-    try:
-        import rasterio
-        import rasterio.warp
-    except ImportError:
-        raise CrackSegError("rasterio: not installed, expected pip install 'crackseg_nb[geo]'") from None
-    return rasterio
-
-
 def scale_from_geotiff(path) -> Scale:
     "Return the scale of a georeferenced image, at its middle."
-    rasterio = _import_rasterio()
-    name = Path(path).name
+    rasterio, name = need_rasterio(path, "a georeference to be read"), Path(path).name
+    from rasterio.warp import transform as to_crs
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of no georeference, which is an error below
@@ -130,7 +123,7 @@ def scale_from_geotiff(path) -> Scale:
         column, row = (middle / 2 + step * np.array([-0.5, 0.5]) for middle, step in zip((width, height), along))
         x, y = (transform[i] * column + transform[i + 1] * row + transform[i + 2] for i in (0, 3))
         try:
-            metres = _ground_distance(*rasterio.warp.transform(crs, "EPSG:4326", x, y)[:2])
+            metres = _ground_distance(*to_crs(crs, "EPSG:4326", x, y)[:2])
         except Exception:  # no place on Earth
             metres = float(np.hypot(np.diff(x), np.diff(y))[0]) * crs.linear_units_factor[1]
         sizes.append(1000 * metres / span)

@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "SPACE_TO_BEGIN",
+    "mark_failed",
+    "mark_unfinished",
     "step",
     "Experiment",
     "flat",
@@ -33,10 +35,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/05_experiment.ipynb #dc2ddd93
-import atexit
 import functools
 import os
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -105,6 +107,23 @@ from ..training.weights import load_encoder_weights, load_model_weights, read_we
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #aa522ec4
+def mark_failed(folder: RunFolder, config: ExperimentConfig, reason: str) -> None:
+    "Mark a run as failed, once."
+    if not folder.path.is_dir() or folder.status["state"] != "running":
+        return
+    logger.error("run failed: %s", reason)
+    with suppress(OSError):  # on a full disk the reason matters more
+        folder.mark("failed", error=reason)
+        if not (folder / "config.yaml").is_file():
+            write_yaml(folder / "config.yaml", config_to_dict(config))  # as given: nothing was settled
+
+
+def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> None:
+    "Mark a run as failed whose experiment is let go, or whose process ends, before it is finished."
+    if os.getpid() == pid:  # a forked process lets go of its copy
+        mark_failed(folder, config, "the process ended, or let go of the run, before it was finished")
+
+
 def step(method):
     "Let a method of Experiment mark the run as failed when it raises, KeyboardInterrupt included."
 
@@ -123,8 +142,11 @@ def step(method):
             self.folder.mark("stopped", reason=str(stopped))
             raise
         except BaseException as error:
-            self.fail(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            mark_failed(self.folder, self.config, reason)
             raise
+        finally:
+            self.stop_workers()
 
     return guarded
 
@@ -152,20 +174,10 @@ class Experiment:
             )
         self.begin()
 
-    def fail(self, reason: str) -> None:
-        "Mark the run as failed, once."
-        if not self.folder.path.is_dir() or self.folder.status["state"] != "running":
-            return
-        logger.error("run failed: %s", reason)
-        with suppress(OSError):  # on a full disk the reason matters more
-            self.folder.mark("failed", error=reason)
-            if not (self.folder / "config.yaml").is_file():
-                write_yaml(self.folder / "config.yaml", config_to_dict(self.config))  # as given: nothing was settled
-
-    def fail_if_unfinished(self, pid: int) -> None:
-        "Mark the run as failed at the exit of its own process."
-        if os.getpid() == pid:
-            self.fail("the process ended before the run was finished")
+    def stop_workers(self) -> None:
+        "Stop the processes that load images: between two steps they would hold memory for nothing."
+        for loader in self.prepared.loaders.values() if self.prepared else ():
+            loader.stop_workers()
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #3bff2a3e
@@ -174,7 +186,7 @@ class Experiment:
 def begin(self: Experiment) -> None:
     "Open the log; find the state from which a resumed run goes on."
     log_to(self.folder / "training.log")
-    atexit.register(self.fail_if_unfinished, os.getpid())
+    weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
     if self.config.resume:
         self.resume_from = note_resume(self.folder, self.config)
     logger.info("run %s, seed %d, device %s", self.folder.run_id, self.config.run.seed, self.device)
