@@ -2685,6 +2685,18 @@ d = {
             ),
         },
         "crackseg_nb.models.pretrained": {
+            "crackseg_nb.models.pretrained.WeightPackage": (
+                "models/pretrained.html#weightpackage",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.WeightPackage.path": (
+                "models/pretrained.html#weightpackage.path",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.fill_encoder": (
+                "models/pretrained.html#fill_encoder",
+                "crackseg_nb/models/pretrained.py",
+            ),
             "crackseg_nb.models.pretrained.hub_reason": (
                 "models/pretrained.html#hub_reason",
                 "crackseg_nb/models/pretrained.py",
@@ -2701,6 +2713,10 @@ d = {
                 "models/pretrained.html#load_pretrained",
                 "crackseg_nb/models/pretrained.py",
             ),
+            "crackseg_nb.models.pretrained.load_published": (
+                "models/pretrained.html#load_published",
+                "crackseg_nb/models/pretrained.py",
+            ),
             "crackseg_nb.models.pretrained.load_weights_file": (
                 "models/pretrained.html#load_weights_file",
                 "crackseg_nb/models/pretrained.py",
@@ -2715,6 +2731,14 @@ d = {
             ),
             "crackseg_nb.models.pretrained.read_weights": (
                 "models/pretrained.html#read_weights",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.tensors_of_package": (
+                "models/pretrained.html#tensors_of_package",
+                "crackseg_nb/models/pretrained.py",
+            ),
+            "crackseg_nb.models.pretrained.ways_out": (
+                "models/pretrained.html#ways_out",
                 "crackseg_nb/models/pretrained.py",
             ),
         },

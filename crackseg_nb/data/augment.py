@@ -100,6 +100,7 @@ AUGMENTATIONS = {
     "basic": Recipe(symmetry=True),
     "enhanced": Recipe(mirror=True, scales=(0.5, 2.0), colours=strong_colours),
     "crack": Recipe(symmetry=True, warps=mild_warps, colours=mild_colours, margin=1.2),
+    "crack_zoom": Recipe(symmetry=True, scales=(0.75, 2.5), warps=mild_warps, colours=mild_colours, margin=1.2),
 }
 
 

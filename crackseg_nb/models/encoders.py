@@ -39,7 +39,7 @@ from timm.models.maxxvit import Attention2d
 from torch import nn
 
 # %% ../../nbs/models/03_encoders.ipynb #e57a77c8
-from ..core.checks import CrackSegError, check_number, choose, first_line
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, check_number, choose, first_line
 from ..core.machine import logger
 from .layers import BatchNorm2d
 from .settings import ENCODERS, SWINV2_ENCODERS, Architecture, check_encoder
@@ -192,6 +192,10 @@ class Encoder(nn.Module):
         self.architecture, self.family, self.options = architecture.name, architecture.family, architecture.options
         self.image_size = check_number("image_size", image_size, int, low=32)
         self.drop_path_rate = check_number("drop_path_rate", drop_path_rate, float, 0, 0.99)
+        # Datasets normalise by ImageNet's statistics; weights that learned from others get what they know.
+        known, std = architecture.mean, architecture.std
+        self.scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std)]
+        self.shift = [(ours - theirs) / by for ours, theirs, by in zip(IMAGENET_MEAN, known, std)]
         self.body = self.create()
         accept_any_size(self.body)
         if self.architecture in mix_transformer_encoders:
@@ -212,6 +216,9 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        if self.shift != [0, 0, 0] or self.scale != [1, 1, 1]:
+            scale, shift = (images.new_tensor(values).view(3, 1, 1) for values in (self.scale, self.shift))
+            images = images * scale + shift
         features = self.body(pad_to_multiple(images, self.multiple))[-len(self.strides) :]
         channels_first = getattr(self.body, "output_fmt", "NCHW") == "NCHW"
         return features if channels_first else [level.permute(0, 3, 1, 2) for level in features]

