@@ -1,5 +1,6 @@
 """What the site adds to the notebooks: their processing, navigation, the gallery, the reference, and llms.txt."""
 
+import ast
 import inspect
 import json
 import posixpath
@@ -107,25 +108,72 @@ def mend_links(text: str, page: str) -> str:
     return "".join(part if part.startswith("```") else LINK.sub(lead, part) for part in FENCED_BLOCK.split(text))
 
 
-def figure_text(output: dict, heading: str) -> str:
-    "Return the alternative text of a stored figure: its own, or what its section is about."
+@cache
+def makers() -> dict[str, str]:
+    "Map the package's functions that show a figure, of which only one has the name, to what they return."
+    found = {}
+    for path in sorted((ROOT / "crackseg_nb").rglob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("show_") and ast.get_docstring(node):
+                first = ast.get_docstring(node).partition("\n")[0]
+                first = re.sub(r"^(Return|Show|Draw) |; (?:None|any|meant) .*|`|\.$", "", first)
+                found.setdefault(node.name, []).append(first)
+    found = {name: texts[0] for name, texts in found.items() if len(texts) == 1}
+    return found | {"LiveCurves": found["show_history"]}
+
+
+def plain_sentence(text: str) -> str:
+    "Return the first sentence of a markdown `text`, or more if it is short, without headings and marks."
+    text = re.sub(r"^(#+ .*|>|\W*\$\$.*)$", "", text, flags=re.M)
+    text = re.sub(r"[`*]|!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    first, *rest = re.split(r"(?<!et al)[.!?:] ", " ".join(text.split()) + " ")
+    return (f"{first}. {rest[0][:1].upper()}{rest[0][1:]}" if len(first.split()) < 5 and any(rest) else first).strip()
+
+
+def drawn_words(source: str) -> list[str]:
+    "Return the titles, labels and names that the Python `source` writes into its figures."
+    try:
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except SyntaxError:  # a line of IPython
+        return []
+    found = []
+    for call in calls:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        given = [word.value for word in call.keywords if word.arg in ("title", "suptitle", "label", "xlabel", "ylabel")]
+        given += call.args if name.startswith(("show_", "set_", "suptitle")) else []
+        found += [word.value for word in given if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+    return list(dict.fromkeys(found))
+
+
+def figure_text(output: dict, source: str, heading: str, prose: str) -> str:
+    """Return the alternative text of a stored figure.
+
+    It is the figure's own; or the title of its section, what the function of the package that draws it returns or else
+    the sentence above it, and the words in it.
+    """
     own = next(
         (kind["alt"] for kind in output.get("metadata", {}).values() if isinstance(kind, dict) and "alt" in kind), ""
     )
-    return own or f"Figure of the section {heading}"
+    if own:
+        return own
+    used = [name for name in re.findall(r"\w+(?=\()", source) if name in makers()]
+    drawn = makers()[used[-1]] if used else plain_sentence(prose)
+    words = ", ".join(drawn_words(source)).replace("_", " ")
+    parts = [re.sub(r"[`*]", "", heading), drawn, words and f"Words in the figure: {words}"]
+    return ". ".join(part[:1].upper() + part[1:] for part in parts if part).replace("?.", "?") + "."
 
 
-def prepare_code(cell: dict, heading: str) -> None:
-    "Remove from a code `cell` what only tools read; name its figures."
+def prepare_code(cell: dict, heading: str, prose: str) -> None:
+    "Remove from a code `cell` what only tools read; describe its figures."
     tags = cell["metadata"].get("tags", [])
     if "echo:" in cell["directives_"] or "input:" in cell["directives_"]:
         tags = [*tags, "remove-input"]
     cell["source"] = re.sub(r"^# NBVAL_\w+.*\n?", "", cell["source"], flags=re.M)
     cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
     cell["metadata"] = {"tags": tags}
-    texts = [figure_text(output, heading) for output in cell["outputs"] if PICTURES & output.get("data", {}).keys()]
-    if texts:
-        cell["metadata"]["mystnb"] = {"image": {"alt": texts[0]}}
+    figures = [output for output in cell["outputs"] if PICTURES & output.get("data", {}).keys()]
+    if figures:  # one text serves all figures of a cell
+        cell["metadata"]["mystnb"] = {"image": {"alt": figure_text(figures[0], cell["source"], heading, prose)}}
 
 
 def prepare_notebook(text: str, page: str) -> dict:
@@ -133,13 +181,14 @@ def prepare_notebook(text: str, page: str) -> dict:
     module = DEFAULT_EXPORT.search("\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]))
     processor = NBProcessor(nb=dict2nb(json.loads(text)), procs=PROCESSORS, process=True)
     notebook = processor.nb
-    heading = ""
+    heading = prose = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            prose = cell.source
             cell.source = mend_links(cell.source, page)
             heading = (re.findall(r"^#+ (.+)$", cell.source, re.M) or [heading])[-1]
         elif cell.cell_type == "code":
-            prepare_code(cell, heading)
+            prepare_code(cell, heading, prose)
     cells = [
         {key: value for key, value in cell.items() if not key.endswith("_")}
         for cell in notebook.cells

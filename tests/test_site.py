@@ -54,12 +54,30 @@ def test_a_notebook_keeps_its_code_without_what_only_tools_read():
 
 def test_progress_bars_go_and_figures_have_alternative_text():
     bar = nbformat.v4.new_output("display_data", {pages.WIDGET: {}, "text/plain": "epoch 1: 0%"})
-    heading = nbformat.v4.new_markdown_cell("## Curves")
-    _, own, other = prepared(
-        heading, code("a", bar, figure(**{"image/png": {"alt": "loss falls"}})), code("b", figure())
+    heading = nbformat.v4.new_markdown_cell(
+        "## Curves\n\nThe *loss* of [runs](a.md) falls (Lin et al. 2017). It ends low."
     )
-    assert len(own["outputs"]) == 1 and own["metadata"]["mystnb"]["image"]["alt"] == "loss falls"
-    assert other["metadata"]["mystnb"]["image"]["alt"] == "Figure of the section Curves"
+    _, own, above, made = prepared(
+        heading,
+        code("a", bar, figure(**{"image/png": {"alt": "loss falls"}})),
+        code("axis.set_title('a run')\naxis.set(xlabel='val_loss')", figure()),
+        code("pictures.show_cases(cases, 'Worst images')", figure()),
+    )
+    assert len(own["outputs"]) == 1
+    assert [cell["metadata"]["mystnb"]["image"]["alt"] for cell in (own, above, made)] == [
+        "loss falls",
+        "Curves. The loss of runs falls (Lin et al. 2017). Words in the figure: a run, val loss.",
+        "Curves. A figure with a row of photo, mask, answer and error map per case. Words in the figure: Worst images.",
+    ]
+
+
+def test_every_stored_figure_has_an_alternative_text_that_says_something():
+    for path in [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("outputs/*/result.ipynb")]:
+        page = path.relative_to(ROOT).with_suffix("").as_posix()
+        for cell in pages.prepare_notebook(path.read_text("utf-8"), page)["cells"]:
+            shown = [output for output in cell.get("outputs", ()) if pages.PICTURES & output.get("data", {}).keys()]
+            text = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+            assert not shown or len(text.split()) >= 5, f"{page}: {text!r}"
 
 
 def test_links_lead_to_pages_and_the_text_stays_of_those_that_cannot():
