@@ -59,7 +59,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "crackseg_nb"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_js_files = ["enlarge.js"]
+html_js_files = ["enlarge.js", "sidebar.js"]
 html_additional_pages = {"index": "redirect.html"}
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {

@@ -163,13 +163,19 @@ def figure_text(output: dict, source: str, heading: str, prose: str) -> str:
     return ". ".join(part[:1].upper() + part[1:] for part in parts if part).replace("?.", "?") + "."
 
 
-def prepare_code(cell: dict, heading: str, prose: str) -> None:
-    "Remove from a code `cell` what only tools read; describe its figures."
+def prepare_code(cell: dict, heading: str, prose: str, folded: bool) -> None:
+    "Remove from a code `cell` what only tools read; describe its figures; fold a run's list of all parameters."
     tags = cell["metadata"].get("tags", [])
     if "echo:" in cell["directives_"] or "input:" in cell["directives_"]:
         tags = [*tags, "remove-input"]
+    elif folded and "parameters" in tags:
+        tags = [*tags, "hide-input"]
     cell["source"] = re.sub(r"^# NBVAL_\w+.*\n?", "", cell["source"], flags=re.M)
     cell["outputs"] = [output for output in cell["outputs"] if WIDGET not in output.get("data", {})]
+    for output in cell["outputs"]:
+        if "text/html" in output.get("data", {}):  # the corner of a table heads nothing
+            html = "".join(output["data"]["text/html"])
+            output["data"]["text/html"] = re.sub(r"<th>\s*</th>", "<td></td>", html)
     cell["metadata"] = {"tags": tags}
     figures = [output for output in cell["outputs"] if PICTURES & output.get("data", {}).keys()]
     if figures:  # one text serves all figures of a cell
@@ -188,7 +194,7 @@ def prepare_notebook(text: str, page: str) -> dict:
             cell.source = mend_links(cell.source, page)
             heading = (re.findall(r"^#+ (.+)$", cell.source, re.M) or [heading])[-1]
         elif cell.cell_type == "code":
-            prepare_code(cell, heading, prose)
+            prepare_code(cell, heading, prose, folded=page.startswith("outputs/"))
     cells = [
         {key: value for key, value in cell.items() if not key.endswith("_")}
         for cell in notebook.cells
@@ -198,6 +204,7 @@ def prepare_notebook(text: str, page: str) -> dict:
     title, _, rest = first["source"].partition("\n")
     if page.startswith("outputs/"):
         title = f"# {page.removeprefix('outputs/').removesuffix('/result')}"
+        rest = f"{rest}\n\n{headline((ROOT / page).parent)}"
     opening = f"*In JupyterLab:* `.venv/bin/jupyter lab {page}.ipynb`"
     if module:
         opening += f" · *Reference:* [`crackseg_nb.{module[1]}`](/docs/reference/crackseg_nb.{module[1]}.md)"
@@ -316,6 +323,16 @@ def protocol(results: dict) -> str:
     )
 
 
+def headline(folder: Path) -> str:
+    "Return what the run or the study in `folder` found, with its protocol; nothing for a study without runs."
+    if (folder / "final_results.yaml").exists():
+        results = yaml.safe_load((folder / "final_results.yaml").read_text("utf-8"))
+        return f"**{scores(results)}**\n\n{protocol(results)}"
+    runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
+    found = [results["test"]["pooled"]["iou"] for results in runs]
+    return f"**{len(runs)} runs, test IoU {min(found):.3f} to {max(found):.3f}**" if runs else ""
+
+
 def card(folder: Path) -> str:
     "Return the card of the run or study in `folder` for the gallery."
     page = f"outputs/{folder.name}/result"
@@ -328,23 +345,22 @@ def card(folder: Path) -> str:
             f":img-top: /{picture.relative_to(ROOT)}",
             f":img-alt: {picture.stem.replace('_', ' ')} of {folder.name}",
         ]
-    lines.append("")
-    if (folder / "final_results.yaml").exists():
-        results = yaml.safe_load((folder / "final_results.yaml").read_text("utf-8"))
-        lines += [f"**{scores(results)}**", "", protocol(results)]
-    else:
-        runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
-        found = [results["test"]["pooled"]["iou"] for results in runs]
-        lines += [f"**{len(runs)} runs, test IoU {min(found):.3f} to {max(found):.3f}**", ""] if runs else []
-        lines.append(blurb[1] if blurb else "")
+    lines += ["", headline(folder), ""]
+    if blurb and not (folder / "final_results.yaml").exists():
+        lines.append(blurb[1])
     return "\n".join([*lines, ":::"])
 
 
 def gallery() -> str:
-    "Return the grid of the runs that are kept in outputs/."
-    folders = [path.parent for path in sorted((ROOT / "outputs").glob("*/result.ipynb"))]
-    pages = [f"outputs/{folder.name}/result" for folder in folders]
-    return "\n".join(["::::{grid} 1 2 2 3", "", *map(card, folders), "::::", "", toctree(*pages)])
+    "Return the grids of the runs and of the studies that are kept in outputs/, the quickstart first."
+    folders = [path.parent for path in (ROOT / "outputs").glob("*/result.ipynb")]
+    folders = sorted(folders, key=lambda folder: (folder.name != "quickstart", folder.name))
+    runs = [folder for folder in folders if (folder / "final_results.yaml").exists()]
+    studies = [folder for folder in folders if folder not in runs]
+    lines = []
+    for title, found in {"Single runs": runs, "Studies": studies}.items():
+        lines += [f"## {title}", "", "::::{grid} 1 2 2 3", ":gutter: 3", "", *map(card, found), "::::", ""]
+    return "\n".join([*lines, toctree(*[f"outputs/{folder.name}/result" for folder in runs + studies])])
 
 
 # Reference
@@ -364,8 +380,10 @@ def directive(module: str, name: str) -> str:
         return f".. autoclass:: {name}\n   :members:\n   :undoc-members:"
     if callable(value):
         return f".. autofunction:: {name}"
-    shown = isinstance(value, str | int | float | tuple) and len(repr(value)) <= 80
-    return f".. py:data:: {name}\n" + (f"   :value: {value!r}\n" if shown else "")
+    shown = repr(value) if isinstance(value, str | int | float | tuple | dict) else "<"
+    if "<" in shown or "set(" in shown:  # an address or an order that changes from build to build
+        return f".. py:data:: {name}\n"
+    return f".. py:data:: {name}\n   :value: {shown if len(shown) <= 160 else shown[:158] + ' …'}\n"
 
 
 def write_reference() -> None:
@@ -415,7 +433,9 @@ def describe(app, what: str, name: str, target, options, lines: list[str]) -> No
     if not rows or rows[0][0] == "args":
         return
     lines += ["", ".. list-table::", "   :header-rows: 1", "   :class: parameters", ""]
-    for row in [("Parameter", "Type", "Default", "Meaning"), *(cells(*row) for row in rows)]:
+    table = [("Parameter", "Type", "Default", "Meaning"), *(cells(*row) for row in rows)]
+    filled = [number for number in range(4) if any(row[number] for row in table[1:])]
+    for row in [[row[number] for number in filled] for row in table]:
         lines += ["   * - " + row[0], *("     - " + cell for cell in row[1:])]
     lines.append("")
 
