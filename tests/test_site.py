@@ -135,6 +135,31 @@ def test_a_card_of_the_gallery_says_score_and_protocol():
     assert ":img-alt: " in card and "12 runs, test IoU" in pages.card(ROOT / "outputs" / "ablation-deepcrack")
 
 
+def test_a_run_opens_with_its_score_and_folds_the_list_of_parameters():
+    folded = code("recipe: str = None")
+    folded["metadata"]["tags"] = ["parameters"]
+    first, shown = pages.prepare_notebook(notebook(folded), "outputs/quickstart/result")["cells"]
+    assert (
+        "# quickstart\n" in first["source"] and "**IoU 0.622, F1 0.767 (pooled)**\n\n36 test images" in first["source"]
+    )
+    assert shown["metadata"]["tags"] == ["parameters", "hide-input"]
+    assert prepared(folded)[0]["metadata"]["tags"] == ["parameters"]
+    runs, studies = pages.gallery().split("## Studies")
+    assert "grid-item-card} quickstart" in runs.split(":::")[2] and "grid-item-card} encoders-neu" in studies
+
+
+def test_the_corner_of_a_table_is_no_empty_heading():
+    html = "<table><thead><tr><th></th><th>iou</th></tr></thead></table>"
+    (cell,) = prepared(code("table", nbformat.v4.new_output("display_data", {"text/html": html})))
+    assert cell["outputs"][0]["data"]["text/html"] == html.replace("<th></th>", "<td></td>")
+
+
+def test_a_constant_shows_its_value_where_that_is_the_same_in_every_build():
+    assert ":value: 255\n" in pages.directive("crackseg_nb.core.checks", "VOID")
+    assert " …\n" in pages.directive("crackseg_nb.metrics.counts", "PROTOCOL")
+    assert ":value:" not in pages.directive("crackseg_nb.training.losses", "LOSSES")
+
+
 def test_every_guide_is_listed_and_the_glossary_is_in_order():
     listed = re.findall(
         r"^(\w+)$", (ROOT / "docs" / "guides" / "index.md").read_text("utf-8").split("```{toctree}")[1], re.M
