@@ -177,6 +177,8 @@ def prepare_code(cell: dict, heading: str, prose: str, folded: bool) -> None:
             html = "".join(output["data"]["text/html"])
             output["data"]["text/html"] = re.sub(r"<th>\s*</th>", "<td></td>", html)
     cell["metadata"] = {"tags": tags}
+    if "hide-input" in tags:
+        cell["metadata"]["mystnb"] = {"code_prompt_show": "Show all parameters and their meaning"}
     figures = [output for output in cell["outputs"] if PICTURES & output.get("data", {}).keys()]
     if figures:  # one text serves all figures of a cell
         cell["metadata"]["mystnb"] = {"image": {"alt": figure_text(figures[0], cell["source"], heading, prose)}}
