@@ -34,6 +34,7 @@ d = {
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.listed": ("core/checks.html#listed", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.plain_variables": (
                 "core/checks.html#plain_variables",
@@ -42,6 +43,11 @@ d = {
             "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
+            "crackseg_nb.core.files.OnceLoader": ("core/files.html#onceloader", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.OnceLoader.construct_mapping": (
+                "core/files.html#onceloader.construct_mapping",
+                "crackseg_nb/core/files.py",
+            ),
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.check_writable": ("core/files.html#check_writable", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
@@ -56,6 +62,10 @@ d = {
             "crackseg_nb.core.files.raise_first": ("core/files.html#raise_first", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_if_there": ("core/files.html#read_if_there", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.remove_unfinished": (
+                "core/files.html#remove_unfinished",
+                "crackseg_nb/core/files.py",
+            ),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_table": ("core/files.html#write_table", "crackseg_nb/core/files.py"),
@@ -125,6 +135,10 @@ d = {
             ),
             "crackseg_nb.core.run_folder.RunFolder.status": (
                 "core/run_folder.html#runfolder.status",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.check_status": (
+                "core/run_folder.html#check_status",
                 "crackseg_nb/core/run_folder.py",
             ),
             "crackseg_nb.core.run_folder.claim": ("core/run_folder.html#claim", "crackseg_nb/core/run_folder.py"),
@@ -2983,6 +2997,7 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.flatten": ("runs/config.html#flatten", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.is_labelled": ("runs/config.html#is_labelled", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.known_parameters": (
