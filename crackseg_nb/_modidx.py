@@ -3078,6 +3078,10 @@ d = {
                 "runs/experiment.html#check_same_world",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.check_turn": (
+                "runs/experiment.html#check_turn",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.describe_world": (
                 "runs/experiment.html#describe_world",
                 "crackseg_nb/runs/experiment.py",
@@ -3244,6 +3248,10 @@ d = {
         },
         "crackseg_nb.runs.results": {
             "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.check_prediction_names": (
+                "runs/results.html#check_prediction_names",
+                "crackseg_nb/runs/results.py",
+            ),
             "crackseg_nb.runs.results.choice_rules": ("runs/results.html#choice_rules", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.class_table": ("runs/results.html#class_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.collect_results": (
@@ -4889,6 +4897,10 @@ d = {
             ),
             "crackseg_nb.training.checkpoint.read_verified": (
                 "training/checkpoint.html#read_verified",
+                "crackseg_nb/training/checkpoint.py",
+            ),
+            "crackseg_nb.training.checkpoint.remove_all_strays": (
+                "training/checkpoint.html#remove_all_strays",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.remove_strays": (

@@ -9,6 +9,7 @@ __all__ = [
     "KEPT",
     "LATER",
     "prediction_path",
+    "check_prediction_names",
     "save_prediction",
     "read_prediction",
     "without_images",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/04_results.ipynb #64fd81c7
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/04_results.ipynb #6b9d3ac1
+from ..core.checks import CrackSegError
 from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_table, write_yaml
 from ..core.run_folder import RunFolder
 from ..figures.cases import Case, ClassCase, show_cases
@@ -62,6 +65,24 @@ from ..sources.samples import Classes
 def prediction_path(folder: Path, name: str) -> Path:
     "Return where the prediction of a test image is kept."
     return Path(folder) / f"{name.replace('/', '__')}.png"
+
+
+def check_prediction_names(names: list[str]) -> None:
+    "Raise CrackSegError if the predictions of two test images would share a file, or one's name is too long for one."
+    files = {}
+    for name in names:
+        file = prediction_path(Path(), name).name
+        if file in files:
+            raise CrackSegError(
+                f"predictions: found the test images {files[file]} and {name}, which would both be written to {file}; "
+                "expected names that differ, also with __ for /"
+            )
+        if (length := len(os.fsencode(file))) > 255:
+            raise CrackSegError(
+                f"predictions: found a test image whose prediction would have a name of {length} bytes "
+                f"({file[:40]}...), expected at most 255; shorten the names of its file and folders"
+            )
+        files[file] = name
 
 
 def save_prediction(
