@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "POSES",
     "METADATA",
     "Facts",
     "Network",
@@ -30,6 +29,7 @@ from scipy.special import expit, softmax
 # %% ../../nbs/inference/02_networks.ipynb #1736e3ed
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, choose, first_line
 from ..core.files import sha256_file
+from ..models.settings import POSES, describe_views
 from ..sources.images import NORMALIZED
 from ..sources.samples import Classes
 
@@ -64,6 +64,7 @@ class Network:
     "Turn images into probabilities; a sub-class says how."
 
     facts: Facts
+    views: str = ""  # of an image, over which it averages
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         "Return float32 (B, C, H, W), of cracks or of all classes, for normalised float32 images (B, 3, H, W)."
@@ -96,15 +97,12 @@ def to_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 # %% ../../nbs/inference/02_networks.ipynb #9eae91a7
-POSES = {"none": [(0, False)], "flips": [(0, False), (0, True), (2, False), (2, True)]}
-POSES["all"] = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
-
-
 class Turned(Network):
     "Average the probabilities of a network over poses of the image."
 
     def __init__(self, network: Network, poses: str):
         self.network, self.facts, self.poses = network, network.facts, POSES[choose("tta", poses, POSES)]
+        self.views = describe_views(poses, (1.0,))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         total = None
@@ -140,6 +138,7 @@ class Averaged(Network):
         if any(facts.fixed_size != first.fixed_size for facts in others):
             raise CrackSegError("model: found networks of different fixed sizes, expected one size for all")
         self.networks = list(networks)
+        self.views = " + ".join(dict.fromkeys(network.views or "one view" for network in networks))
         several = [first, *others]
         self.facts = Facts(
             " + ".join(facts.name for facts in several),

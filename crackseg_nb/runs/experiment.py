@@ -159,10 +159,12 @@ def step(method):
             return result
         except Stopped as stopped:
             logger.info("%s", stopped)
+            self.unfinished.detach()  # from here on another experiment may go on with this folder
             self.folder.mark("stopped", reason=str(stopped))
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self.unfinished.detach()
             mark_failed(self.folder, self.config, reason)
             raise
         finally:
@@ -193,6 +195,7 @@ class Experiment:
             self.folder = create_run_folder(
                 outputs_folder(config.run.outputs), config.run.run_name or default_run_name(config), SPACE_TO_BEGIN
             )
+        self.unfinished = weakref.finalize(self, mark_unfinished, self.folder, config, os.getpid())
         self.begin()
 
     def stop_workers(self) -> None:
@@ -209,7 +212,6 @@ def begin(self: Experiment) -> None:
     for name in RunFolder.SUBFOLDERS:  # of a run that was copied, empty ones may be missing
         check_writable(self.folder / name)
     log_to(self.folder / "training.log")
-    weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
     if self.config.resume:
         self.resume_from = note_resume(self.folder, self.config)
     logger.info("run %s, seed %d, device %s", self.folder.run_id, self.config.run.seed, self.device)
@@ -824,6 +826,7 @@ def finish(self: Experiment) -> RunFolder:
     write_manifest(folder, self.results, prepared.audit.digests)
     write_yaml(folder / "final_results.yaml", self.results)
     folder.mark("done")
+    self.unfinished.detach()
     if not self.config.train.checkpoint_every:
         prune_checkpoints(self.folder / "checkpoints", keep_last=0)  # nothing is left to resume
     logger.info("done: %s/final_results.yaml", self.folder.run_id)
