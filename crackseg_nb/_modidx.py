@@ -3588,6 +3588,10 @@ d = {
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_out_beside": (
+                "sources/folders.html#left_out_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.of_the_system": (
                 "sources/folders.html#of_the_system",
                 "crackseg_nb/sources/folders.py",
@@ -3600,6 +3604,10 @@ d = {
                 "sources/folders.html#pair_folders",
                 "crackseg_nb/sources/folders.py",
             ),
+            "crackseg_nb.sources.folders.pairs_beside": (
+                "sources/folders.html#pairs_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.place_of": ("sources/folders.html#place_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.read_folder": (
                 "sources/folders.html#read_folder",
@@ -3610,6 +3618,10 @@ d = {
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.split_of": ("sources/folders.html#split_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.split_places": (
+                "sources/folders.html#split_places",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.subfolder": (
                 "sources/folders.html#subfolder",
                 "crackseg_nb/sources/folders.py",
