@@ -2920,6 +2920,7 @@ d = {
                 "crackseg_nb/models/views.py",
             ),
             "crackseg_nb.models.views.Views.look": ("models/views.html#views.look", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.Views.widen": ("models/views.html#views.widen", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.resize": ("models/views.html#resize", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.with_views": ("models/views.html#with_views", "crackseg_nb/models/views.py"),
         },

@@ -105,13 +105,16 @@ class Turned(Network):
         self.views = describe_views(poses, (1.0,))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        total = None
+        total, (height, width) = None, images.shape[-2:]
+        if not self.facts.fixed_size:  # strides lie alike from either side
+            edges = ((0, -side % self.facts.multiple) for side in (height, width))
+            images = np.pad(images, ((0, 0), (0, 0), *edges), mode="edge")
         for turns, mirrored in self.poses:
             posed = np.rot90(images, turns, (2, 3))
             found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if mirrored else posed))
             found = np.rot90(found[..., ::-1] if mirrored else found, -turns, (2, 3))
             total = found.copy() if total is None else total + found
-        return total / np.float32(len(self.poses))
+        return total[..., :height, :width] / np.float32(len(self.poses))
 
     def radius(self) -> int:
         return self.network.radius()

@@ -6,6 +6,7 @@
 __all__ = ["MIN_SIDE", "LEAST", "Views", "resize", "with_views"]
 
 # %% ../../nbs/models/11_views.ipynb #3c03aac9
+import math
 from fractions import Fraction
 
 import torch
@@ -17,7 +18,7 @@ from ..core.checks import choose
 from .settings import POSES, check_scales
 
 # %% ../../nbs/models/11_views.ipynb #e2a7a923
-MIN_SIDE = 32  # pixels; an image is not shown smaller than this
+MIN_SIDE = 32  # pixels; an image is not shown smaller than this, and its sides are multiples of it
 LEAST = 2.0**-24  # of a mean probability and of its distance to 1, so that its logit is finite
 
 
@@ -32,6 +33,7 @@ class Views(nn.Module):
     ):
         super().__init__()
         self.model, self.tta, self.scales = model, choose("tta", tta, POSES), check_scales(scales)
+        self.multiple = math.lcm(MIN_SIDE, getattr(getattr(model, "encoder", None), "multiple", 1))
         self.train(getattr(model, "training", False))
 
     @property
@@ -46,17 +48,21 @@ class Views(nn.Module):
         found = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
         return torch.rot90(found.flip(3) if mirrored else found, -turns, (2, 3))
 
+    def widen(self, images: torch.Tensor, step: int) -> torch.Tensor:
+        "Return images whose sides are multiples of `step`: the border is repeated at the right and at the bottom."
+        height, width = images.shape[-2:]
+        return F.pad(images, (0, -width % step, 0, -height % step), mode="replicate")
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[-2:]
         total = 0
         for scale in self.scales:
-            step = Fraction(scale).denominator  # the border is repeated, so that a scale is exact for odd sides too
-            whole = F.pad(images, (0, -width % step, 0, -height % step), mode="replicate")
+            whole = self.widen(images, Fraction(scale).denominator)  # so that a scale is exact for odd sides too
             size = tuple(max(round(scale * side), min(side, MIN_SIDE)) for side in whole.shape[-2:])
-            shown = resize(whole, size)
+            shown = self.widen(resize(whole, size), self.multiple)  # strides lie alike from either side
             for turns, mirrored in POSES[self.tta]:
-                found = resize(self.look(shown, turns, mirrored), whole.shape[-2:])
-                total = total + found[..., :height, :width]
+                found = self.look(shown, turns, mirrored)[..., : size[0], : size[1]]
+                total = total + resize(found, whole.shape[-2:])[..., :height, :width]
         mean = total / (len(self.scales) * len(POSES[self.tta]))
         return torch.logit(mean, LEAST) if mean.shape[1] == 1 else mean.clamp(min=LEAST).log()
 
