@@ -18,6 +18,7 @@ __all__ = [
     "System",
     "systems_of",
     "score_table",
+    "precision_notes",
     "Comparison",
     "score_of",
     "rows_for",
@@ -248,6 +249,21 @@ def score_table(systems: dict[str, System]) -> pd.DataFrame:
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #c4c0f27d
+def precision_notes(entries: list[Entry]) -> list[str]:
+    "Return a sentence for each entry that takes part and whose AP is missing, or not that of all its probabilities."
+    notes = []
+    for entry in (entry for entry in entries if not entry.reason):
+        evidence = entry.evidence
+        if not evidence.metrics["curves 0 px"].sums["levels"].any():
+            notes.append(
+                f"{entry.run_id}: no AP, since its evidence is of version 0.1, which took AP on 99 thresholds; "
+                "remove its folder evidence to have it measured again from its predictions."
+            )
+        elif evidence.protocol["probabilities"].startswith("8 bits"):
+            notes.append(f"{entry.run_id}: its probabilities were kept in 8 bits, so that its AP is too low.")
+    return notes
+
+
 @dataclass
 class Comparison:
     "Hold entries, systems, their intervals, and the tests on one statistic."
@@ -300,6 +316,7 @@ class Comparison:
                 f"{name}: {self.label} {spread([score_of(entry, self.statistic) for entry in system.entries])}."
                 for name, system in self.systems.items()
             ]
+            + precision_notes(self.entries)
             + [f"Left out: {run} ({reason})." for run, _, reason in self.left_out.itertuples(index=False)]
         )
 
