@@ -111,11 +111,11 @@ def test_a_probability_is_kept_to_the_nearest_level(tmp_path):
     save_prediction(tmp_path, "one", answer)
     found = read_prediction(tmp_path, "one")
     middle = (answer >= 0.01) & (answer <= 0.99)
-    assert np.abs(found - answer)[middle].max() <= 1 / 65535 and np.abs(found - answer).max() <= 1e-4
+    assert np.abs(found - answer)[middle].max() <= 1 / 65535 and np.abs(found - answer).max() <= 4e-5
     assert found[0, 0] == 0 and found[0, -1] == 1
     small = np.geomspace(1e-7, 0.009, 1000, dtype=np.float32)[None]
     save_prediction(tmp_path, "two", small)
-    assert np.abs(read_prediction(tmp_path, "two") / small - 1).max() < 0.01
+    assert np.abs(read_prediction(tmp_path, "two") / small - 1).max() < 0.06
 
 
 def test_a_map_of_8_bits_is_read(tmp_path):

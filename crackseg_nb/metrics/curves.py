@@ -9,7 +9,6 @@ __all__ = [
     "CURVE_SCORES",
     "LEVELS",
     "TAIL",
-    "NEAREST",
     "LEVEL_VALUES",
     "LEVEL_EDGES",
     "check_planes",
@@ -68,7 +67,7 @@ ois_f1: the mean of each image's highest F1. ois_pooled_f1: the F1 of the counts
 best threshold. All of ods and ois choose thresholds on the images they score: upper bounds.
 ap: average precision, the area under the pooled precision-recall curve as a sum of steps, \
 (recall_k - recall_(k-1)) * precision_k, from the highest of 65,536 levels of probability to the lowest, where all is \
-predicted. A level spans 1/65535 from 0.01 to 0.99, and 2 % of the distance to 0 or to 1 beyond.
+predicted. Levels are 1/65535 apart from 0.01 to 0.99; beyond, level k is 0.01 (k/655)^4 away from 0 or from 1.
 two_class_miou: the mean of the IoU of crack and of background, pooled, at the fixed threshold; a class that is \
 neither there nor predicted has an IoU of 1.
 best_two_class_miou: its maximum over the thresholds. best_mean_two_class_miou: the maximum of its mean over images. \
@@ -129,14 +128,12 @@ def levels(
 # %% ../../nbs/metrics/03_curves.ipynb #b17e4c02
 LEVELS = 2**16
 TAIL = 655  # levels up to a probability of 0.01, and as many from 0.99 on
-NEAREST = 2.0**-25  # to 0 or 1: half of the distance between 1 and the next float32
 
 
 def level_values() -> np.ndarray:
     "Return the probability of each level, ascending from 0 to 1, float64 (65536,)."
     values = np.arange(LEVELS) / (LEVELS - 1)
-    tail = values[TAIL] * (NEAREST / values[TAIL]) ** (1 - np.arange(TAIL) / TAIL)
-    tail[0] = 0
+    tail = values[TAIL] * (np.arange(TAIL) / TAIL) ** 4
     values[:TAIL], values[-TAIL:] = tail, 1 - tail[::-1]
     return values
 
