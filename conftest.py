@@ -146,23 +146,31 @@ def imports_of(code, package):
     return names
 
 
+@cache
+def named_files(path, root, changed):
+    "Return the modules and run notebooks that a file names; `changed` is the time of its last change."
+    run_notebooks = [other for other in (root / "nbs").rglob("*.ipynb") if not other.name[0].isdigit()]
+    package = ".".join(path.relative_to(root).parent.parts) if path.suffix == ".py" else ""
+    found, modules = set(), set()
+    for code in code_of(path):
+        found |= {other for other in run_notebooks if other.name in code}
+        modules |= {name for name in imports_of(code, package) if name.split(".")[0] == PACKAGE}
+    for name in modules:
+        parts = name.split(".")
+        places = [root.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+        files = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
+        found |= {file for file in files if file.is_file()}
+    return found
+
+
 def dependencies(notebook, root=ROOT):
     "Return the notebook, all modules that it imports, directly or not, and the notebooks that any of them names."
-    run_notebooks = {path.name: path for path in (root / "nbs").rglob("*.ipynb") if not path.name[0].isdigit()}
     found, queue = set(), [notebook]
     while queue:
         path = queue.pop()
-        if path in found:
-            continue
-        found.add(path)
-        package = ".".join(path.relative_to(root).parent.parts) if path.suffix == ".py" else ""
-        for code in code_of(path):
-            queue += [other for name, other in run_notebooks.items() if name in code]
-            for name in imports_of(code, package):
-                parts = name.split(".")
-                places = [root.joinpath(*parts[:count]) for count in range(1, len(parts) + 1) if parts[0] == PACKAGE]
-                files = [file for place in places for file in (place / "__init__.py", place.with_suffix(".py"))]
-                queue += [file for file in files if file.is_file()]
+        if path not in found:
+            found.add(path)
+            queue += named_files(path, root, path.stat().st_mtime_ns)
     return sorted(found)
 
 

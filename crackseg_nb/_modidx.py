@@ -2852,6 +2852,14 @@ d = {
                 "models/settings.html#check_rates",
                 "crackseg_nb/models/settings.py",
             ),
+            "crackseg_nb.models.settings.check_scales": (
+                "models/settings.html#check_scales",
+                "crackseg_nb/models/settings.py",
+            ),
+            "crackseg_nb.models.settings.describe_views": (
+                "models/settings.html#describe_views",
+                "crackseg_nb/models/settings.py",
+            ),
             "crackseg_nb.models.settings.per_stage": (
                 "models/settings.html#per_stage",
                 "crackseg_nb/models/settings.py",
@@ -2905,6 +2913,25 @@ d = {
             "crackseg_nb.models.unet.Unet": ("models/unet.html#unet", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.__init__": ("models/unet.html#unet.__init__", "crackseg_nb/models/unet.py"),
             "crackseg_nb.models.unet.Unet.segment": ("models/unet.html#unet.segment", "crackseg_nb/models/unet.py"),
+        },
+        "crackseg_nb.models.views": {
+            "crackseg_nb.models.views.Views": ("models/views.html#views", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.Views.__init__": (
+                "models/views.html#views.__init__",
+                "crackseg_nb/models/views.py",
+            ),
+            "crackseg_nb.models.views.Views.encoder": (
+                "models/views.html#views.encoder",
+                "crackseg_nb/models/views.py",
+            ),
+            "crackseg_nb.models.views.Views.forward": (
+                "models/views.html#views.forward",
+                "crackseg_nb/models/views.py",
+            ),
+            "crackseg_nb.models.views.Views.look": ("models/views.html#views.look", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.Views.widen": ("models/views.html#views.widen", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.resize": ("models/views.html#resize", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.with_views": ("models/views.html#with_views", "crackseg_nb/models/views.py"),
         },
         "crackseg_nb.runs.command": {
             "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),

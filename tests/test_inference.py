@@ -26,6 +26,7 @@ from crackseg_nb.inference.prediction import predict
 from crackseg_nb.inference.tiles import plan_tiles, predict_bands
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.models.registry import create_model
+from crackseg_nb.models.views import Views
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.runs.trained_model import load_model
@@ -57,21 +58,57 @@ def files_of(place):
     return {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
 
 
-def test_a_runs_test_images_score_what_its_results_say(trained, tmp_path):
-    samples = trained.prepared.splits.test
-    predict(trained.folder.path, [sample.image for sample in samples], tmp_path, progress=False, device="cpu", depth=16)
-    results = read_yaml(trained.folder / "final_results.yaml")["test"]
+@pytest.fixture(scope="module")
+def viewed(trained, folder):
+    "The same model, tested as a mean over flips and two scales, whose threshold is chosen for that mean."
+    settings = dict(config=str(trained.folder / "config.yaml"), fine_tune=str(trained.folder.path), epochs=0)
+    views = dict(tta="flips", scales="0.5,1", outputs=str(folder), run_name="viewed")
+    return run(configure(**settings, **views))
+
+
+def test_a_test_takes_the_mean_over_views(trained, viewed):
+    results = [read_yaml(one.folder / "final_results.yaml") for one in (trained, viewed)]
+    assert [found["protocol"]["evaluation"] for found in results] == [
+        "native",
+        "native, mean over 4 poses at scales 0.5, 1",
+    ]
+    assert results[0]["test"]["pooled"] != results[1]["test"]["pooled"]
+    metrics, model = BinaryMetrics(), viewed.trained.model.eval()
+    with torch.inference_mode():
+        for index, sample in enumerate(viewed.prepared.splits.test):
+            image = normalize(read_image(sample.image))[None]
+            small = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="bilinear", antialias=True)
+            views = []
+            for shown in (small, image):
+                for flips in ((), (2,), (3,), (2, 3)):
+                    found = model(shown.flip(flips)).sigmoid().flip(flips)
+                    views.append(torch.nn.functional.interpolate(found, image.shape[-2:], mode="bilinear"))
+            target = torch.from_numpy(read_mask(sample.mask, viewed.prepared.splits.mask_encoding))
+            metrics.update(torch.cat(views).mean((0, 1))[None], target[None], [index])
+    found = metrics.compute(results[1]["test"]["threshold"])["pooled"]
+    assert found["iou"] == pytest.approx(results[1]["test"]["pooled"]["iou"], abs=1e-3)
+
+
+@pytest.mark.parametrize("asked", [{}, dict(tta="flips", scales="0.5,1")])
+def test_a_runs_test_images_score_what_its_results_say(trained, viewed, tmp_path, asked):
+    samples, tested = trained.prepared.splits.test, viewed if asked else trained
+    results = read_yaml(tested.folder / "final_results.yaml")["test"]
+    if asked:
+        asked |= {"threshold": results["threshold"]}
+    paths = [sample.image for sample in samples]
+    predict(trained.folder.path, paths, tmp_path, progress=False, device="cpu", depth=16, **asked)
     metrics = BinaryMetrics()
     for index, sample in enumerate(samples):
         found = torch.from_numpy(np.asarray(Image.open(tmp_path / f"{sample.image.stem}_mask.png")) / 255)
         target = torch.from_numpy(read_mask(sample.mask, trained.prepared.splits.mask_encoding))
         metrics.update(found[None], target[None], [index])
     scores = metrics.compute(0.5)
-    assert 0 < results["pooled"]["recall"] < 1
+    assert 0 < results["pooled"]["iou"] < 1
     assert scores["pooled"] == results["pooled"] and scores["per_image"] == results["per_image"]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["mask"]["threshold"] == results["threshold"]
-    assert "validation images" in manifest["mask"]["threshold_origin"]
+    assert manifest["model"]["views"] == ("mean over 4 poses at scales 0.5, 1" if asked else "")
+    assert ("given" if asked else "validation images") in manifest["mask"]["threshold_origin"]
 
 
 def test_command_python_and_an_array_of_jobs_leave_equal_files(trained, photos, tmp_path):
@@ -130,6 +167,18 @@ def test_tiled_equals_whole():
     across = abs(np.diff(tiled, axis=1))
     lines = [column.first for column in plan.columns[1:]] + [column.last for column in plan.columns[:-1]]
     assert across[:, [line - 1 for line in lines]].mean() < 1.5 * across.mean()
+
+
+def test_tiled_equals_whole_over_views():
+    model = Views(small("unet", encoder="resnet34", **NARROW), "flips", (0.75, 1.5))
+    halo = -(-receptive_radius(model.model, 256) * 4 // 3)
+    image, _ = synthesize(4, (301, 801))
+    network = TorchNetwork(model, Facts("unet", "0" * 64))
+    whole = network.probabilities(normalize(image)[None].numpy())[0, 0]
+    plan = plan_tiles(whole.shape, halo, 4 * 32, tile=2 * (halo + -halo % 128) + 160, blend=32)
+    assert plan.count >= 3 and whole.std() > 1e-3
+    bands = [band.probabilities[0] for band in predict_bands(DecodedPhoto("wall.png", image, None), plan, network)]
+    assert abs(np.concatenate(bands) - whole).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", SEGMENTERS)

@@ -167,4 +167,4 @@ def export_run(
     if fixed_size and (fixed_size < 64 or fixed_size % 32):
         raise CrackSegError(f"fixed_size: found {fixed_size}, expected a multiple of 32 from 64 up")
     target = Path(path) if path else config_beside(locate_weights("model", str(model), outputs)).with_name("model.onnx")
-    return export_network(load_network(model, "cpu", outputs), target, fixed_size=fixed_size)
+    return export_network(load_network(model, "cpu", outputs, "none", (1.0,)), target, fixed_size=fixed_size)

@@ -6,8 +6,10 @@
 __all__ = ["ATTENTION_HALO", "receptive_radius", "alignment_of", "TorchNetwork", "load_network"]
 
 # %% ../../nbs/inference/06_models.ipynb #50635281
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch import nn
 from ..core.checks import CrackSegError
 from .networks import Facts, Network
 from ..models.encoders import WINDOWED
+from ..models.settings import check_scales, describe_views
+from ..models.views import Views, with_views
 from ..runs.trained_model import open_model
 from ..training.precision import choose_precision
 
@@ -71,6 +75,7 @@ class TorchNetwork(Network):
     ):
         self.device, self.precision, self.facts = device or torch.device("cpu"), precision, facts
         self.model, self.measured = model.to(self.device).eval(), 0
+        self.views = describe_views(model.tta, model.scales) if isinstance(model, Views) else ""
 
     @torch.inference_mode()
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -81,8 +86,10 @@ class TorchNetwork(Network):
 
     def radius(self) -> int:
         if not self.measured:
-            attends = getattr(getattr(self.model, "encoder", None), "family", "") in ("ViT", "hybrid")
-            self.measured = self.facts.radius or (ATTENTION_HALO if attends else receptive_radius(self.model))
+            one, scales = (self.model.model, self.model.scales) if isinstance(self.model, Views) else (self.model, (1,))
+            attends = getattr(getattr(one, "encoder", None), "family", "") in ("ViT", "hybrid")
+            radius = self.facts.radius or (ATTENTION_HALO if attends else receptive_radius(one))
+            self.measured = math.ceil(radius / min(scales))  # half the size shows twice as much
         return self.measured
 
     def begin_thread(self) -> None:
@@ -103,6 +110,8 @@ def load_network(
     model,  # a run's folder or name, its checkpoints, or a file of weights inside the run's folder
     device: str = "auto",
     outputs: str = "",
+    tta: str = "",  # poses to average over; empty: those of the run's test
+    scales: tuple[float, ...] = (),  # sizes to look at an image; empty: those of the run's test
 ) -> TorchNetwork:
     "Return a run's model as a network, with the precision that the run was tested in where this machine has it."
     trained = open_model(model, outputs=outputs, device=device)
@@ -115,15 +124,19 @@ def load_network(
     amp = settings.get("amp", "auto")
     precision = choose_precision("off" if amp == "fp16" and place.type == "cpu" else amp, place)
     chosen = trained.threshold is not None
+    tested = settings.get("tta", "none"), tuple(settings.get("scales", (1.0,)))
+    asked = tta or tested[0], check_scales(scales or tested[1])
+    views = with_views(built, *asked)
+    rule = trained.threshold_rule + (", of other views of the image" if asked != tested else "")
     facts = Facts(
         name,
         trained.sha256,
         trained.classes.names,
         trained.classes.colours,
         trained.threshold if chosen else 0.5,
-        f"{name}: {trained.threshold_rule}" if chosen else "0.5, not chosen",
-        alignment_of(built),
+        f"{name}: {rule}" if chosen else "0.5, not chosen",
+        alignment_of(built) * max(Fraction(scale).denominator for scale in asked[1]),
         multiple=getattr(built.encoder, "multiple", 32),
         licence="Apache-2.0",
     )
-    return TorchNetwork(built, facts, place, precision)
+    return TorchNetwork(views, facts, place, precision)

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "POSES",
     "METADATA",
     "Facts",
     "Network",
@@ -30,6 +29,7 @@ from scipy.special import expit, softmax
 # %% ../../nbs/inference/02_networks.ipynb #1736e3ed
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, choose, first_line
 from ..core.files import sha256_file
+from ..models.settings import POSES, describe_views
 from ..sources.images import NORMALIZED
 from ..sources.samples import Classes
 
@@ -64,6 +64,7 @@ class Network:
     "Turn images into probabilities; a sub-class says how."
 
     facts: Facts
+    views: str = ""  # of an image, over which it averages
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         "Return float32 (B, C, H, W), of cracks or of all classes, for normalised float32 images (B, 3, H, W)."
@@ -96,24 +97,24 @@ def to_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 # %% ../../nbs/inference/02_networks.ipynb #9eae91a7
-POSES = {"none": [(0, False)], "flips": [(0, False), (0, True), (2, False), (2, True)]}
-POSES["all"] = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
-
-
 class Turned(Network):
     "Average the probabilities of a network over poses of the image."
 
     def __init__(self, network: Network, poses: str):
         self.network, self.facts, self.poses = network, network.facts, POSES[choose("tta", poses, POSES)]
+        self.views = describe_views(poses, (1.0,))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        total = None
+        total, (height, width) = None, images.shape[-2:]
+        if not self.facts.fixed_size:  # strides lie alike from either side
+            edges = ((0, -side % self.facts.multiple) for side in (height, width))
+            images = np.pad(images, ((0, 0), (0, 0), *edges), mode="edge")
         for turns, mirrored in self.poses:
             posed = np.rot90(images, turns, (2, 3))
             found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if mirrored else posed))
             found = np.rot90(found[..., ::-1] if mirrored else found, -turns, (2, 3))
             total = found.copy() if total is None else total + found
-        return total / np.float32(len(self.poses))
+        return total[..., :height, :width] / np.float32(len(self.poses))
 
     def radius(self) -> int:
         return self.network.radius()
@@ -140,6 +141,7 @@ class Averaged(Network):
         if any(facts.fixed_size != first.fixed_size for facts in others):
             raise CrackSegError("model: found networks of different fixed sizes, expected one size for all")
         self.networks = list(networks)
+        self.views = " + ".join(dict.fromkeys(network.views or "one view" for network in networks))
         several = [first, *others]
         self.facts = Facts(
             " + ".join(facts.name for facts in several),

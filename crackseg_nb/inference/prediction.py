@@ -36,9 +36,10 @@ from ..core.machine import cores, logger, package_versions
 from ..core.run_folder import claim
 from .files import DEPTHS, BandStore, result_paths, write_results
 from .masks import Rules
-from .networks import POSES, Averaged, Network, OnnxNetwork, Turned
+from .networks import Averaged, Network, OnnxNetwork, Turned
 from .photos import Photo, check_photo, find_photos, open_photo
 from .tiles import BLEND, TilePlan, plan_tiles, predict_bands
+from ..models.settings import POSES, check_scales
 
 
 # %% ../../nbs/inference/07_prediction.ipynb #0a70efe5
@@ -47,7 +48,8 @@ class PredictSettings:
     "Say how photos are predicted; see `predict`."
 
     threshold: float | None = None
-    tta: str = "none"
+    tta: str = ""
+    scales: tuple[float, ...] = ()
     hysteresis: float = 0.0
     specks: int = 0
     depth: int = 8
@@ -59,7 +61,10 @@ class PredictSettings:
     shard: str = ""
 
     def __post_init__(self):
-        choose("tta", self.tta, POSES)
+        if self.tta:
+            choose("tta", self.tta, POSES)
+        if self.scales:
+            object.__setattr__(self, "scales", check_scales(self.scales))
         choose("depth", self.depth, DEPTHS)
         for name, low in {"tile": 0, "blend": 32, "batch": 1, "workers": 0, "specks": 0}.items():
             check_number(name, getattr(self, name), int, low)
@@ -85,20 +90,23 @@ def open_network(
     model,  # a run, a checkpoint, an exported file, a `Network`, or a list of these
     device: str = "auto",
     outputs: str = "",
+    tta: str = "",  # empty: as the run was tested
+    scales: tuple[float, ...] = (),  # empty: as the run was tested
 ) -> Network:
     "Return the network that predicts; several models are averaged."
     if isinstance(model, (list, tuple)):
         if not model:
             raise CrackSegError("model: found none, expected a run, a checkpoint or an exported file")
-        networks = [open_network(one, device, outputs) for one in model]
+        networks = [open_network(one, device, outputs, tta, scales) for one in model]
         return networks[0] if len(networks) == 1 else Averaged(networks)
-    if isinstance(model, Network):
-        return model
-    if Path(model).suffix.lower() == ".onnx":
-        return OnnxNetwork(model)
+    if isinstance(model, Network) or Path(model).suffix.lower() == ".onnx":
+        network = model if isinstance(model, Network) else OnnxNetwork(model)
+        if scales not in ((), (1.0,)):
+            raise CrackSegError(f"scales: found {network.facts.name}, which takes 1 only, expected the run itself")
+        return Turned(network, tta) if tta not in ("", "none") else network
     from crackseg_nb.inference.models import load_network
 
-    return load_network(model, device, outputs)
+    return load_network(model, device, outputs, tta, scales)
 
 
 # %% ../../nbs/inference/07_prediction.ipynb #ddf2f250
@@ -152,7 +160,7 @@ def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any
             "classes": list(facts.classes),
             "colours": [list(colour) for colour in facts.all_classes.colours],
             "precision": getattr(network, "precision", "no"),
-            "tta": settings.tta,
+            "views": network.views,
         },
         "mask": {**asdict(rules), "threshold_origin": origin},
         "probability_bits": settings.depth,
@@ -259,7 +267,8 @@ def predict(
     images,  # a file, a folder, a pattern such as `photos/**/*.jpg`, or a list of these
     out="predictions",  # folder for the results, made if it is missing
     threshold: float | None = None,  # from which probability on a pixel is a crack; None: the run's
-    tta: str = "none",  # average over poses of the image: none, flips (4) or all (8)
+    tta: str = "",  # average over poses of the image: none, flips (4) or all (8); empty: as the run was tested
+    scales: tuple[float, ...] = (),  # sizes at which the model looks, such as 0.5,1; empty: as the run was tested
     hysteresis: float = 0.0,  # lower threshold for pixels that hang together with a crack; 0: none
     specks: int = 0,  # pixels of the smallest part that is kept; 0: all are
     depth: int = 8,  # bits of the probability's file: 8 or 16
@@ -278,13 +287,11 @@ def predict(
     Raises CrackSegError before work begins for a model without weights, photos that cannot be read, or a folder that
     cannot take the results. The same call goes on where one was killed."""
     settings = PredictSettings(
-        threshold, tta, hysteresis, specks, depth, tile, halo, blend, batch, workers, str(shard or "")
+        threshold, tta, scales, hysteresis, specks, depth, tile, halo, blend, batch, workers, str(shard or "")
     )
     folder, paths = Path(out).expanduser(), settings.part_of(find_photos(images))
     pixels = check_all(paths, folder, settings.depth)
-    network = open_network(model, device, outputs)
-    if settings.tta != "none":
-        network = Turned(network, settings.tta)
+    network = open_network(model, device, outputs, settings.tta, settings.scales)
     rules_of(network, settings)  # raises for a hysteresis above the threshold
     (folder / ".crackseg").mkdir(exist_ok=True)
     shown = "{l_bar}{bar}| {n:.1f}/{total:.1f} Mpx [{elapsed}<{remaining}]"

@@ -6,6 +6,7 @@
 __all__ = [
     "SWINV2_ENCODERS",
     "ENCODERS",
+    "POSES",
     "SWIN_ENCODERS",
     "SWIN_SIZES",
     "MODEL_SETTINGS",
@@ -17,6 +18,8 @@ __all__ = [
     "check_prior",
     "check_each",
     "check_rates",
+    "describe_views",
+    "check_scales",
     "SwinV2HybridConfig",
     "UnetConfig",
     "DeepLabOriginalConfig",
@@ -138,6 +141,35 @@ def check_rates(rates) -> None:
     if not rates:
         raise CrackSegError("aspp_rates: found none, expected at least one, such as 1,6,12")
     check_each("aspp_rates", rates)
+
+
+# %% ../../nbs/models/01_settings.ipynb #d1e2f3a4
+POSES = {"none": [(0, False)], "flips": [(0, False), (0, True), (2, False), (2, True)]}  # quarter turns, then mirrored
+POSES["all"] = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
+
+
+def describe_views(tta: str, scales: tuple[float, ...]) -> str:
+    "Return in words over which views a mean is taken; empty where the image is looked at once, as it is."
+    poses = [] if tta == "none" else [f"{len(POSES[tta])} poses"]
+    sizes = [] if tuple(scales) == (1.0,) else [f"scales {', '.join(f'{scale:g}' for scale in scales)}"]
+    return f"mean over {' at '.join(poses + sizes)}" if poses + sizes else ""
+
+
+def check_scales(
+    scales,  # numbers, or a text with commas between them
+) -> tuple[float, ...]:
+    "Return the scales as numbers; raise CrackSegError unless each is a multiple of 0.25 from 0.25 to 4."
+    words = [word.strip() for word in scales.split(",")] if isinstance(scales, str) else scales
+    try:
+        found = tuple(check_number("scales", float(word), float) for word in words)
+    except (TypeError, ValueError):
+        raise CrackSegError(f"scales: found {scales!r}, expected numbers, such as 0.5,1") from None
+    for scale in found:
+        if not 0.25 <= scale <= 4 or scale % 0.25:  # on these a tile's pixels lie as the whole image's
+            raise CrackSegError(f"scales: found {scale:g}, expected multiples of 0.25 from 0.25 to 4")
+    if not found or len(set(found)) < len(found):
+        raise CrackSegError(f"scales: found {', '.join(map(str, found)) or 'none'}, expected each once, such as 0.5,1")
+    return found
 
 
 # %% ../../nbs/models/01_settings.ipynb #78b43b6e

@@ -76,7 +76,7 @@ from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
-from ..models.settings import CLASSIFIER, ENCODERS, MODEL_SETTINGS, SWINV2_ENCODERS
+from ..models.settings import CLASSIFIER, ENCODERS, MODEL_SETTINGS, POSES, SWINV2_ENCODERS, check_scales
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, choose_classes, label_classes
@@ -186,7 +186,7 @@ def num_channels(self: DataConfig) -> int:
 
 # %% ../../nbs/runs/02_config.ipynb #49759b9a
 CRITERIA = tuple(f"{kind}_{score}" for kind in ("pooled", "per_image") for score in ("iou", "f1"))
-RUN_CHOICES = {"threshold_criterion": CRITERIA}
+RUN_CHOICES = {"threshold_criterion": CRITERIA, "tta": tuple(POSES)}
 RUN_BOUNDS = {"seed": (int, 0), "devices": (int, 1), "time_limit": (float, 0)}
 
 
@@ -202,10 +202,13 @@ class RunConfig:
     time_limit: float = 0.0  # minutes after which the run writes its state and stops, to be resumed; 0 for none
     outputs: str = ""  # folder of all runs; empty: outputs/ of the project
     threshold_criterion: str = "pooled_f1"  # score that the threshold maximises on the validation images
+    tta: str = "none"  # poses over which the test averages probabilities: none, flips (4) or all (8)
+    scales: tuple[float, ...] = (1.0,)  # sizes at which the test shows an image, such as 0.5,1; each is a pass more
     test_epoch: bool = False  # one epoch to see that everything works; its scores are marked as such
 
     def __post_init__(self):
         check_settings(self, RUN_CHOICES, RUN_BOUNDS)
+        object.__setattr__(self, "scales", check_scales(self.scales))
         if self.device not in ("auto", "cpu"):  # these two are always there: torch need not be asked
             get_device(self.device)
         if self.run_name:
@@ -235,6 +238,8 @@ class ExperimentConfig:
     resume: str = ""  # folder of the run that goes on; not a setting of the run itself
 
     def __post_init__(self):
+        if self.data.labelled and (self.run.tta, self.run.scales) != ("none", (1.0,)):
+            raise CrackSegError("tta, scales: found views for whole images with labels, expected none and 1")
         if self.run.test_epoch:
             object.__setattr__(self, "train", replace(self.train, epochs=1))
         check_model_of(self.model, self.data.data)

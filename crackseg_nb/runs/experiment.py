@@ -139,10 +139,12 @@ def step(method):
             return method(self, *args, **kwargs)
         except Stopped as stopped:
             logger.info("%s", stopped)
+            self.unfinished.detach()  # from here on another experiment may go on with this folder
             self.folder.mark("stopped", reason=str(stopped))
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            self.unfinished.detach()
             mark_failed(self.folder, self.config, reason)
             raise
         finally:
@@ -172,6 +174,7 @@ class Experiment:
             self.folder = create_run_folder(
                 outputs_folder(config.run.outputs), config.run.run_name or default_run_name(config), SPACE_TO_BEGIN
             )
+        self.unfinished = weakref.finalize(self, mark_unfinished, self.folder, config, os.getpid())
         self.begin()
 
     def stop_workers(self) -> None:
@@ -186,7 +189,6 @@ class Experiment:
 def begin(self: Experiment) -> None:
     "Open the log; find the state from which a resumed run goes on."
     log_to(self.folder / "training.log")
-    weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
     if self.config.resume:
         self.resume_from = note_resume(self.folder, self.config)
     logger.info("run %s, seed %d, device %s", self.folder.run_id, self.config.run.seed, self.device)
@@ -797,6 +799,7 @@ def finish(self: Experiment) -> RunFolder:
     write_manifest(folder, self.results, prepared.audit.digests)
     write_yaml(folder / "final_results.yaml", self.results)
     folder.mark("done")
+    self.unfinished.detach()
     if not self.config.train.checkpoint_every:
         prune_checkpoints(self.folder / "checkpoints", keep_last=0)  # nothing is left to resume
     logger.info("done: %s/final_results.yaml", self.folder.run_id)

@@ -54,6 +54,7 @@ from ..figures.charts import show_confusion, show_threshold_curve
 from ..figures.photos import as_tile, show_grid
 from ..metrics.counts import ImageCounts
 from ..metrics.curves import LEVEL_EDGES, LEVEL_VALUES, levels
+from ..models.settings import describe_views
 from .config import ExperimentConfig
 from .stages import Built, Prepared, Tested, Trained
 from ..sources.images import read_image
@@ -163,11 +164,12 @@ def protocol_of(
     lengths: dict[str, int],  # images by split
 ) -> dict:
     "Return how the scores came about."
+    views = describe_views(config.run.tta, config.run.scales)
     return {
         "epoch": trained.epoch,
         "epochs_trained": trained.epochs,
         **choice_rules(tested, config.run.threshold_criterion),
-        "evaluation": config.data.eval_fit,
+        "evaluation": config.data.eval_fit + (f", {views}" if views else ""),
         "split": lengths,
         "text": " ".join(tested.metrics.protocol.split()),
         **({"test_epoch": True} if config.run.test_epoch else {}),

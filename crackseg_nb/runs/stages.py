@@ -21,6 +21,7 @@ from ..data.class_weights import ClassWeights
 from ..data.dataset import CrackDataset, LabelDataset
 from ..data.splits import Splits
 from ..metrics.counts import ImageCounts, create_metrics
+from ..models.views import Views
 from .config import ExperimentConfig
 from ..sources.samples import Sample
 from ..training.evaluation import evaluate
@@ -117,6 +118,8 @@ def score_model(
 ) -> Tested:
     "Choose the threshold on the validation images if there is one to choose, and score the test images."
     blank = create_metrics(splits.classes.names, config.data.labelled)
+    if (config.run.tta, config.run.scales) != ("none", (1.0,)):
+        model, val_metrics = Views(model, config.run.tta, config.run.scales), None  # training counted plain passes
     if val_metrics is None and "val" in loaders:
         val_metrics = evaluate(model, loaders["val"], accelerator, progress="validation", metrics=blank.blank())[0]
     threshold = None

@@ -44,7 +44,8 @@ def predict(
 # %% ../../nbs/training/13_evaluation.ipynb #53000858
 def eager(model: nn.Module):
     "Return a context in which a compiled model runs as written: photos of many sizes would each be compiled anew."
-    return torch.compiler.set_stance("force_eager") if getattr(model, "_compiled_call_impl", None) else nullcontext()
+    compiled = any(getattr(part, "_compiled_call_impl", None) for part in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 # %% ../../nbs/training/13_evaluation.ipynb #abba1e88
