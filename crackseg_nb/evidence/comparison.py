@@ -257,7 +257,7 @@ def precision_notes(entries: list[Entry]) -> list[str]:
         if not evidence.metrics["curves 0 px"].sums["levels"].any():
             notes.append(
                 f"{entry.run_id}: no AP, since its evidence is of version 0.1, which took AP on 99 thresholds; "
-                "remove its folder evidence to have it measured again from its predictions."
+                "where its predictions are kept, remove its folder evidence to have it measured again."
             )
         elif evidence.protocol["probabilities"].startswith("8 bits"):
             notes.append(f"{entry.run_id}: its probabilities were kept in 8 bits, so that its AP is too low.")
