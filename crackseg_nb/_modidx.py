@@ -584,10 +584,6 @@ d = {
                 "evidence/comparison.html#system.rows",
                 "crackseg_nb/evidence/comparison.py",
             ),
-            "crackseg_nb.evidence.comparison.System.score": (
-                "evidence/comparison.html#system.score",
-                "crackseg_nb/evidence/comparison.py",
-            ),
             "crackseg_nb.evidence.comparison.compare": (
                 "evidence/comparison.html#compare",
                 "crackseg_nb/evidence/comparison.py",

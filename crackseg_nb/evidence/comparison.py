@@ -190,10 +190,6 @@ class System:
     def groups(self) -> pd.Series:
         return self.entries[0].evidence.per_image["group"]
 
-    def score(self, kind: str, name: str) -> list[float | None]:
-        "Return a score for each seed."
-        return [entry.evidence.scores[kind][name] for entry in self.entries]
-
 
 def systems_of(entries: list[Entry]) -> dict[str, System]:
     "Return the systems among the entries that take part, named by their first run."
@@ -236,16 +232,12 @@ def score_table(systems: dict[str, System]) -> pd.DataFrame:
     def mean(values):
         return np.nan if None in values else float(np.mean(values))
 
-    return pd.DataFrame(
-        [
-            {
-                "system": name,
-                "seeds": len(system.entries),
-                **{label: mean(system.score(*where)) for label, where in SHOWN.items()},
-            }
-            for name, system in systems.items()
-        ]
-    ).set_index("system")
+    rows = []
+    for name, system in systems.items():
+        seeds = [entry.evidence.scores for entry in system.entries]
+        shown = {label: mean([scores[kind][score] for scores in seeds]) for label, (kind, score) in SHOWN.items()}
+        rows.append({"system": name, "seeds": len(seeds), **shown})
+    return pd.DataFrame(rows).set_index("system")
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #c4c0f27d
