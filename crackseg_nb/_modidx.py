@@ -598,10 +598,6 @@ d = {
                 "evidence/comparison.html#system.rows",
                 "crackseg_nb/evidence/comparison.py",
             ),
-            "crackseg_nb.evidence.comparison.System.score": (
-                "evidence/comparison.html#system.score",
-                "crackseg_nb/evidence/comparison.py",
-            ),
             "crackseg_nb.evidence.comparison.compare": (
                 "evidence/comparison.html#compare",
                 "crackseg_nb/evidence/comparison.py",
@@ -612,6 +608,10 @@ d = {
             ),
             "crackseg_nb.evidence.comparison.enter": (
                 "evidence/comparison.html#enter",
+                "crackseg_nb/evidence/comparison.py",
+            ),
+            "crackseg_nb.evidence.comparison.precision_notes": (
+                "evidence/comparison.html#precision_notes",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.published": (
@@ -797,6 +797,10 @@ d = {
             ),
             "crackseg_nb.evidence.scores.TestPredictions.__len__": (
                 "evidence/scores.html#testpredictions.__len__",
+                "crackseg_nb/evidence/scores.py",
+            ),
+            "crackseg_nb.evidence.scores.TestPredictions.bits": (
+                "evidence/scores.html#testpredictions.bits",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.case": (
@@ -2185,12 +2189,27 @@ d = {
                 "metrics/curves.html#highest_within",
                 "crackseg_nb/metrics/curves.py",
             ),
+            "crackseg_nb.metrics.curves.level_counts": (
+                "metrics/curves.html#level_counts",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.level_edges": (
+                "metrics/curves.html#level_edges",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.level_values": (
+                "metrics/curves.html#level_values",
+                "crackseg_nb/metrics/curves.py",
+            ),
             "crackseg_nb.metrics.curves.levels": ("metrics/curves.html#levels", "crackseg_nb/metrics/curves.py"),
             "crackseg_nb.metrics.curves.one_to_one": (
                 "metrics/curves.html#one_to_one",
                 "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.metrics.curves.reaching": ("metrics/curves.html#reaching", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.reached_counts": (
+                "metrics/curves.html#reached_counts",
+                "crackseg_nb/metrics/curves.py",
+            ),
             "crackseg_nb.metrics.curves.show_curves": (
                 "metrics/curves.html#show_curves",
                 "crackseg_nb/metrics/curves.py",
@@ -3289,6 +3308,10 @@ d = {
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
                 "runs/results.html#performance_of",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.prediction_bits": (
+                "runs/results.html#prediction_bits",
                 "crackseg_nb/runs/results.py",
             ),
             "crackseg_nb.runs.results.prediction_path": (
