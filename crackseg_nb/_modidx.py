@@ -34,6 +34,7 @@ d = {
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.listed": ("core/checks.html#listed", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.plain_variables": (
                 "core/checks.html#plain_variables",
@@ -42,6 +43,11 @@ d = {
             "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
+            "crackseg_nb.core.files.OnceLoader": ("core/files.html#onceloader", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.OnceLoader.construct_mapping": (
+                "core/files.html#onceloader.construct_mapping",
+                "crackseg_nb/core/files.py",
+            ),
             "crackseg_nb.core.files.atomic_write": ("core/files.html#atomic_write", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.check_writable": ("core/files.html#check_writable", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.display_path": ("core/files.html#display_path", "crackseg_nb/core/files.py"),
@@ -56,6 +62,10 @@ d = {
             "crackseg_nb.core.files.raise_first": ("core/files.html#raise_first", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_if_there": ("core/files.html#read_if_there", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.remove_unfinished": (
+                "core/files.html#remove_unfinished",
+                "crackseg_nb/core/files.py",
+            ),
             "crackseg_nb.core.files.sha256_file": ("core/files.html#sha256_file", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.to_plain": ("core/files.html#to_plain", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.write_table": ("core/files.html#write_table", "crackseg_nb/core/files.py"),
@@ -125,6 +135,10 @@ d = {
             ),
             "crackseg_nb.core.run_folder.RunFolder.status": (
                 "core/run_folder.html#runfolder.status",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.check_status": (
+                "core/run_folder.html#check_status",
                 "crackseg_nb/core/run_folder.py",
             ),
             "crackseg_nb.core.run_folder.claim": ("core/run_folder.html#claim", "crackseg_nb/core/run_folder.py"),
@@ -584,10 +598,6 @@ d = {
                 "evidence/comparison.html#system.rows",
                 "crackseg_nb/evidence/comparison.py",
             ),
-            "crackseg_nb.evidence.comparison.System.score": (
-                "evidence/comparison.html#system.score",
-                "crackseg_nb/evidence/comparison.py",
-            ),
             "crackseg_nb.evidence.comparison.compare": (
                 "evidence/comparison.html#compare",
                 "crackseg_nb/evidence/comparison.py",
@@ -598,6 +608,10 @@ d = {
             ),
             "crackseg_nb.evidence.comparison.enter": (
                 "evidence/comparison.html#enter",
+                "crackseg_nb/evidence/comparison.py",
+            ),
+            "crackseg_nb.evidence.comparison.precision_notes": (
+                "evidence/comparison.html#precision_notes",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.published": (
@@ -783,6 +797,10 @@ d = {
             ),
             "crackseg_nb.evidence.scores.TestPredictions.__len__": (
                 "evidence/scores.html#testpredictions.__len__",
+                "crackseg_nb/evidence/scores.py",
+            ),
+            "crackseg_nb.evidence.scores.TestPredictions.bits": (
+                "evidence/scores.html#testpredictions.bits",
                 "crackseg_nb/evidence/scores.py",
             ),
             "crackseg_nb.evidence.scores.TestPredictions.case": (
@@ -2171,12 +2189,27 @@ d = {
                 "metrics/curves.html#highest_within",
                 "crackseg_nb/metrics/curves.py",
             ),
+            "crackseg_nb.metrics.curves.level_counts": (
+                "metrics/curves.html#level_counts",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.level_edges": (
+                "metrics/curves.html#level_edges",
+                "crackseg_nb/metrics/curves.py",
+            ),
+            "crackseg_nb.metrics.curves.level_values": (
+                "metrics/curves.html#level_values",
+                "crackseg_nb/metrics/curves.py",
+            ),
             "crackseg_nb.metrics.curves.levels": ("metrics/curves.html#levels", "crackseg_nb/metrics/curves.py"),
             "crackseg_nb.metrics.curves.one_to_one": (
                 "metrics/curves.html#one_to_one",
                 "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.metrics.curves.reaching": ("metrics/curves.html#reaching", "crackseg_nb/metrics/curves.py"),
+            "crackseg_nb.metrics.curves.reached_counts": (
+                "metrics/curves.html#reached_counts",
+                "crackseg_nb/metrics/curves.py",
+            ),
             "crackseg_nb.metrics.curves.show_curves": (
                 "metrics/curves.html#show_curves",
                 "crackseg_nb/metrics/curves.py",
@@ -3010,6 +3043,7 @@ d = {
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.flatten": ("runs/config.html#flatten", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.is_labelled": ("runs/config.html#is_labelled", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.known_parameters": (
@@ -3088,6 +3122,10 @@ d = {
             ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.check_turn": (
+                "runs/experiment.html#check_turn",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.describe_world": (
@@ -3256,6 +3294,10 @@ d = {
         },
         "crackseg_nb.runs.results": {
             "crackseg_nb.runs.results.cases": ("runs/results.html#cases", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.check_prediction_names": (
+                "runs/results.html#check_prediction_names",
+                "crackseg_nb/runs/results.py",
+            ),
             "crackseg_nb.runs.results.choice_rules": ("runs/results.html#choice_rules", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.class_table": ("runs/results.html#class_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.collect_results": (
@@ -3266,6 +3308,10 @@ d = {
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
                 "runs/results.html#performance_of",
+                "crackseg_nb/runs/results.py",
+            ),
+            "crackseg_nb.runs.results.prediction_bits": (
+                "runs/results.html#prediction_bits",
                 "crackseg_nb/runs/results.py",
             ),
             "crackseg_nb.runs.results.prediction_path": (
@@ -3566,6 +3612,10 @@ d = {
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_out_beside": (
+                "sources/folders.html#left_out_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.of_the_system": (
                 "sources/folders.html#of_the_system",
                 "crackseg_nb/sources/folders.py",
@@ -3578,6 +3628,10 @@ d = {
                 "sources/folders.html#pair_folders",
                 "crackseg_nb/sources/folders.py",
             ),
+            "crackseg_nb.sources.folders.pairs_beside": (
+                "sources/folders.html#pairs_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.place_of": ("sources/folders.html#place_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.read_folder": (
                 "sources/folders.html#read_folder",
@@ -3588,6 +3642,10 @@ d = {
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.split_of": ("sources/folders.html#split_of", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.split_places": (
+                "sources/folders.html#split_places",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.subfolder": (
                 "sources/folders.html#subfolder",
                 "crackseg_nb/sources/folders.py",
@@ -4901,6 +4959,10 @@ d = {
             ),
             "crackseg_nb.training.checkpoint.read_verified": (
                 "training/checkpoint.html#read_verified",
+                "crackseg_nb/training/checkpoint.py",
+            ),
+            "crackseg_nb.training.checkpoint.remove_all_strays": (
+                "training/checkpoint.html#remove_all_strays",
                 "crackseg_nb/training/checkpoint.py",
             ),
             "crackseg_nb.training.checkpoint.remove_strays": (

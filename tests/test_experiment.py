@@ -22,6 +22,8 @@ from crackseg_nb.core import files
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.metrics.curves import HUNDREDTHS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure, known_parameters
 from crackseg_nb.runs.experiment import prepare, run
@@ -192,16 +194,20 @@ def test_another_seed_is_another_run(tiny_run, tmp_path):
 
 
 def test_results_equal_the_kept_predictions(tiny_run):
-    "The table of images is recomputed from the probability maps and masks on disk."
-    table = pd.read_csv(tiny_run.folder / "predictions" / "per_image.csv", dtype={"name": str})
+    "Scores at every threshold, and the table of images, are recomputed from the 16-bit maps and the masks on disk."
+    folder, metrics, test = tiny_run.folder, BinaryMetrics(HUNDREDTHS), tiny_run.results["test"]
+    table = pd.read_csv(folder / "predictions" / "per_image.csv", dtype={"name": str})
     masks = {sample.name: sample.mask for sample in tiny_run.prepared.splits.test}
     for row in table.itertuples():
         mask = cv2.imread(str(masks[row.name]), cv2.IMREAD_GRAYSCALE) > 0
-        kept = cv2.imread(str(prediction_path(tiny_run.folder / "predictions", row.name)), cv2.IMREAD_GRAYSCALE) / 255
-        threshold = tiny_run.tested.threshold
-        predicted = kept >= threshold
-        tolerance = int((np.abs(kept - threshold) <= 1 / 255).sum())  # pixels that rounding to 8 bits may move
-        assert abs(int(predicted.sum()) - row.predicted_pixels) <= tolerance and int(mask.sum()) == row.crack_pixels
+        kept = cv2.imread(str(prediction_path(folder / "predictions", row.name)), cv2.IMREAD_UNCHANGED)
+        assert kept.dtype == np.uint16
+        metrics.update(torch.tensor(kept / 65535)[None], torch.tensor(mask)[None], [row.index])
+        assert int((kept / 65535 >= test["threshold"]).sum()) == row.predicted_pixels
+        assert int(mask.sum()) == row.crack_pixels
+    for threshold in tiny_run.tested.metrics.thresholds:
+        assert metrics.compute(threshold) == tiny_run.tested.metrics.compute(threshold)
+    assert metrics.compute(test["threshold"])["pooled"] == pytest.approx(test["pooled"], abs=1e-12)
 
 
 def test_zero_epochs_evaluate_only(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -297,3 +298,61 @@ def test_other_content_of_the_same_size_and_time_is_other_data(tmp_path):
     Image.fromarray(MASK[::-1].copy()).save(samples[0].mask)
     assert audit(make_splits(read_source("folder", root))).fingerprint != before
     assert replace(samples[0], white=4095) != samples[0]
+
+
+# ---- layouts
+
+
+def move(root, layout):
+    "Write three pictures of each split as `layout` names them: {s} the split, {k} images or masks."
+    kinds = {"train": 3, "val": 2, "test": 2}
+    for split, count in kinds.items():
+        for index in range(count):
+            for kind, values in (("image", COLOUR), ("mask", MASK)):
+                path = root / layout(split, kind, index)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(values).save(path)
+    return kinds
+
+
+LAYOUTS = {
+    "mmseg": lambda s, k, i: f"{ {'image': 'img_dir', 'mask': 'ann_dir'}[k] }/{s}/{i}.png",
+    "lab": lambda s, k, i: f"{s}/{ {'image': 'img', 'mask': 'lab'}[k] }/{i}.png",
+    "sets": lambda s, k, i: f"{s}_set/{ {'image': 'images', 'mask': 'masks'}[k] }/{i}.png",
+    "beside": lambda s, k, i: f"{s}/{i}{ {'image': '.jpg', 'mask': '_mask.png'}[k] }",
+    "beside, label": lambda s, k, i: f"{s.upper()}/{i}{ {'image': '.png', 'mask': '-Label.PNG'}[k] }",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_with_a_published_split(tmp_path, layout):
+    expected = move(tmp_path, LAYOUTS[layout])
+    source = read_source("folder", tmp_path)
+    assert make_splits(source).lengths == expected
+    assert all((read_mask(sample.mask, source.mask_encoding) == MASK).all() for sample in source.samples)
+
+
+@pytest.mark.parametrize("word", ["mask", "label", "gt", "seg", "annotation", "MASK", "segmentation", "labels"])
+def test_one_folder_with_images_and_masks(tmp_path, word):
+    for index in range(2):
+        Image.fromarray(COLOUR).save(tmp_path / f"p{index}.jpg")
+        Image.fromarray(MASK).save(tmp_path / f"p{index}_{word}.png")
+    assert [sample.name for sample in read_source("folder", tmp_path).samples] == ["p0", "p1"]
+    (tmp_path / f"p1_{word}.png").unlink()
+    one_line(lambda: read_source("folder", tmp_path), "found no mask for 1 of 2 images (p1)", "a_mask.png")
+
+
+def test_one_folder_of_another_pattern_lists_what_works(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "p0.jpg")
+    Image.fromarray(MASK).save(tmp_path / "p0_painted.png")
+    one_line(lambda: read_source("folder", tmp_path), "found no images of 'folder'", "images/ and masks/", "a_mask.png")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "VAL.csv", "splits.json", "split.csv", "ImageSets/test.txt"])
+def test_lists_of_splits_are_named(tmp_path, name):
+    root = write_set(tmp_path, [COLOUR] * 3, [MASK] * 3)
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("p0\np1\n")
+    assert any(
+        "lists of names are not read" in note and Path(name).name in note for note in read_source("folder", root).notes
+    )

@@ -6,12 +6,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from crackseg_nb.data.splits import make_splits
 from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.metrics.curves import HUNDREDTHS
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import make_datasets
-from crackseg_nb.runs.results import read_prediction, read_training, save_prediction, split_scores
+from crackseg_nb.runs.results import (
+    prediction_bits,
+    prediction_path,
+    read_prediction,
+    read_training,
+    save_prediction,
+    split_scores,
+)
 from crackseg_nb.runs.stages import Tested, image_scores
 from crackseg_nb.sources.registry import read_source
 from crackseg_nb.studies.pretraining import LENT, SCRATCH, compare_arms, tell
@@ -68,10 +77,52 @@ def test_the_scores_of_an_image_stand_beside_its_name():
     assert table["iou"].to_dict() == pytest.approx({"a": 1 / 2, "b": 2 / 3, "c": 0.0})
 
 
-def test_a_probability_is_kept_to_the_nearest_level(tmp_path):
-    answer = np.linspace(0, 1, 1001, dtype=np.float32)[None]
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_scores_at_all_99_thresholds_are_those_of_the_kept_map(tmp_path, kind):
+    "Read by `read_prediction` or as value / 65535; also where pixels lie on a threshold or beside it."
+    generator = np.random.default_rng(0)
+    on = np.array(HUNDREDTHS, kind)
+    answer = np.concatenate(
+        [
+            on.repeat(5),
+            np.nextafter(on, kind(0)),
+            np.nextafter(on, kind(1)),
+            generator.beta(0.05, 0.1, 9801).astype(kind),
+            generator.uniform(0.2999, 0.3001, 9801).astype(kind),
+            [0, 1] * 49 + [0],
+        ]
+    ).astype(kind)
+    answer = generator.permutation(answer).reshape(99, -1)
+    mask = torch.tensor(generator.integers(0, 2, answer.shape))[None]
     save_prediction(tmp_path, "one", answer)
-    assert np.abs(read_prediction(tmp_path, "one") - answer).max() <= 0.5 / 255 + 1e-6
+    with Image.open(prediction_path(tmp_path, "one")) as picture:
+        plain = np.asarray(picture) / 65535
+    curves = []
+    for probability in (answer, read_prediction(tmp_path, "one"), plain):
+        metrics = BinaryMetrics(HUNDREDTHS)
+        metrics.update(torch.tensor(probability)[None], mask)
+        curves.append(metrics.curve())
+    pd.testing.assert_frame_equal(curves[0], curves[1], check_exact=True)
+    pd.testing.assert_frame_equal(curves[0], curves[2], check_exact=True)
+
+
+def test_a_probability_is_kept_to_the_nearest_level(tmp_path):
+    answer = np.linspace(0, 1, 100001, dtype=np.float32)[None]
+    save_prediction(tmp_path, "one", answer)
+    found = read_prediction(tmp_path, "one")
+    middle = (answer >= 0.01) & (answer <= 0.99)
+    assert np.abs(found - answer)[middle].max() <= 1 / 65535 and np.abs(found - answer).max() <= 4e-5
+    assert found[0, 0] == 0 and found[0, -1] == 1
+    small = np.geomspace(1e-7, 0.009, 1000, dtype=np.float32)[None]
+    save_prediction(tmp_path, "two", small)
+    assert np.abs(read_prediction(tmp_path, "two") / small - 1).max() < 0.06
+
+
+def test_a_map_of_8_bits_is_read(tmp_path):
+    answer = np.linspace(0, 1, 1001, dtype=np.float32)[None]
+    Image.fromarray(np.round(answer * 255).astype(np.uint8)).save(prediction_path(tmp_path, "old"))
+    assert np.abs(read_prediction(tmp_path, "old") - answer).max() <= 0.5 / 255 + 1e-6
+    assert prediction_bits(tmp_path, "old") == 8
 
 
 @pytest.mark.parametrize(("best", "told"), [(17, False), (18, False), (19, True), (20, True)])

@@ -8,11 +8,13 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "RESUME_CODE",
+    "OTHER_WORDS",
     "PLAIN",
     "CrackSegError",
     "Stopped",
     "nearest",
     "unknown_name",
+    "listed",
     "choose",
     "check_number",
     "check_settings",
@@ -51,10 +53,56 @@ class Stopped(CrackSegError):
     "Say that a run was stopped on request and can be resumed where it stopped."
 
 
+# %% ../../nbs/core/01_checks.ipynb #05082021
+OTHER_WORDS = {  # words of other toolkits for the names of this one
+    "accumulation": "accumulate accum_iter grad_accum gradient_accumulation gradient_accumulation_steps "
+    "accumulate_grad_batches",
+    "amp": "precision mixed_precision fp16 bf16 half use_amp",
+    "augmentation": "aug augs augment augmentations transform transforms",
+    "batch_size": "bs batch batchsize train_batch_size per_device_train_batch_size",
+    "checkpoint_every": "save_every save_freq save_interval save_period",
+    "class_names": "classes names label_names num_classes n_classes nc",
+    "class_weights": "class_weight weights_per_class loss_weights",
+    "clip_norm": "clip grad_clip clip_grad gradient_clip gradient_clip_val max_norm max_grad_norm",
+    "config": "cfg config_file config_path yaml",
+    "data": "dataset dataset_name dataset_type",
+    "data_dir": "root root_dir path dataset_dir dataset_path dataset_root data_folder data_path data_root images_dir "
+    "img_dir",
+    "device": "gpu accelerator",
+    "devices": "gpus num_gpus n_gpus ngpu num_devices world_size",
+    "drop_path_rate": "drop_path stochastic_depth",
+    "encoder": "backbone encoder_name feature_extractor",
+    "epochs": "epoch n_epochs num_epochs max_epochs num_train_epochs",
+    "eval_batch_size": "val_batch_size test_batch_size per_device_eval_batch_size",
+    "fine_tune": "finetune checkpoint ckpt init_from load_from",
+    "fractions": "split splits split_ratio train_ratio val_ratio val_size val_split test_size test_split",
+    "gradient_checkpointing": "checkpointing grad_checkpointing",
+    "image_size": "imgsz imgsize img_size input_size crop_size resolution",
+    "loss": "loss_fn loss_function loss_name criterion",
+    "lr": "learning_rate learningrate base_lr init_lr initial_lr max_lr lr0",
+    "min_lr_fraction": "min_lr eta_min final_lr lrf",
+    "model": "arch architecture network net model_name",
+    "num_workers": "workers n_workers nworkers dataloader_num_workers",
+    "optimizer": "optim optimiser opt",
+    "outputs": "output output_dir outdir out_dir save_dir work_dir log_dir results_dir",
+    "patience": "early_stop early_stopping early_stopping_patience",
+    "resume": "resume_from resume_from_checkpoint",
+    "run_name": "name exp exp_name experiment experiment_name run_id",
+    "scheduler": "lr_scheduler schedule lr_schedule lr_policy sched",
+    "seed": "random_seed random_state manual_seed",
+    "time_limit": "max_time max_minutes",
+    "warmup_fraction": "warmup warmup_epochs warmup_ratio warmup_steps pct_start",
+    "weight_decay": "wd decay l2",
+}
+
+
 # %% ../../nbs/core/01_checks.ipynb #7eb1d08d
 def nearest(found, choices) -> str | None:
-    "Return the entry of `choices` that is spelled most like `found`, or None when nothing comes close."
+    "Return the entry of `choices` that means, or is spelled most like, `found`; None when nothing comes close."
     by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    word = str(found).lower().replace("-", "_").replace(" ", "_")
+    if meant := next((name for name, words in OTHER_WORDS.items() if name in by_lower and word in words.split()), None):
+        return by_lower[meant]
     close = difflib.get_close_matches(str(found).lower(), by_lower, n=1, cutoff=0.5)
     return by_lower[close[0]] if close else None
 
@@ -64,6 +112,21 @@ def unknown_name(found, choices) -> str:
     "Return `found` in quotes, with the valid name that comes closest, as errors show it."
     close = nearest(found, choices)
     return repr(found) + (f" (did you mean {close!r}?)" if close else "")
+
+
+# %% ../../nbs/core/01_checks.ipynb #a3ccf8ba
+def listed(
+    found,  # what the user gave
+    choices,  # the valid names
+    most: int = 30,  # names that are listed all
+) -> str:
+    "Return the valid names as errors show them: all of a few, the ten nearest of many."
+    names = [str(choice) for choice in choices]
+    if len(names) <= most:
+        return ", ".join(names)
+    close = nearest(found, names)
+    names.sort(key=lambda name: (name != close, -difflib.SequenceMatcher(None, name, str(found)).ratio()))
+    return f"{', '.join(names[:10])}, ... ({len(names)} in all)"
 
 
 # %% ../../nbs/core/01_checks.ipynb #36fbf2b8
@@ -76,8 +139,7 @@ def choose(
     choices = list(choices)
     if found in choices:
         return found
-    found = unknown_name(found, choices)
-    raise CrackSegError(f"{parameter}: found {found}, expected one of {', '.join(map(str, choices))}")
+    raise CrackSegError(f"{parameter}: found {unknown_name(found, choices)}, expected one of {listed(found, choices)}")
 
 
 # %% ../../nbs/core/01_checks.ipynb #ed019f99
@@ -116,25 +178,26 @@ def check_settings(
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326
 def check_folder_name(parameter: str, name: str) -> str:
     "Return `name`; raise CrackSegError unless it names a folder that is neither hidden nor elsewhere."
-    if not name or Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
         raise CrackSegError(f"{parameter}: found {name!r}, expected a plain folder name")
+    if (length := len(name.encode())) > 200:  # file systems take 255 bytes, and numbers and endings are added
+        raise CrackSegError(f"{parameter}: found a name of {length} bytes ({name[:20]}...), expected at most 200")
     return name
 
 
 # %% ../../nbs/core/01_checks.ipynb #bbcb7bfd
-PLAIN = (str, int, float, bool, list, tuple, type(None))  # what a parameter of a notebook may be
+PLAIN = (str, int, float, bool, list, tuple, dict, type(None))  # what a parameter of a notebook may be
 
 
 def plain_variables(
     variables: dict,  # the notebook's `globals()`
     names,  # the valid ones
-    kinds: tuple[type, ...] = PLAIN,
 ) -> dict:
     "Return the plain values among a notebook's variables; raise CrackSegError for one whose name is not in `names`."
     found = {
         name: value
         for name, value in variables.items()
-        if isinstance(value, kinds) and not name.startswith("_") and name not in ("In", "Out")
+        if isinstance(value, PLAIN) and not name.startswith("_") and name not in ("In", "Out")
     }
     for name in found:
         choose("parameter", name, names)

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = [
+    "UNFINISHED",
     "atomic_write",
     "write_text",
+    "remove_unfinished",
     "write_table",
     "to_plain",
     "write_yaml",
+    "OnceLoader",
     "read_yaml",
     "read_if_there",
     "sha256_file",
@@ -34,7 +37,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +47,18 @@ from tqdm.auto import tqdm
 # %% ../../nbs/core/02_files.ipynb #a11695f4
 from .checks import CrackSegError, choose
 
-
 # %% ../../nbs/core/02_files.ipynb #7803094f
+UNFINISHED = ".part"  # ending of a file that is being written
+
+
 @contextmanager
 def atomic_write(path, mode: str = "wb"):
     "Open a temporary file beside `path`; on success flush it and move it there, on failure remove it."
     path = Path(path)
     encoding = None if "b" in mode else "utf-8"
+    prefix = f".{path.name[:50]}."  # a long name has to leave space for the rest
     handle = tempfile.NamedTemporaryFile(
-        mode, dir=path.parent, prefix=f".{path.name}.", delete=False, encoding=encoding
+        mode, dir=path.parent, prefix=prefix, suffix=UNFINISHED, delete=False, encoding=encoding
     )
     try:
         with handle:
@@ -71,6 +77,14 @@ def write_text(path, text: str) -> None:
     "Write `text` to `path` atomically."
     with atomic_write(path, "w") as handle:
         handle.write(text)
+
+
+# %% ../../nbs/core/02_files.ipynb #5cc8b96d
+def remove_unfinished(folder: Path) -> None:
+    "Remove what killed processes left half written in `folder` and below."
+    for path in Path(folder).rglob(f".*{UNFINISHED}"):
+        with suppress(OSError):  # it does no harm
+            path.unlink()
 
 
 # %% ../../nbs/core/02_files.ipynb #3384da03
@@ -102,13 +116,23 @@ def write_yaml(path, data) -> None:
 
 
 # %% ../../nbs/core/02_files.ipynb #af9ca6d3
+class OnceLoader(yaml.SafeLoader):
+    "Load plain YAML, in which a key stands once; PyYAML by itself takes the last one without a word."
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.YAMLError(f"{twice[0]} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path):
     "Read YAML from `path` without running anything in it; raise CrackSegError if it is missing or not YAML."
     path = Path(path)
     if not path.is_file():
         raise CrackSegError(f"{path}: no such file; expected a YAML file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise CrackSegError(f"{path}: found no readable YAML ({reason}); expected plain YAML without tags") from error

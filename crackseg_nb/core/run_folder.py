@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = [
+    "STATES",
     "process_is_gone",
+    "check_status",
     "RunFolder",
     "create_run_folder",
     "find_run_folder",
@@ -29,7 +31,7 @@ except ImportError:
     fcntl = None  # Windows: runs are not claimed there
 
 # %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
-from .checks import CrackSegError, check_folder_name, choose, unknown_name
+from .checks import CrackSegError, check_folder_name, check_number, choose, unknown_name
 from .files import check_writable, find_path, outputs_folder, read_yaml, write_yaml
 from .machine import is_alive, now, this_process
 
@@ -44,6 +46,22 @@ def process_is_gone(status: dict) -> bool:
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #b58377b0
+STATES = ("running", "stopped", "done", "failed")
+
+
+def check_status(place: Path, status) -> dict:
+    "Return the content of a `status.yaml`, which users may have edited; raise CrackSegError unless it says a state."
+    if not isinstance(status, dict) or "state" not in status:
+        raise CrackSegError(f"{place}: found {str(status)[:40]!r}, expected a line such as `state: stopped`")
+    choose(f"{place}: state", status["state"], STATES)
+    if status["state"] == "running":
+        check_number(f"{place}: pid", status.get("pid"), int, 1)
+        check_number(f"{place}: born", status.get("born", 0), float)
+        if not isinstance(status.get("host"), str):
+            raise CrackSegError(f"{place}: host: found {status.get('host')!r}, expected the name of a machine")
+    return status
+
+
 class RunFolder:
     "Hold the paths, the log and the status of one run."
 
@@ -65,7 +83,7 @@ class RunFolder:
     @property
     def status(self) -> dict:
         "The content of `status.yaml`."
-        return read_yaml(self / "status.yaml")
+        return check_status(self / "status.yaml", read_yaml(self / "status.yaml"))
 
     @property
     def state(self) -> str:
@@ -75,7 +93,7 @@ class RunFolder:
 
     def mark(self, state: str, **details) -> None:
         "Write `status.yaml`: the new state, when, by which process, and `details` such as the error."
-        choose("state", state, ("running", "stopped", "done", "failed"))
+        choose("state", state, STATES)
         write_yaml(self / "status.yaml", {"state": state, "time": now(), **this_process(), **details})
 
 
@@ -170,7 +188,8 @@ def claim(
 ) -> Iterator[int]:
     "Hold a run and yield the lock's file descriptor; raise Claimed when another process holds it."
     path, deadline = folder.parent / ".locks" / f"{folder.name}.lock", time.monotonic() + patience
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(folder.parent)
+    check_writable(path.parent)
     with open(path, "w") as handle:
         while not try_lock(handle):
             if time.monotonic() >= deadline:

@@ -18,6 +18,7 @@ __all__ = [
     "System",
     "systems_of",
     "score_table",
+    "precision_notes",
     "Comparison",
     "score_of",
     "rows_for",
@@ -189,10 +190,6 @@ class System:
     def groups(self) -> pd.Series:
         return self.entries[0].evidence.per_image["group"]
 
-    def score(self, kind: str, name: str) -> list[float | None]:
-        "Return a score for each seed."
-        return [entry.evidence.scores[kind][name] for entry in self.entries]
-
 
 def systems_of(entries: list[Entry]) -> dict[str, System]:
     "Return the systems among the entries that take part, named by their first run."
@@ -235,19 +232,30 @@ def score_table(systems: dict[str, System]) -> pd.DataFrame:
     def mean(values):
         return np.nan if None in values else float(np.mean(values))
 
-    return pd.DataFrame(
-        [
-            {
-                "system": name,
-                "seeds": len(system.entries),
-                **{label: mean(system.score(*where)) for label, where in SHOWN.items()},
-            }
-            for name, system in systems.items()
-        ]
-    ).set_index("system")
+    rows = []
+    for name, system in systems.items():
+        seeds = [entry.evidence.scores for entry in system.entries]
+        shown = {label: mean([scores[kind][score] for scores in seeds]) for label, (kind, score) in SHOWN.items()}
+        rows.append({"system": name, "seeds": len(seeds), **shown})
+    return pd.DataFrame(rows).set_index("system")
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #c4c0f27d
+def precision_notes(entries: list[Entry]) -> list[str]:
+    "Return a sentence for each entry that takes part and whose AP is missing, or not that of all its probabilities."
+    notes = []
+    for entry in (entry for entry in entries if not entry.reason):
+        evidence = entry.evidence
+        if not evidence.metrics["curves 0 px"].sums["levels"].any():
+            notes.append(
+                f"{entry.run_id}: no AP, since its evidence is of version 0.1, which took AP on 99 thresholds; "
+                "where its predictions are kept, remove its folder evidence to have it measured again."
+            )
+        elif evidence.protocol["probabilities"].startswith("8 bits"):
+            notes.append(f"{entry.run_id}: its probabilities were kept in 8 bits, so that its AP is too low.")
+    return notes
+
+
 @dataclass
 class Comparison:
     "Hold entries, systems, their intervals, and the tests on one statistic."
@@ -300,6 +308,7 @@ class Comparison:
                 f"{name}: {self.label} {spread([score_of(entry, self.statistic) for entry in system.entries])}."
                 for name, system in self.systems.items()
             ]
+            + precision_notes(self.entries)
             + [f"Left out: {run} ({reason})." for run, _, reason in self.left_out.itertuples(index=False)]
         )
 

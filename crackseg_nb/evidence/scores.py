@@ -43,7 +43,7 @@ from ..metrics.scores import scores_from_counts
 from ..metrics.widths import trace_pair
 from ..runs.config import ExperimentConfig, configure
 from ..runs.experiment import load_splits
-from ..runs.results import prediction_path, read_prediction
+from ..runs.results import prediction_bits, prediction_path, read_prediction
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #914ee6f6
@@ -65,6 +65,11 @@ class TestPredictions:
     @property
     def names(self) -> list[str]:
         return [sample.name for sample in self.dataset.samples]
+
+    @property
+    def bits(self) -> int:
+        "How many bits the probability maps have."
+        return min(prediction_bits(self.folder / "predictions", name) for name in self.names)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -245,6 +250,8 @@ def read_evidence(folder: Path) -> Evidence:
         with np.load(folder / "sums.npz", allow_pickle=False) as sums:
             for kind, metric in metrics.items():
                 for name, zero in metric.sums.items():
+                    if name == "levels" and f"{kind}/{name}" not in sums:
+                        continue  # of version 0.1, which took AP on 99 thresholds: it has none
                     metric.sums[name] = (
                         type(zero)(sums[f"{kind}/{name}"]) if np.isscalar(zero) else sums[f"{kind}/{name}"]
                     )
@@ -280,7 +287,7 @@ def measure(
         "threshold": predictions.threshold,
         **rules,
         "tolerances": list(TOLERANCES),
-        "probabilities": "8 bits; the scores at the run's own threshold from its own counts",
+        "probabilities": f"{predictions.bits} bits; the scores at the run's own threshold from its own counts",
     }
     table = pd.DataFrame(rows).set_index("name")
     return Evidence(

@@ -7,11 +7,18 @@ __all__ = [
     "CURVE_PROTOCOL",
     "HUNDREDTHS",
     "CURVE_SCORES",
+    "LEVELS",
+    "TAIL",
+    "LEVEL_VALUES",
+    "LEVEL_EDGES",
     "check_planes",
     "levels",
-    "reaching",
+    "level_values",
+    "level_edges",
     "disk",
     "highest_within",
+    "level_counts",
+    "reached_counts",
     "threshold_counts",
     "curve_scores",
     "average_precision",
@@ -58,8 +65,9 @@ ods_f1: the highest pooled F1 over the thresholds; ods_mean_f1: the highest mean
 ods_mean_threshold: where, of equals the nearest to 0.5, then the lower.
 ois_f1: the mean of each image's highest F1. ois_pooled_f1: the F1 of the counts that are pooled at each image's own \
 best threshold. All of ods and ois choose thresholds on the images they score: upper bounds.
-ap: the area under the pooled precision-recall curve as a sum of steps, (recall_k - recall_(k-1)) * precision_k from \
-the highest threshold to the lowest, which is followed by 0, where all is predicted.
+ap: average precision, the area under the pooled precision-recall curve as a sum of steps, \
+(recall_k - recall_(k-1)) * precision_k, from the highest of 65,536 levels of probability to the lowest, where all is \
+predicted. Levels are 1/65535 apart from 0.01 to 0.99; beyond, level k is 0.01 (k/655)^4 away from 0 or from 1.
 two_class_miou: the mean of the IoU of crack and of background, pooled, at the fixed threshold; a class that is \
 neither there nor predicted has an IoU of 1.
 best_two_class_miou: its maximum over the thresholds. best_mean_two_class_miou: the maximum of its mean over images. \
@@ -117,12 +125,29 @@ def levels(
     return np.searchsorted(edges, probability, side="right").astype(np.min_scalar_type(len(edges)))
 
 
-def reaching(
-    chosen: np.ndarray,  # levels of some pixels (N,)
-    num_thresholds: int,
-) -> np.ndarray:
-    "Return how many pixels have a level of at least 0, 1, … T, int64 (T + 1,)."
-    return np.bincount(chosen, minlength=num_thresholds + 1)[::-1].cumsum()[::-1]
+# %% ../../nbs/metrics/03_curves.ipynb #b17e4c02
+LEVELS = 2**16
+TAIL = 655  # levels up to a probability of 0.01, and as many from 0.99 on
+
+
+def level_values() -> np.ndarray:
+    "Return the probability of each level, ascending from 0 to 1, float64 (65536,)."
+    values = np.arange(LEVELS) / (LEVELS - 1)
+    tail = values[TAIL] * (np.arange(TAIL) / TAIL) ** 4
+    values[:TAIL], values[-TAIL:] = tail, 1 - tail[::-1]
+    return values
+
+
+def level_edges(values: np.ndarray) -> np.ndarray:
+    "Return the thresholds that lead from each level to the next, with `HUNDREDTHS` among them, float64 (65535,)."
+    edges = (values[1:] + values[:-1]) / 2
+    edges[np.searchsorted(values, HUNDREDTHS) - 1] = HUNDREDTHS
+    return edges
+
+
+LEVEL_VALUES = level_values()
+LEVEL_EDGES = level_edges(LEVEL_VALUES)
+LEVEL_VALUES = LEVEL_VALUES.astype(np.float32)
 
 
 # %% ../../nbs/metrics/03_curves.ipynb #b7238101
@@ -141,6 +166,27 @@ def highest_within(
 
 
 # %% ../../nbs/metrics/03_curves.ipynb #9ca265b2
+def level_counts(
+    level: np.ndarray,  # of `levels`, (H, W)
+    mask: np.ndarray,  # (H, W): 0, 1 or void; levels under void are 0
+    num_thresholds: int,
+    tolerance: float = 0.0,  # pixels
+) -> np.ndarray:
+    "Count right, predicted and found pixels by level, int64 (3, T + 1)."
+    truth, valid = mask == 1, mask != VOID
+    near = (highest_within(truth.view(np.uint8), tolerance) > 0) & valid if tolerance >= 1 else truth
+    chosen = (level[near], level[valid], highest_within(level, tolerance)[truth])
+    return np.stack([np.bincount(part, minlength=num_thresholds + 1) for part in chosen])
+
+
+def reached_counts(
+    counts: np.ndarray,  # of `level_counts`, (3, T + 1)
+) -> np.ndarray:
+    "Count right, predicted, found and true pixels where all is predicted (0) and at each threshold, int64 (4, T + 1)."
+    reached = counts[:, ::-1].cumsum(1)[:, ::-1]
+    return np.concatenate([reached, np.full_like(reached[:1], reached[2, 0])])
+
+
 def threshold_counts(
     level: np.ndarray,  # of `levels`, (H, W)
     mask: np.ndarray,  # (H, W): 0, 1 or void; levels under void are 0
@@ -148,13 +194,7 @@ def threshold_counts(
     tolerance: float = 0.0,  # pixels
 ) -> np.ndarray:
     "Count right, predicted, found and true pixels where all is predicted (0) and at each threshold, int64 (4, T + 1)."
-    truth, valid = mask == 1, mask != VOID
-    predicted, found = (
-        reaching(level[valid], num_thresholds),
-        reaching(highest_within(level, tolerance)[truth], num_thresholds),
-    )
-    near = (highest_within(truth.view(np.uint8), tolerance) > 0) & valid if tolerance >= 1 else truth
-    return np.stack([reaching(level[near], num_thresholds), predicted, found, np.full_like(found, truth.sum())])
+    return reached_counts(level_counts(level, mask, num_thresholds, tolerance))
 
 
 # %% ../../nbs/metrics/03_curves.ipynb #b7f10915
@@ -177,7 +217,7 @@ def average_precision(
     "Return the area under the precision-recall curve as a sum of steps, NaN where nothing is true."
     if not counts[3, 0]:
         return np.nan
-    scores = curve_scores(counts)
+    scores = curve_scores(counts[:, np.diff(counts[2], append=0) != 0])  # no recall is gained at other thresholds
     return float(-np.diff(scores["recall"], append=0) @ scores["precision"])
 
 
@@ -243,6 +283,7 @@ class ThresholdCurves(Sums):
                 num_images=0,
                 pixels=0,
                 counts=np.zeros((4, len(zero) + 1), np.int64),
+                levels=np.zeros((3, LEVELS), np.int64),
                 f1=zero,
                 miou=zero,
                 best_f1=0.0,
@@ -270,12 +311,14 @@ class ThresholdCurves(Sums):
         if not pixels:
             return dict.fromkeys(("precision", "recall", "f1", "best_f1", "best_threshold", "ap"), np.nan)
         counts = threshold_counts(levels(probability, self.thresholds), mask, len(self.thresholds), self.tolerance)
+        by_level = level_counts(levels(probability, LEVEL_EDGES), mask, len(LEVEL_EDGES), self.tolerance)
         scores = curve_scores(counts[:, 1:])
         f1, best = scores["f1"], self.best(scores["f1"])
         self.add(
             num_images=1,
             pixels=pixels,
             counts=counts,
+            levels=by_level,
             f1=f1,
             miou=two_class_miou(counts[:, 1:], pixels),
             best_f1=f1[best],
@@ -285,7 +328,7 @@ class ThresholdCurves(Sums):
             **{name: float(values[self.fixed]) for name, values in scores.items()},
             "best_f1": float(f1[best]),
             "best_threshold": self.thresholds[best],
-            "ap": average_precision(counts),
+            "ap": average_precision(reached_counts(by_level)),
         }
 
 
@@ -323,7 +366,7 @@ def compute(self: ThresholdCurves) -> dict[str, float | None]:
     found |= dict(
         ois_f1=self.sums["best_f1"] / self.num_images,
         ois_pooled_f1=curve_scores(self.sums["best_counts"])["f1"],
-        ap=average_precision(self.sums["counts"]),
+        ap=average_precision(reached_counts(self.sums["levels"])),
         **self.mious(),
     )
     return {name: None if np.isnan(found[name]) else float(found[name]) for name in CURVE_SCORES}

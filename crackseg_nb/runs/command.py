@@ -26,7 +26,7 @@ from pathlib import Path
 
 # %% ../../nbs/runs/08_command.ipynb #024b4931
 from ..core.checks import RESUME_CODE, CrackSegError, Stopped
-from ..core.files import display_path, door, outputs_folder
+from ..core.files import check_writable, display_path, door, outputs_folder
 from ..core.run_folder import claim, claim_new
 from .notebook import execute, one_line
 
@@ -94,6 +94,8 @@ def run_notebook(
 
     parameters = {name: value for name, value in parameters.items() if value is not None}
     config = configure(**parameters)
+    if result is not None:
+        check_writable(Path(result).expanduser().resolve().parent)
     with contextlib.ExitStack() as stack:
         if config.resume:
             folder = Path(config.resume).resolve()

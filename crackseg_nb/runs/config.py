@@ -12,6 +12,7 @@ __all__ = [
     "RUN_BOUNDS",
     "FIRST_WEIGHTS",
     "SECTIONS",
+    "PARTS",
     "DERIVED",
     "WEIGHTING",
     "SAME_NUMBERS",
@@ -32,6 +33,7 @@ __all__ = [
     "to_number",
     "coerce_tuple",
     "coerce",
+    "flatten",
     "configure",
     "find_run",
     "configure_resumed",
@@ -61,12 +63,12 @@ from fastcore.basics import patch
 
 # %% ../../nbs/runs/02_config.ipynb #0880e6ba
 from crackseg_nb.core.checks import (
-    PLAIN,
     CrackSegError,
     check_folder_name,
     check_number,
     check_settings,
     choose,
+    first_few,
     plain_variables,
 )
 from ..core.files import find_path, read_yaml
@@ -322,6 +324,7 @@ def check_weighted_loss(weights: str, loss: str, num_channels: int) -> None:
 
 # %% ../../nbs/runs/02_config.ipynb #b21e2fe9
 SECTIONS = {"run": RunConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+PARTS = ("run", "data", "model", "loss", "optim", "train")  # sections of a config.yaml
 DERIVED = ("image_size", "num_classes")  # settings of a model that follow from the data
 WEIGHTING = ("class_weights", "effective_beta")  # settings of the loss that become numbers once data is read
 
@@ -372,24 +375,30 @@ def known_parameters() -> dict[str, tuple[str, Any, Any]]:
 # %% ../../nbs/runs/02_config.ipynb #dce2b578
 def to_number(text) -> Any:
     "Return a string as a number if it is one, else as it is."
-    try:
-        return float(text) if isinstance(text, str) else text
-    except ValueError:
-        return text
+    for kind in (int, float):
+        try:
+            return kind(text) if isinstance(text, str) else text
+        except ValueError:
+            pass
+    return text
 
 
 def coerce_tuple(parameter: str, value, members: tuple) -> tuple:
-    "Return `value`, a sequence or text with commas, as a tuple of `members`, the last of which may be an ellipsis."
+    "Return `value`, a sequence, one item or text with commas, as a tuple of `members`; the last may be an ellipsis."
     if isinstance(value, str):
-        value = [part for part in value.replace("(", "").replace(")", "").split(",") if part.strip()]
+        value = [part.strip(" '\"") for part in value.strip("[]() ").split(",") if part.strip()]
     if not isinstance(value, (list, tuple)):
-        raise CrackSegError(f"{parameter}: found {value!r}, expected numbers such as 1,6,12")
-    each = members if Ellipsis not in members and len(members) == len(value) else [members[0]] * len(value)
-    return tuple(coerce(parameter, part if kind is str else to_number(part), kind) for part, kind in zip(value, each))
+        value = [value]
+    if Ellipsis not in members and len(members) != len(value):
+        raise CrackSegError(f"{parameter}: found {first_few(value, 9)}, expected {len(members)} values")
+    each = [members[0]] * len(value) if Ellipsis in members else members
+    return tuple(coerce(parameter, part, kind) for part, kind in zip(value, each))
 
 
 def coerce(parameter: str, value, kind) -> Any:
     "Return `value` as `kind`; raise CrackSegError if it is not one."
+    if isinstance(value, dict):
+        raise CrackSegError(f"{parameter}: found a section ({first_few(list(value))}), expected one value")
     if isinstance(kind, types.UnionType):
         members = typing.get_args(kind)
         if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in members):
@@ -400,12 +409,30 @@ def coerce(parameter: str, value, kind) -> Any:
     if kind is str:
         return str(value).lower() if isinstance(value, bool) else str(value).strip()
     if kind in (int, float):
-        return check_number(parameter, value, kind)
+        number = to_number(value)  # YAML takes 1e-4 for text
+        return check_number(parameter, value if isinstance(number, str) else number, kind)
     if kind is bool:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         raise CrackSegError(f"{parameter}: found {value!r}, expected true or false")
     return coerce_tuple(parameter, value, typing.get_args(kind))
+
+
+# %% ../../nbs/runs/02_config.ipynb #c2731be1
+def flatten(
+    where,  # the file, for the error message; empty: parameters
+    sections: dict[str, dict],
+) -> dict[str, Any]:
+    "Return the flat settings of the sections of a configuration; raise CrackSegError naming what is unknown or wrong."
+    known, flat, place = known_parameters(), {}, f"{where}: " if where else ""
+    for section, settings in sections.items():
+        choose(f"{place}section", section, PARTS)
+        for name, value in settings.items():
+            choose(f"{place}parameter", name, known)
+            if name in flat:
+                raise CrackSegError(f"{place}{name}: found it in two sections, expected it once")
+            flat[name] = None if value is None else coerce(f"{place}{name}", value, known[name][1])
+    return flat
 
 
 # %% ../../nbs/runs/02_config.ipynb #d90e03b1
@@ -415,20 +442,25 @@ def configure(
     "Return the configuration that `parameters` describe; raise CrackSegError for unknown names and wrong values."
     known = known_parameters()
     given = {name: value for name, value in parameters.items() if value is not None}
+    sections = {name: given.pop(name) for name in PARTS if isinstance(given.get(name), dict)}
     for name in given:
         choose("parameter", name, [*known, "config", "resume"])
-    if given.get("resume"):
-        return configure_resumed(given.pop("resume"), given)
-    given.pop("resume", None)
-    path = given.pop("config", "")
+    if sections and (beside := next((name for name in ("resume", "config", "recipe") if given.get(name)), "")):
+        raise CrackSegError(
+            f"{beside}: found it beside the sections {first_few(list(sections))}, expected one of the two"
+        )
+    resumed, path = (coerce(name, given.pop(name, ""), str) for name in ("resume", "config"))
+    if resumed:
+        return configure_resumed(resumed, given | ({"config": path} if path else {}))
     if path and "recipe" in given:
-        raise CrackSegError(f"recipe: found {given['recipe']!r} beside config {str(path)!r}, expected one of the two")
-    base = read_config(find_path(path)) if path else {}
+        raise CrackSegError(f"recipe: found {given['recipe']!r} beside config {path!r}, expected one of the two")
+    base = read_config(find_path(path)) if path else flatten("", sections)
     recipe = choose("recipe", given.get("recipe", base.get("recipe", "quickstart")), RECIPES)
     for name in RECIPES[recipe].needs:
         if not (given.get(name) or base.get(name)):
             raise CrackSegError(f"{name}: found none, expected it with recipe {recipe}: {RECIPES[recipe].purpose}")
-    base = base or dict(RECIPES[recipe].settings)
+    if not (path and (find_path(path).parent / "status.yaml").is_file()):  # what a run wrote is whole
+        base = inherit(dict(RECIPES[recipe].settings), base) | base
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
     config = build_config({**base, "recipe": recipe}, given)
     # The weights of an earlier configuration may be gone, and a resumed run does not need them any more.
@@ -524,7 +556,7 @@ def inherit(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def sort_settings(settings: dict[str, Any], model: str, loss: str) -> dict[str, dict[str, Any]]:
     "Return flat settings by section; raise CrackSegError for a setting that this model or loss does not have."
     known, own = known_parameters(), {"model": model_settings(model), "loss": loss_parameters(loss)}
-    sections: dict[str, dict] = {section: {} for section in ("run", "data", "model", "loss", "optim", "train")}
+    sections: dict[str, dict] = {section: {} for section in PARTS}
     for name, value in settings.items():
         section = known[name][0]
         if section in own:
@@ -576,13 +608,10 @@ def config_to_dict(config: ExperimentConfig) -> dict[str, dict[str, Any]]:
 # %% ../../nbs/runs/02_config.ipynb #9c4a9672
 def read_config(path) -> dict[str, Any]:
     "Return the flat settings of a config.yaml; raise CrackSegError naming what is unknown or wrong."
-    data, known = read_yaml(path), known_parameters()
+    data = read_yaml(path)
     if not isinstance(data, dict) or not all(isinstance(part, dict) for part in data.values()):
-        raise CrackSegError(f"{path}: found no sections, expected run, data, model, loss, optim and train")
-    flat = {name: value for part in data.values() for name, value in part.items()}
-    for name in flat:
-        choose(f"{path}", name, known)
-    return {name: coerce(name, value, known[name][1]) if value is not None else None for name, value in flat.items()}
+        raise CrackSegError(f"{path}: found no sections, expected {', '.join(PARTS[:-1])} and {PARTS[-1]}")
+    return flatten(path, data)
 
 
 # %% ../../nbs/runs/02_config.ipynb #c394c77b
@@ -590,7 +619,9 @@ def notebook_parameters(
     variables: dict[str, Any],  # the notebook's `globals()`
 ) -> dict[str, Any]:
     "Return the parameters among a notebook's variables; raise CrackSegError for a plain value that is none."
-    return plain_variables(variables, [*known_parameters(), "config", "resume"])
+    sections = {name: value for name, value in variables.items() if name in PARTS and isinstance(value, dict)}
+    rest = {name: value for name, value in variables.items() if name not in sections}
+    return plain_variables(rest, [*known_parameters(), "config", "resume"]) | sections
 
 
 # %% ../../nbs/runs/02_config.ipynb #caefef42
@@ -600,14 +631,10 @@ def notebook_settings(
 ):
     "Return a `kind` from a notebook's variables, None standing for the default; raise CrackSegError for other names."
     kinds = {item.name: item.type for item in fields(kind)}
-    plain = (*PLAIN, dict) if dict in kinds.values() else PLAIN
     settings = {}
-    for name, value in plain_variables(variables, kinds, plain).items():
-        if value is None:
-            continue
-        if typing.get_origin(kinds[name]) is tuple and isinstance(value, (int, float)):
-            value = [value]
-        settings[name] = value if kinds[name] is dict else coerce(name, value, kinds[name])
+    for name, value in plain_variables(variables, kinds).items():
+        if value is not None:
+            settings[name] = value if kinds[name] is dict else coerce(name, value, kinds[name])
     return kind(**settings)
 
 

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = [
+    "STEPS",
     "SPACE_TO_BEGIN",
     "mark_failed",
     "mark_unfinished",
+    "check_turn",
     "step",
     "Experiment",
     "flat",
@@ -57,6 +59,7 @@ from crackseg_nb.core.files import (
     find_path,
     outputs_folder,
     read_yaml,
+    remove_unfinished,
     write_table,
     write_text,
     write_yaml,
@@ -83,6 +86,7 @@ from crackseg_nb.runs.config import (
     model_settings,
 )
 from crackseg_nb.runs.results import (
+    check_prediction_names,
     collect_results,
     report_text,
     resumes,
@@ -96,7 +100,7 @@ from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures
-from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints
+from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, remove_all_strays
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
@@ -124,19 +128,35 @@ def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> No
         mark_failed(folder, config, "the process ended, or let go of the run, before it was finished")
 
 
+STEPS = ("begin", "load_data", "build_model", "train", "test", "finish")
+
+
+def check_turn(name: str, taken: int, folder: RunFolder) -> None:
+    "Raise CrackSegError unless step `name` is the next after the `taken` ones; the run stays as it is."
+    state = folder.status["state"]
+    if name != "begin" and state != "running":
+        raise CrackSegError(
+            f"{folder.run_id}: found a run that is {state}, expected a new Experiment"
+            + ("" if state == "done" else ", with resume")
+        )
+    if STEPS.index(name) > taken:
+        raise CrackSegError(f"{name}: found it called too early, expected {STEPS[taken]}() before {name}()")
+    if STEPS.index(name) < taken:
+        raise CrackSegError(
+            f"{name}: found it done for {folder.run_id}, expected {STEPS[taken]}(), or a new Experiment to begin anew"
+        )
+
+
 def step(method):
-    "Let a method of Experiment mark the run as failed when it raises, KeyboardInterrupt included."
+    "Let a method of Experiment have its turn once, and mark the run as failed when it raises, even on Ctrl-C."
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        state = self.folder.status["state"]
-        if method.__name__ != "begin" and state != "running":
-            raise CrackSegError(
-                f"{self.folder.run_id}: found a run that is {state}, expected a new Experiment"
-                + ("" if state == "done" else ", with resume")
-            )
+        check_turn(method.__name__, self.taken, self.folder)
         try:
-            return method(self, *args, **kwargs)
+            result = method(self, *args, **kwargs)
+            self.taken += 1
+            return result
         except Stopped as stopped:
             logger.info("%s", stopped)
             self.unfinished.detach()  # from here on another experiment may go on with this folder
@@ -167,6 +187,7 @@ class Experiment:
         self.trained: Trained | None = None
         self.tested: Tested | None = None
         self.results: dict = {}
+        self.taken = 0  # steps of STEPS that are done
         self.resume_from: str | None = None  # name of the state that a resumed run goes on from
         if config.resume:
             self.folder = RunFolder(config.resume)
@@ -187,7 +208,9 @@ class Experiment:
 @patch
 @step
 def begin(self: Experiment) -> None:
-    "Open the log; find the state from which a resumed run goes on."
+    "Open the log; find the state from which a resumed run goes on; see that each folder can be written."
+    for name in RunFolder.SUBFOLDERS:  # of a run that was copied, empty ones may be missing
+        check_writable(self.folder / name)
     log_to(self.folder / "training.log")
     if self.config.resume:
         self.resume_from = note_resume(self.folder, self.config)
@@ -205,6 +228,8 @@ def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
     "Mark a run as running again, record how, and return the name of its newest whole state."
     before = folder.state
     folder.mark("running")
+    remove_unfinished(folder.path)
+    remove_all_strays(folder / "checkpoints")
     newest = latest_checkpoint(folder / "checkpoints")
     old, new = flat(read_yaml(folder / "config.yaml")), flat(config_to_dict(config))
     changed = {
@@ -386,6 +411,8 @@ def load_data(self: Experiment) -> None:
         logger.warning("data: %s", warning)
     report.raise_if_fatal()
     splits = learned_splits(config, splits)
+    if not config.data.labelled:
+        check_prediction_names([sample.name for sample in splits.test])
     weights = weigh_classes(config, report, splits.classes)
     datasets = make_datasets(config, splits)
     loaders = make_loaders(config, datasets)
@@ -597,8 +624,10 @@ def build_model(self: Experiment) -> None:
         model.weights = read_yaml(self.folder / "environment.yaml")["weights"]
     parameters = count_parameters(model)
     kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights
-    if config.train.epochs:
-        check_writable(self.folder.path, kept * 4 * parameters["total"])
+    space = kept * 4 * parameters["total"] if config.train.epochs else 0
+    if not config.data.labelled:
+        space += sum(height * width for height, width in prepared.datasets["test"].sizes)  # of predictions
+    check_writable(self.folder.path, space)
     told = f"{parameters['total']:,} parameters, weights: {model.weights['loaded']}"
     logger.info("model: %s, %s", config.model, told)
     lay_out(config, model, self.device)
@@ -790,8 +819,6 @@ def keep_tables(folder: RunFolder, tested: Tested, classes: Classes) -> None:
 @step
 def finish(self: Experiment) -> RunFolder:
     "Write the report, the manifest and, last of all, final_results.yaml; mark the run as done and return its folder."
-    if not self.results:
-        raise CrackSegError("finish: found no results, expected test() before finish()")
     folder, prepared = self.folder, self.prepared
     setup = setup_lines(self.config, self.results, prepared.splits.source)
     report = report_text(f"Run {folder.run_id}", setup, self.results, self.trained.history, prepared.audit.warnings)

@@ -9,8 +9,10 @@ __all__ = [
     "KEPT",
     "LATER",
     "prediction_path",
+    "check_prediction_names",
     "save_prediction",
     "read_prediction",
+    "prediction_bits",
     "without_images",
     "scores_of",
     "split_scores",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/04_results.ipynb #64fd81c7
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +49,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/04_results.ipynb #6b9d3ac1
+from ..core.checks import CrackSegError
 from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_table, write_yaml
 from ..core.run_folder import RunFolder
 from ..figures.cases import Case, ClassCase, show_cases
 from ..figures.charts import show_confusion, show_threshold_curve
 from ..figures.photos import as_tile, show_grid
 from ..metrics.counts import ImageCounts
+from ..metrics.curves import LEVEL_EDGES, LEVEL_VALUES, levels
 from ..models.settings import describe_views
 from .config import ExperimentConfig
 from .stages import Built, Prepared, Tested, Trained
@@ -65,6 +70,24 @@ def prediction_path(folder: Path, name: str) -> Path:
     return Path(folder) / f"{name.replace('/', '__')}.png"
 
 
+def check_prediction_names(names: list[str]) -> None:
+    "Raise CrackSegError if the predictions of two test images would share a file, or one's name is too long for one."
+    files = {}
+    for name in names:
+        file = prediction_path(Path(), name).name
+        if file in files:
+            raise CrackSegError(
+                f"predictions: found the test images {files[file]} and {name}, which would both be written to {file}; "
+                "expected names that differ, also with __ for /"
+            )
+        if (length := len(os.fsencode(file))) > 255:
+            raise CrackSegError(
+                f"predictions: found a test image whose prediction would have a name of {length} bytes "
+                f"({file[:40]}...), expected at most 255; shorten the names of its file and folders"
+            )
+        files[file] = name
+
+
 def save_prediction(
     folder: Path,
     name: str,
@@ -73,19 +96,27 @@ def save_prediction(
 ) -> None:
     "Write a prediction as PNG."
     if classes.binary:
-        picture = Image.fromarray(np.round(answer * 255).astype(np.uint8))
+        picture = Image.fromarray(levels(answer, LEVEL_EDGES))
     else:
         picture = Image.fromarray(answer.astype(np.uint8)).convert("P")
         picture.putpalette(np.array(classes.colours, np.uint8).tobytes())
     with atomic_write(prediction_path(folder, name)) as handle:
-        picture.save(handle, format="PNG")
+        picture.save(handle, format="PNG", compress_level=1)  # noise does not get much smaller, but slower
 
 
 def read_prediction(folder: Path, name: str, classes: Classes = Classes()) -> np.ndarray:
-    "Return what `save_prediction` was given, a probability to 1/255."
+    "Return what `save_prediction` was given, a probability as that of its level, or to 1/255 if its map has 8 bits."
     with Image.open(prediction_path(folder, name)) as picture:
         values = np.asarray(picture)
-    return values.astype(np.float32) / 255 if classes.binary else values
+    if not classes.binary:
+        return values
+    return LEVEL_VALUES[values] if values.dtype == np.uint16 else values.astype(np.float32) / 255
+
+
+def prediction_bits(folder: Path, name: str) -> int:
+    "Return how many bits the map of a test image has: 16, or 8 if its run is older than version 0.2."
+    with Image.open(prediction_path(folder, name)) as picture:
+        return 8 if picture.mode == "L" else 16
 
 
 # %% ../../nbs/runs/04_results.ipynb #01935217

@@ -44,7 +44,7 @@ import psutil
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/11_sweep.ipynb #d4294545
-from ..core.checks import PLAIN, CrackSegError, check_folder_name, choose, plain_variables
+from ..core.checks import CrackSegError, check_folder_name, choose, plain_variables
 from crackseg_nb.core.files import (
     find_path,
     outputs_folder,
@@ -506,9 +506,7 @@ def sweep_parameters(
     variables: dict,  # the notebook's `globals()`
 ) -> dict:
     "Return the parameters of `Sweep` among a notebook's variables; raise CrackSegError for other plain values."
-    found = plain_variables(
-        variables, ["name", "grid", "fixed", "outputs", *[item.name for item in fields(JobConfig)]], (*PLAIN, dict)
-    )
+    found = plain_variables(variables, ["name", "grid", "fixed", "outputs", *[item.name for item in fields(JobConfig)]])
     return {name: read_fixed(value) if name == "extra" else value for name, value in found.items()}
 
 

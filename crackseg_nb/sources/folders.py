@@ -14,6 +14,7 @@ __all__ = [
     "SIDES",
     "AUGMENTATION_WORDS",
     "AUGMENTATION",
+    "LIST_OF_SPLITS",
     "FOLDER_READER",
     "of_the_system",
     "walk",
@@ -29,8 +30,11 @@ __all__ = [
     "group_of",
     "source_name",
     "group_notes",
+    "split_places",
     "folder_pairs",
     "unread_folders",
+    "pairs_beside",
+    "left_out_beside",
     "read_folder",
 ]
 
@@ -187,7 +191,7 @@ def subfolders(place: Path) -> list[str]:
 
 
 # %% ../../nbs/sources/03_folders.ipynb #a9d0608b
-IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
+IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb", "img_dir", "image_dir", "images_dir")
 MASK_FOLDERS = (
     "masks",
     "mask",
@@ -201,16 +205,19 @@ MASK_FOLDERS = (
     "segmentationclass",
     "ann",
     "anns",
+    "ann_dir",
+    "mask_dir",
+    "masks_dir",
+    "label_dir",
+    "labels_dir",
+    "lab",
+    "labs",
 )
 SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-    "dev": "val",
+    f"{word}{ending}": split
+    for split, words in (("train", "train training"), ("val", "val valid validation dev"), ("test", "test testing"))
+    for word in words.split()
+    for ending in ("", "_set", "set", "-set", "_data")
 }
 
 
@@ -263,16 +270,14 @@ def group_notes(samples: list[Sample], pattern: str | None) -> list[str]:
 
 
 # %% ../../nbs/sources/03_folders.ipynb #dd206539
+def split_places(root: Path) -> list[tuple[str, Path]]:
+    "Return (prefix, folder) for `root` and each of its split folders."
+    return [("", root), *((f"{name}/", root / name) for name in subfolders(root) if name.lower() in SPLIT_WORDS)]
+
+
 def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
     "Return (prefix, image folder, mask folder) for `root` or for each of its split folders."
-    places = [
-        ("", root),
-        *(
-            (path.name + "/", path)
-            for path in sorted(root.iterdir())
-            if path.is_dir() and path.name.lower() in SPLIT_WORDS
-        ),
-    ]
+    places = split_places(root)
     found = [(prefix, subfolder(place, IMAGE_FOLDERS), subfolder(place, MASK_FOLDERS)) for prefix, place in places]
     for _prefix, images, masks in found:
         if images and not masks:
@@ -282,19 +287,52 @@ def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
     return [places for places in found if places[1] and places[2]]
 
 
+# %% ../../nbs/sources/03_folders.ipynb #76c379cc
+LIST_OF_SPLITS = re.compile(rf"(?i)({'|'.join(SPLIT_WORDS)}|splits?|folds?)\.(txt|csv|json|ya?ml|lst)")
+
+
 def unread_folders(root: Path) -> list[str]:
     "Return a note on the folders in `root` that hold images and masks and are read as no split."
     names = [name for name in subfolders(root) if name.lower() not in SPLIT_WORDS]
     names = [name for name in names if subfolder(root / name, IMAGE_FOLDERS) and subfolder(root / name, MASK_FOLDERS)]
-    return [f"{', '.join(name + '/' for name in names)}: images and masks in it were left out"] if names else []
+    notes = [f"{', '.join(name + '/' for name in names)}: images and masks in it were left out"] if names else []
+    lists = [path.name for path in walk(root) if LIST_OF_SPLITS.fullmatch(path.name)]
+    if lists:
+        notes.append(
+            f"{first_few(lists, 6)}: lists of names are not read; folders train/ val/ test/ give a published split"
+        )
+    return notes
+
+
+# %% ../../nbs/sources/03_folders.ipynb #0d14a2e5
+def pairs_beside(place: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    "Pair images with masks in one folder, such as a.jpg with a_mask.png; return pairs by name and notes."
+    files = {path: path.stem for path in sorted(place.iterdir()) if path.suffix.lower() in PICTURES and path.is_file()}
+    files = {path: stem for path, stem in files.items() if not of_the_system(path.name)}
+    stems = set(files.values())
+    masks = {stem: path for path, stem in files.items() if (bare := MASK_WORDS.sub("", stem)) != stem and bare in stems}
+    images = {stem: path for path, stem in files.items() if stem not in masks}
+    pairs, no_mask, _ = pair_files(images, masks)
+    if no_mask and pairs:
+        raise CrackSegError(
+            f"{place}: found no mask for {len(no_mask)} of {len(images)} images ({first_few(no_mask)}), "
+            "expected one beside each, such as a.jpg and a_mask.png"
+        )
+    return pairs, left_out_beside(place) if pairs else []
+
+
+def left_out_beside(place: Path) -> list[str]:
+    "Return notes on pictures of other formats in one folder."
+    others = Counter(path.suffix.lower() for path in place.iterdir() if path.suffix.lower() in OTHER_PICTURES)
+    return [f"{count} {suffix} files in {place.name}/ were left out" for suffix, count in sorted(others.items())]
 
 
 # %% ../../nbs/sources/03_folders.ipynb #121975dc
 def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
     "Read a folder of `images/` and `masks/`, with the published split where sub-folders name one."
     samples, notes = [], []
-    for prefix, image_folder, mask_folder in folder_pairs(root):
-        pairs, more = pair_folders(image_folder, mask_folder)
+    found = [(prefix, *pair_folders(images, masks)) for prefix, images, masks in folder_pairs(root)]
+    for prefix, pairs, more in found or [(prefix, *pairs_beside(place)) for prefix, place in split_places(root)]:
         names = [(prefix + key, paths) for key, paths in pairs.items()]
         samples += [
             Sample(name, *paths, group_of(name, group_pattern) or name, split_of(name)) for name, paths in names
@@ -305,5 +343,8 @@ def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Samp
 
 # %% ../../nbs/sources/03_folders.ipynb #1fa7bd01
 FOLDER_READER = Reader(
-    read_folder, "images/ and masks/ with files of equal names (also img/, labels/, gt/ ...)", classes=None
+    read_folder,
+    "images/ and masks/ with files of equal names (also img/, labels/, gt/ ...), or one folder with a.jpg and "
+    "a_mask.png (_label, _gt, _seg)",
+    classes=None,
 )

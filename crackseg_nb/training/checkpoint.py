@@ -19,6 +19,7 @@ __all__ = [
     "plain_metadata",
     "make_folder",
     "remove_strays",
+    "remove_all_strays",
     "Checkpoint",
     "read_verified",
     "load_checkpoint",
@@ -257,6 +258,13 @@ def remove_strays(folder: Path, name: str) -> None:
             continue
         with suppress(OSError):
             path.unlink()  # a stray does no harm
+
+
+def remove_all_strays(folder: Path) -> None:
+    "Remove what killed processes left in `folder`: files that no manifest names; no other process may write there."
+    pattern = re.compile(r"\.?([A-Za-z0-9].*?)(-[0-9a-f]{8}\.(safetensors|pt)(\..+)?|\.json\..+)")
+    for name in sorted({found.group(1) for path in Path(folder).glob("*") if (found := pattern.fullmatch(path.name))}):
+        remove_strays(folder, name)
 
 
 # %% ../../nbs/training/08_checkpoint.ipynb #51d94220

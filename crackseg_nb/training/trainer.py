@@ -507,6 +507,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     )
     for name in ("epoch", "step", "images_done", "rate", "micro_batch", "seconds"):
         setattr(trainer, name, state[name])
+    if state["scheduler"]["base_lrs"] != trainer.scheduler.base_lrs:
+        trainer.rate = trainer.scheduler.get_last_lr()[-1]  # another lr: the epoch is trained with it from here on
     trainer.guard = create_guard(trainer)  # loading may have changed whether the optimiser is fused
     trainer.loss_sum, trainer.tallies = (state[name].to(accelerator.device) for name in ("loss_sum", "tallies"))
     trainer.history, trainer.performance = list(state["history"]), list(state["performance"])
