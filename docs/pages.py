@@ -383,7 +383,7 @@ def directive(module: str, name: str) -> str:
     if callable(value):
         return f".. autofunction:: {name}"
     shown = repr(value) if isinstance(value, str | int | float | tuple | dict) else "<"
-    if "<" in shown or "set(" in shown:  # an address or an order that changes from build to build
+    if "<" in shown:  # an address in memory, which changes from build to build
         return f".. py:data:: {name}\n"
     return f".. py:data:: {name}\n   :value: {shown if len(shown) <= 160 else shown[:158] + ' …'}\n"
 
