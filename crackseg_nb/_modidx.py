@@ -3186,6 +3186,7 @@ d = {
                 "runs/experiment.html#mark_unfinished",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.marking": ("runs/experiment.html#marking", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.note_resume": (
                 "runs/experiment.html#note_resume",
                 "crackseg_nb/runs/experiment.py",

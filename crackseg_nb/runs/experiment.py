@@ -9,6 +9,7 @@ __all__ = [
     "mark_failed",
     "mark_unfinished",
     "check_turn",
+    "marking",
     "step",
     "Experiment",
     "flat",
@@ -147,16 +148,13 @@ def check_turn(name: str, taken: int, folder: RunFolder) -> None:
         )
 
 
-def step(method):
-    "Let a method of Experiment have its turn once, and mark the run as failed when it raises, even on Ctrl-C."
+def marking(method):
+    "Let a function of an experiment mark the run as failed, or stopped, when it raises, even on Ctrl-C."
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        check_turn(method.__name__, self.taken, self.folder)
         try:
-            result = method(self, *args, **kwargs)
-            self.taken += 1
-            return result
+            return method(self, *args, **kwargs)
         except Stopped as stopped:
             logger.info("%s", stopped)
             self.unfinished.detach()  # from here on another experiment may go on with this folder
@@ -171,6 +169,20 @@ def step(method):
             self.stop_workers()
 
     return guarded
+
+
+def step(method):
+    "Let a method of Experiment have its turn once, and mark the run as failed when it raises."
+    guarded = marking(method)
+
+    @functools.wraps(method)
+    def in_turn(self, *args, **kwargs):
+        check_turn(method.__name__, self.taken, self.folder)
+        result = guarded(self, *args, **kwargs)
+        self.taken += 1
+        return result
+
+    return in_turn
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #fb39aa6f

@@ -13,7 +13,7 @@ import sys
 from ..core.machine import get_device
 from .command import command, given_parameters, take_parameters
 from .config import ExperimentConfig, configure
-from .experiment import Experiment, prepare, run, step, train_in_process
+from .experiment import Experiment, marking, prepare, run, train_in_process
 from ..training.checkpoint import latest_checkpoint
 from ..training.exchange import close, gather_objects
 from ..training.window import create_accelerator
@@ -33,7 +33,7 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     if experiment is None:
         train_in_process(*arguments)
     else:
-        step(lambda self: train_in_process(*arguments))(experiment)
+        marking(lambda self: train_in_process(*arguments))(experiment)
     close()
     if experiment is None:
         return None
