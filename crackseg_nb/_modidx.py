@@ -858,14 +858,6 @@ d = {
                 "evidence/uncertainty.html#tta_probabilities",
                 "crackseg_nb/evidence/uncertainty.py",
             ),
-            "crackseg_nb.evidence.uncertainty.turn": (
-                "evidence/uncertainty.html#turn",
-                "crackseg_nb/evidence/uncertainty.py",
-            ),
-            "crackseg_nb.evidence.uncertainty.turn_back": (
-                "evidence/uncertainty.html#turn_back",
-                "crackseg_nb/evidence/uncertainty.py",
-            ),
             "crackseg_nb.evidence.uncertainty.uncertainty_maps": (
                 "evidence/uncertainty.html#uncertainty_maps",
                 "crackseg_nb/evidence/uncertainty.py",
@@ -2214,10 +2206,6 @@ d = {
                 "metrics/curves.html#show_curves",
                 "crackseg_nb/metrics/curves.py",
             ),
-            "crackseg_nb.metrics.curves.threshold_counts": (
-                "metrics/curves.html#threshold_counts",
-                "crackseg_nb/metrics/curves.py",
-            ),
             "crackseg_nb.metrics.curves.two_class_miou": (
                 "metrics/curves.html#two_class_miou",
                 "crackseg_nb/metrics/curves.py",
@@ -2930,17 +2918,14 @@ d = {
                 "models/views.html#views.__init__",
                 "crackseg_nb/models/views.py",
             ),
-            "crackseg_nb.models.views.Views.encoder": (
-                "models/views.html#views.encoder",
-                "crackseg_nb/models/views.py",
-            ),
             "crackseg_nb.models.views.Views.forward": (
                 "models/views.html#views.forward",
                 "crackseg_nb/models/views.py",
             ),
             "crackseg_nb.models.views.Views.look": ("models/views.html#views.look", "crackseg_nb/models/views.py"),
-            "crackseg_nb.models.views.Views.widen": ("models/views.html#views.widen", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.resize": ("models/views.html#resize", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.turn": ("models/views.html#turn", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.turn_back": ("models/views.html#turn_back", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.with_views": ("models/views.html#with_views", "crackseg_nb/models/views.py"),
         },
         "crackseg_nb.runs.command": {

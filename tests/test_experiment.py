@@ -221,6 +221,16 @@ def test_zero_epochs_evaluate_only(tmp_path, monkeypatch):
     assert done.folder.state == "done" and not (done.folder / "checkpoints" / "best.json").exists()
 
 
+def test_a_model_is_scored_on_photos_of_ones_own(tiny_run, tmp_path):
+    "As the guide says: one image is left for training, fewer than a batch."
+    write_synthetic(tmp_path / "mine", 20, (48, 64), seed=5)
+    settings = dict(config=str(tiny_run.folder / "config.yaml"), fine_tune=str(tiny_run.folder.path), epochs=0)
+    data = dict(data="folder", data_dir=str(tmp_path / "mine"), fractions="0.05,0.25,0.7", outputs=str(tmp_path))
+    done = run(configure(**settings, **data))
+    assert done.prepared.splits.lengths == {"train": 1, "val": 5, "test": 14}
+    assert "validation images" in read_yaml(done.folder / "final_results.yaml")["protocol"]["threshold_rule"]
+
+
 # Bad input: one line, a failed folder, no results
 
 

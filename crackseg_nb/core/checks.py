@@ -118,11 +118,10 @@ def unknown_name(found, choices) -> str:
 def listed(
     found,  # what the user gave
     choices,  # the valid names
-    most: int = 30,  # names that are listed all
 ) -> str:
-    "Return the valid names as errors show them: all of a few, the ten nearest of many."
+    "Return the valid names as errors show them: all of up to 30, the ten nearest of more."
     names = [str(choice) for choice in choices]
-    if len(names) <= most:
+    if len(names) <= 30:
         return ", ".join(names)
     close = nearest(found, names)
     names.sort(key=lambda name: (name != close, -difflib.SequenceMatcher(None, name, str(found)).ratio()))

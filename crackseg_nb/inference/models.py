@@ -127,7 +127,7 @@ def load_network(
     tested = settings.get("tta", "none"), tuple(settings.get("scales", (1.0,)))
     asked = tta or tested[0], check_scales(scales or tested[1])
     views = with_views(built, *asked)
-    rule = trained.threshold_rule + (", of other views of the image" if asked != tested else "")
+    rule = trained.threshold_rule + (", for other views of the image" if asked != tested else "")
     facts = Facts(
         name,
         trained.sha256,

@@ -109,10 +109,10 @@ class Turned(Network):
         if not self.facts.fixed_size:  # strides lie alike from either side
             edges = ((0, -side % self.facts.multiple) for side in (height, width))
             images = np.pad(images, ((0, 0), (0, 0), *edges), mode="edge")
-        for turns, mirrored in self.poses:
-            posed = np.rot90(images, turns, (2, 3))
-            found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if mirrored else posed))
-            found = np.rot90(found[..., ::-1] if mirrored else found, -turns, (2, 3))
+        for pose in self.poses:
+            posed = np.rot90(images, pose % 4, (2, 3))
+            found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if pose >= 4 else posed))
+            found = np.rot90(found[..., ::-1] if pose >= 4 else found, -(pose % 4), (2, 3))
             total = found.copy() if total is None else total + found
         return total[..., :height, :width] / np.float32(len(self.poses))
 

@@ -8,7 +8,6 @@ __all__ = [
     "GEO_TAGS",
     "HEIF",
     "SUFFIXES",
-    "MIN_SIDE",
     "Photo",
     "fill_outside",
     "DecodedPhoto",
@@ -39,6 +38,7 @@ from PIL import Image, ImageOps
 
 # %% ../../nbs/inference/01_photos.ipynb #6c79f8a5
 from ..core.checks import CrackSegError, first_few, first_line
+from ..models.settings import MIN_SIDE
 from ..sources.folders import PICTURES
 from ..sources.images import MAX_PIXELS, find_white, naming, open_picture, read_image, to_bytes
 
@@ -215,9 +215,6 @@ def reason_for_windows(path: Path, limit: int = MAX_PIXELS) -> str:
 
 
 # %% ../../nbs/inference/01_photos.ipynb #78266248
-MIN_SIDE = 32  # pixels, as of the models
-
-
 @contextmanager
 def open_photo(
     path,  # of any format in SUFFIXES

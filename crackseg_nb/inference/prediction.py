@@ -63,7 +63,7 @@ class PredictSettings:
     def __post_init__(self):
         if self.tta:
             choose("tta", self.tta, POSES)
-        object.__setattr__(self, "scales", check_scales(self.scales) if self.scales else ())  # a command says ""
+        object.__setattr__(self, "scales", check_scales(self.scales) if self.scales else ())
         choose("depth", self.depth, DEPTHS)
         for name, low in {"tile": 0, "blend": 32, "batch": 1, "workers": 0, "specks": 0}.items():
             check_number(name, getattr(self, name), int, low)

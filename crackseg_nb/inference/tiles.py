@@ -31,7 +31,8 @@ import numpy as np
 # %% ../../nbs/inference/03_tiles.ipynb #5a887a74
 from ..core.checks import CrackSegError, check_number
 from .networks import Network, normalize_rows
-from .photos import MIN_SIDE, Photo
+from .photos import Photo
+from ..models.settings import MIN_SIDE
 
 
 # %% ../../nbs/inference/03_tiles.ipynb #6731717b

@@ -19,7 +19,6 @@ __all__ = [
     "highest_within",
     "level_counts",
     "reached_counts",
-    "threshold_counts",
     "curve_scores",
     "average_precision",
     "two_class_miou",
@@ -187,16 +186,6 @@ def reached_counts(
     return np.concatenate([reached, np.full_like(reached[:1], reached[2, 0])])
 
 
-def threshold_counts(
-    level: np.ndarray,  # of `levels`, (H, W)
-    mask: np.ndarray,  # (H, W): 0, 1 or void; levels under void are 0
-    num_thresholds: int,
-    tolerance: float = 0.0,  # pixels
-) -> np.ndarray:
-    "Count right, predicted, found and true pixels where all is predicted (0) and at each threshold, int64 (4, T + 1)."
-    return reached_counts(level_counts(level, mask, num_thresholds, tolerance))
-
-
 # %% ../../nbs/metrics/03_curves.ipynb #b7f10915
 def curve_scores(
     counts: np.ndarray,  # (4, …): right, predicted, found, true
@@ -310,7 +299,8 @@ class ThresholdCurves(Sums):
         pixels = int((mask != VOID).sum())
         if not pixels:
             return dict.fromkeys(("precision", "recall", "f1", "best_f1", "best_threshold", "ap"), np.nan)
-        counts = threshold_counts(levels(probability, self.thresholds), mask, len(self.thresholds), self.tolerance)
+        level = levels(probability, self.thresholds)
+        counts = reached_counts(level_counts(level, mask, len(self.thresholds), self.tolerance))
         by_level = level_counts(levels(probability, LEVEL_EDGES), mask, len(LEVEL_EDGES), self.tolerance)
         scores = curve_scores(counts[:, 1:])
         f1, best = scores["f1"], self.best(scores["f1"])

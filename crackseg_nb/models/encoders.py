@@ -193,9 +193,9 @@ class Encoder(nn.Module):
         self.image_size = check_number("image_size", image_size, int, low=32)
         self.drop_path_rate = check_number("drop_path_rate", drop_path_rate, float, 0, 0.99)
         # Datasets normalise by ImageNet's statistics; weights that learned from others get what they know.
-        known, std = architecture.mean, architecture.std
+        mean, std = architecture.mean, architecture.std
         self.scale = [ours / theirs for ours, theirs in zip(IMAGENET_STD, std)]
-        self.shift = [(ours - theirs) / by for ours, theirs, by in zip(IMAGENET_MEAN, known, std)]
+        self.shift = [(ours - theirs) / by for ours, theirs, by in zip(IMAGENET_MEAN, mean, std)]
         self.body = self.create()
         accept_any_size(self.body)
         if self.architecture in mix_transformer_encoders:

@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/models/04_pretrained.ipynb #f358957a
-import hashlib
 import importlib.util
 import os
 import socket
@@ -36,6 +35,7 @@ from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer
 
 # %% ../../nbs/models/04_pretrained.ipynb #8a9b432e
 from ..core.checks import CrackSegError, first_line
+from ..core.files import sha256_file
 from ..core.machine import logger
 from ..core.tensors import read_tensors
 from .encoders import Encoder
@@ -199,9 +199,9 @@ def load_weights_file(encoder: Encoder, path) -> None:
 def tensors_of_package(package: WeightPackage, architecture: str) -> dict[str, torch.Tensor]:
     "Return a package's tensors by timm's names; raise CrackSegError if its file is another than the one published."
     path = package.path()
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != package.sha256:
+    if not path.is_file() or sha256_file(path) != package.sha256:
         raise CrackSegError(
-            f"pretrained: {path} is not the file that {package.name} 0.1.0 holds, "
+            f"pretrained: {path} is not the published file of {package.name}, "
             f"expected sha256 {package.sha256}; install it anew"
         )
     tensors = [value for name, value in read_tensors(path).items() if not name.endswith("num_batches_tracked")]

@@ -7,6 +7,7 @@ __all__ = [
     "SWINV2_ENCODERS",
     "ENCODERS",
     "POSES",
+    "MIN_SIDE",
     "SWIN_ENCODERS",
     "SWIN_SIZES",
     "MODEL_SETTINGS",
@@ -144,8 +145,8 @@ def check_rates(rates) -> None:
 
 
 # %% ../../nbs/models/01_settings.ipynb #d1e2f3a4
-POSES = {"none": [(0, False)], "flips": [(0, False), (0, True), (2, False), (2, True)]}  # quarter turns, then mirrored
-POSES["all"] = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
+POSES = {"none": (0,), "flips": (0, 4, 2, 6), "all": tuple(range(8))}  # quarter turns, mirrored after them from 4 on
+MIN_SIDE = 32  # pixels on the shorter side of an image: five halvings leave one position
 
 
 def describe_views(tta: str, scales: tuple[float, ...]) -> str:

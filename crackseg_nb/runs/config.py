@@ -78,7 +78,15 @@ from ..data.augment import AUGMENTATIONS
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
-from ..models.settings import CLASSIFIER, ENCODERS, MODEL_SETTINGS, POSES, SWINV2_ENCODERS, check_scales
+from crackseg_nb.models.settings import (
+    CLASSIFIER,
+    ENCODERS,
+    MODEL_SETTINGS,
+    POSES,
+    SWINV2_ENCODERS,
+    check_scales,
+    describe_views,
+)
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, choose_classes, label_classes
@@ -240,8 +248,8 @@ class ExperimentConfig:
     resume: str = ""  # folder of the run that goes on; not a setting of the run itself
 
     def __post_init__(self):
-        if self.data.labelled and (self.run.tta, self.run.scales) != ("none", (1.0,)):
-            raise CrackSegError("tta, scales: found views for whole images with labels, expected none and 1")
+        if self.data.labelled and (views := describe_views(self.run.tta, self.run.scales)):
+            raise CrackSegError(f"tta, scales: found a {views} for labels of whole images, expected none and 1")
         if self.run.test_epoch:
             object.__setattr__(self, "train", replace(self.train, epochs=1))
         check_model_of(self.model, self.data.data)

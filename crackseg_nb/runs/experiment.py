@@ -367,7 +367,7 @@ def make_loaders(
 ) -> dict:
     "Return the loaders of the three data sets for one process."
     sizes = {
-        "train": config.train.batch_size,
+        "train": config.train.batch_size if config.train.epochs else 1,  # without an epoch none is loaded
         "val": config.train.eval_batch_size,
         "test": config.train.eval_batch_size,
     }
@@ -638,7 +638,7 @@ def build_model(self: Experiment) -> None:
     kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights
     space = kept * 4 * parameters["total"] if config.train.epochs else 0
     if not config.data.labelled:
-        space += sum(height * width for height, width in prepared.datasets["test"].sizes)  # of predictions
+        space += sum(2 * height * width for height, width in prepared.datasets["test"].sizes)  # 16 bits a pixel
     check_writable(self.folder.path, space)
     told = f"{parameters['total']:,} parameters, weights: {model.weights['loaded']}"
     logger.info("model: %s, %s", config.model, told)

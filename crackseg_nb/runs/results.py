@@ -101,7 +101,7 @@ def save_prediction(
         picture = Image.fromarray(answer.astype(np.uint8)).convert("P")
         picture.putpalette(np.array(classes.colours, np.uint8).tobytes())
     with atomic_write(prediction_path(folder, name)) as handle:
-        picture.save(handle, format="PNG", compress_level=1)  # noise does not get much smaller, but slower
+        picture.save(handle, format="PNG", compress_level=1)  # more takes long and saves little
 
 
 def read_prediction(folder: Path, name: str, classes: Classes = Classes()) -> np.ndarray:

@@ -21,7 +21,7 @@ from ..data.class_weights import ClassWeights
 from ..data.dataset import CrackDataset, LabelDataset
 from ..data.splits import Splits
 from ..metrics.counts import ImageCounts, create_metrics
-from ..models.views import Views
+from ..models.views import with_views
 from .config import ExperimentConfig
 from ..sources.samples import Sample
 from ..training.evaluation import evaluate
@@ -118,16 +118,17 @@ def score_model(
 ) -> Tested:
     "Choose the threshold on the validation images if there is one to choose, and score the test images."
     blank = create_metrics(splits.classes.names, config.data.labelled)
-    if (config.run.tta, config.run.scales) != ("none", (1.0,)):
-        model, val_metrics = Views(model, config.run.tta, config.run.scales), None  # training counted plain passes
+    viewed = with_views(model, config.run.tta, config.run.scales)
+    if viewed is not model:
+        val_metrics = None  # training counted single views
     if val_metrics is None and "val" in loaders:
-        val_metrics = evaluate(model, loaders["val"], accelerator, progress="validation", metrics=blank.blank())[0]
+        val_metrics = evaluate(viewed, loaders["val"], accelerator, progress="validation", metrics=blank.blank())[0]
     threshold = None
     if splits.classes.binary and not config.data.labelled:
         threshold = val_metrics.best_threshold(config.run.threshold_criterion) if val_metrics else 0.5
     start = time.perf_counter()
     metrics, _ = evaluate(
-        model, loaders["test"], accelerator, on_batch=on_batch, progress="test", interrupt=interrupt, metrics=blank
+        viewed, loaders["test"], accelerator, on_batch=on_batch, progress="test", interrupt=interrupt, metrics=blank
     )
     seconds = time.perf_counter() - start
     return Tested(metrics, val_metrics, threshold, image_scores(metrics, threshold, splits.test), seconds)
