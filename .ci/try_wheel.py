@@ -59,6 +59,9 @@ def try_wheel(wheel: Path) -> None:
         for name in ("crackseg_run", "crackseg_sweep", "crackseg_verify"):
             run(empty, commands / name, "--help")
             print(f"{name} --help: works", flush=True)
+        photo = "from crackseg_nb.synthetic.cracks import write_synthetic; write_synthetic('drawn', 1, (96, 128))"
+        run(empty, commands / "python", "-c", photo)
+        print(run(empty, commands / "crackseg_predict", "drawn/images").strip().splitlines()[-1], flush=True)
         given = [word for name, value in TINY.items() for word in ("-p", name, value)]
         run(empty, commands / "crackseg_run", *given)
         kept = sorted(path.name for path in (empty / "outputs" / TINY["run_name"]).iterdir())

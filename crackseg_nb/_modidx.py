@@ -166,6 +166,10 @@ d = {
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.ready_folder": (
+                "core/run_folder.html#ready_folder",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },
         "crackseg_nb.core.seeds": {
@@ -4009,6 +4013,36 @@ d = {
             "crackseg_nb.studies.ablation.sweeps_of": (
                 "studies/ablation.html#sweeps_of",
                 "crackseg_nb/studies/ablation.py",
+            ),
+        },
+        "crackseg_nb.studies.across_data": {
+            "crackseg_nb.studies.across_data.DataSet": (
+                "studies/across_data.html#dataset",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.across_table": (
+                "studies/across_data.html#across_table",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.parse_sets": (
+                "studies/across_data.html#parse_sets",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.score_across": (
+                "studies/across_data.html#score_across",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.score_on": (
+                "studies/across_data.html#score_on",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.show_across": (
+                "studies/across_data.html#show_across",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.unseen_images": (
+                "studies/across_data.html#unseen_images",
+                "crackseg_nb/studies/across_data.py",
             ),
         },
         "crackseg_nb.studies.compression": {

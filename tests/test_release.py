@@ -44,6 +44,7 @@ def test_a_wheel_holds_the_modules_the_doors_and_the_marker_of_types(built):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "crackseg_nb").rglob("*.py")}
     assert "run_experiment.ipynb" in doors()
     others = {"crackseg_nb/py.typed", "crackseg_nb/figures/crackseg.mplstyle"}
+    others |= {str(path.relative_to(ROOT)) for path in (ROOT / "crackseg_nb" / "ready").rglob("*") if path.is_file()}
     assert found == modules | {f"crackseg_nb/doors/{name}" for name in doors()} | others
 
 

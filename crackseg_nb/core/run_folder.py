@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = [
     "STATES",
+    "READY",
     "process_is_gone",
     "check_status",
     "RunFolder",
     "create_run_folder",
+    "ready_folder",
     "find_run_folder",
     "find_finished_run",
     "locate_weights",
@@ -21,6 +23,7 @@ __all__ = [
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
 import contextlib
 import errno
+import importlib.resources
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,13 +124,21 @@ def create_run_folder(
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #5208e984
+READY = "ready"  # the name of the trained model that comes with the package
+
+
+def ready_folder() -> Path:
+    "Return what the package keeps of the run of its trained model: settings, results and weights."
+    return Path(str(importlib.resources.files("crackseg_nb"))) / READY
+
+
 def find_run_folder(
     parameter: str,
-    run: str,  # folder of a run, or its name in the folder of all runs
+    run: str,  # folder of a run, or its name in the folder of all runs, or `ready`
     outputs: str = "",
 ) -> RunFolder:
     "Return the folder of `run`; raise CrackSegError with the nearest name."
-    for path in (find_path(run), outputs_folder(outputs) / run):
+    for path in (find_path(run), outputs_folder(outputs) / run, *[ready_folder()] * (run == READY)):
         if (path / "status.yaml").is_file():
             return RunFolder(path)
     found = unknown_name(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])

@@ -11,6 +11,7 @@ import sys
 
 # %% ../../nbs/inference/09_commands.ipynb #ffc363e3
 from ..core.checks import RESUME_CODE
+from ..core.run_folder import READY
 from ..runs.command import command, new_parser, take_outputs
 
 
@@ -24,13 +25,16 @@ def predict_parser() -> argparse.ArgumentParser:
             The same command goes on where it was stopped or killed, also inside a photo, and ends with the same bytes.
             exit status: 0 done; 75 stopped by Ctrl-C; 1 refused or failed, with one line that says why.
             examples:
+              crackseg_predict photo.jpg
               crackseg_predict --model bridge photos/ --out found
               crackseg_predict --model bridge --model pier 'survey/**/*.jpg' --tta flips --hysteresis 0.2 --specks 30
               crackseg_predict --model bridge.onnx ortho.tif --shard 3/16""",
     )
     parser.add_argument("images", nargs="+", help="photos, folders of photos, or patterns in quotes")
     parser.add_argument(
-        "--model", action="append", required=True, help="a run, its checkpoint or an .onnx file; repeated: averaged"
+        "--model",
+        action="append",
+        help=f"a run, its checkpoint or an .onnx file; repeated: averaged (default: {READY}, which comes along)",
     )
     parser.add_argument("--out", default="predictions", help="folder for the results (default: predictions)")
     parser.add_argument("--threshold", type=float, help="probability of a crack (default: the run's)")
@@ -58,7 +62,7 @@ def predict_main(words: list[str] | None = None) -> int:
 
     quiet, out = given.pop("quiet"), given["out"]
     try:
-        manifest = predict(given.pop("model"), given.pop("images"), progress=not quiet, **given)
+        manifest = predict(given.pop("model") or READY, given.pop("images"), progress=not quiet, **given)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
         return RESUME_CODE
