@@ -1,0 +1,67 @@
+"""The model that comes with the package: its weights are whole and small, its results its own, and it finds a crack."""
+
+import numpy as np
+import pytest
+import torch
+
+from crackseg_nb import load_model, predict
+from crackseg_nb.core.files import project_root, read_yaml
+from crackseg_nb.core.run_folder import READY, find_run_folder, ready_folder
+from crackseg_nb.inference.commands import predict_main
+from crackseg_nb.runs.trained_model import open_model
+from crackseg_nb.sources.images import read_image
+from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    "Photos of other seeds and another size than those that it learned."
+    config = SyntheticConfig(crack_width=(3.0, 6.0), empty_probability=0.0, distractors=())
+    return write_synthetic(tmp_path_factory.mktemp("drawn"), 4, (160, 224), seed=99, config=config)
+
+
+def test_it_is_small_and_every_tensor_is_learned():
+    files = [path for path in ready_folder().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    trained = open_model(READY)
+    assert trained.classes.binary and 0 < trained.threshold < 1 and "validation" in trained.threshold_rule
+    assert all(value.isfinite().all() for value in trained.model.state_dict().values())
+
+
+def test_its_results_are_those_of_the_run_that_tested_its_weights():
+    tested = project_root() / "outputs" / "ready-free-tested"
+    assert (ready_folder() / "final_results.yaml").read_bytes() == (tested / "final_results.yaml").read_bytes()
+    trained = read_yaml(project_root() / "outputs" / "ready-free" / "final_results.yaml")
+    stored = read_yaml(ready_folder() / "final_results.yaml")
+    assert stored["test"]["threshold"] == trained["test"]["threshold"]
+    assert stored["test"]["pooled"] == pytest.approx(trained["test"]["pooled"], abs=1e-3)  # half precision
+
+
+def test_it_finds_drawn_cracks(drawn, tmp_path):
+    "By the command without a model, and by Python: the same files."
+    assert predict_main([str(drawn / "images"), "--out", str(tmp_path / "command"), "--quiet"]) == 0
+    predict("ready", drawn / "images", tmp_path / "python", progress=False)
+    found = true = both = 0
+    for path in sorted((drawn / "images").iterdir()):
+        one, other = (tmp_path / kind / f"{path.stem}_mask.png" for kind in ("command", "python"))
+        assert one.read_bytes() == other.read_bytes()
+        marked, crack = read_image(one)[..., 0] > 0, read_image(drawn / "masks" / f"{path.stem}.png")[..., 0] > 0
+        found, true, both = found + marked.sum(), true + crack.sum(), both + (marked & crack).sum()
+    assert both / (found + true - both) > 0.4
+
+
+def test_a_plain_wall_has_no_crack():
+    wall = np.random.default_rng(0).normal(150, 4, (1, 3, 128, 128)).astype(np.float32) / 255
+    mean, deviation = (np.array(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.inference_mode():
+        probability = load_model(READY)(torch.from_numpy(((wall - mean) / deviation).astype(np.float32))).sigmoid()
+    assert (probability > open_model(READY).threshold).float().mean() < 0.002
+
+
+def test_a_run_of_that_name_goes_before(tmp_path):
+    (tmp_path / READY).mkdir()
+    (tmp_path / READY / "status.yaml").write_text("state: done\n")
+    assert find_run_folder("model", READY, str(tmp_path)).path == tmp_path / READY
+    assert find_run_folder("model", READY, str(tmp_path / "other")).path == ready_folder()
