@@ -372,7 +372,7 @@ def test_a_step_that_was_interrupted_goes_on_when_it_is_taken_again(tmp_path, wh
     assert_equals(whole, experiment.folder)
 
 
-@pytest.mark.parametrize("place", ["load_data", "the first step, twice", "test"])
+@pytest.mark.parametrize("place", ["load_data", "test"])
 def test_what_an_interrupt_leaves_is_resumed_elsewhere(tmp_path, whole, place):
     where, times, _ = PLACES[place]
     with pytest.MonkeyPatch.context() as patch:
