@@ -54,7 +54,7 @@ $(BIN)/python .ci/last_line.py $$result
 endef
 
 experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experiment ARGS="-p encoder swinv2"
-	@$(call execute,run_experiment)
+	@$(BIN)/crackseg_run $(ARGS)
 
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
@@ -100,8 +100,9 @@ docs: $(DOCS_STAMP)  ## build the site into _docs/html, without a network, and c
 	@$(BIN)/python docs/check_links.py _docs/html
 	@echo "The site: _docs/html/index.html"
 
+# The folder adds a hook to the user's own settings: a notebook is cleaned when it is saved.
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.ci/lab:$$JUPYTER_CONFIG_PATH" $(BIN)/jupyter lab nbs
 
 hooks: $(STAMP)  ## install the pre-commit hooks
 	@$(BIN)/pre-commit install

@@ -16,14 +16,19 @@ def is_bar(output: dict) -> bool:
     return widget or (output.get("name") == "stderr" and "\r" in "".join(output.get("text", "")))
 
 
-def clean(path: Path) -> None:
-    "Write a notebook without progress bars, if it has any."
-    notebook = json.loads(path.read_text("utf-8"))
-    before = json.dumps(notebook)
+def take_out_bars(notebook: dict) -> None:
+    "Take the progress bars out of a notebook."
     notebook["metadata"].pop("widgets", None)
     for cell in notebook["cells"]:
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if not is_bar(output)]
+
+
+def clean(path: Path) -> None:
+    "Write a notebook without progress bars, if it has any."
+    notebook = json.loads(path.read_text("utf-8"))
+    before = json.dumps(notebook)
+    take_out_bars(notebook)
     if json.dumps(notebook) != before:
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

@@ -11,6 +11,7 @@ d = {
     "syms": {
         "crackseg_nb.core.checks": {
             "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.Interrupted": ("core/checks.html#interrupted", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.LateModule": ("core/checks.html#latemodule", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.LateModule.__getattr__": (
                 "core/checks.html#latemodule.__getattr__",
@@ -22,6 +23,11 @@ d = {
             ),
             "crackseg_nb.core.checks.LateModule.__repr__": (
                 "core/checks.html#latemodule.__repr__",
+                "crackseg_nb/core/checks.py",
+            ),
+            "crackseg_nb.core.checks.OneLine": ("core/checks.html#oneline", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.OneLine._render_traceback_": (
+                "core/checks.html#oneline._render_traceback_",
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
@@ -3022,6 +3028,10 @@ d = {
                 "runs/config.html#configure_resumed",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.declared_parameters": (
+                "runs/config.html#declared_parameters",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.default_of": ("runs/config.html#default_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.default_run_name": (
                 "runs/config.html#default_run_name",
@@ -3031,6 +3041,7 @@ d = {
                 "runs/config.html#describe_config",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.differences": ("runs/config.html#differences", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.flatten": ("runs/config.html#flatten", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
@@ -3077,8 +3088,16 @@ d = {
                 "runs/experiment.html#experiment.finish",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.Experiment.go_on": (
+                "runs/experiment.html#experiment.go_on",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.Experiment.load_data": (
                 "runs/experiment.html#experiment.load_data",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.Experiment.pause": (
+                "runs/experiment.html#experiment.pause",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.Experiment.record": (
@@ -3117,8 +3136,16 @@ d = {
                 "runs/experiment.html#check_turn",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.checkpoint_sizes": (
+                "runs/experiment.html#checkpoint_sizes",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.describe_world": (
                 "runs/experiment.html#describe_world",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.disk_line": (
+                "runs/experiment.html#disk_line",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.find_precision": (
@@ -3134,6 +3161,14 @@ d = {
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.interrupted_alike": (
+                "runs/experiment.html#interrupted_alike",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.interrupted_line": (
+                "runs/experiment.html#interrupted_line",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.keep_best": (
                 "runs/experiment.html#keep_best",
                 "crackseg_nb/runs/experiment.py",
@@ -3165,6 +3200,10 @@ d = {
             ),
             "crackseg_nb.runs.experiment.make_model": (
                 "runs/experiment.html#make_model",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.mark_ended": (
+                "runs/experiment.html#mark_ended",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.mark_failed": (
@@ -3274,10 +3313,18 @@ d = {
                 "runs/notebook.html#kernel_class",
                 "crackseg_nb/runs/notebook.py",
             ),
+            "crackseg_nb.runs.notebook.leave_out_written": (
+                "runs/notebook.html#leave_out_written",
+                "crackseg_nb/runs/notebook.py",
+            ),
             "crackseg_nb.runs.notebook.one_line": ("runs/notebook.html#one_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.resume_line": ("runs/notebook.html#resume_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.status_of": ("runs/notebook.html#status_of", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.write_page": ("runs/notebook.html#write_page", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.written_parameters": (
+                "runs/notebook.html#written_parameters",
+                "crackseg_nb/runs/notebook.py",
+            ),
         },
         "crackseg_nb.runs.recipes": {
             "crackseg_nb.runs.recipes.Recipe": ("runs/recipes.html#recipe", "crackseg_nb/runs/recipes.py")

@@ -26,7 +26,7 @@ from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.metrics.curves import HUNDREDTHS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure, known_parameters
-from crackseg_nb.runs.experiment import prepare, run
+from crackseg_nb.runs.experiment import checkpoint_sizes, prepare, run
 from crackseg_nb.runs.results import prediction_path
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import load_checkpoint
@@ -119,13 +119,24 @@ def test_an_unknown_parameter_stops_before_anything_is_written(tmp_path):
 
 
 def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
+    "And parameters that JupyterLab saved in the notebook itself do not enter in silence."
     notebook = json.loads(NOTEBOOK.read_text("utf-8"))
+    parameters = next(cell for cell in notebook["cells"] if cell["metadata"].get("tags"))
+    tried = {"image_size: int = None": "image_size: int = 64", "lr: float = None": "lr: float = 1e-5"}
+    text = "".join(parameters["source"])
+    for line, edited in tried.items():
+        assert text.count(f"\n{line}") == 1
+        text = text.replace(line, edited)
+    parameters["source"] = text
     cell = next(cell for cell in notebook["cells"] if "show_class_balance(" in "".join(cell["source"]))
     cell["source"] = 'raise RuntimeError("no picture")'
     (tmp_path / "source.ipynb").write_text(json.dumps(notebook))
     executed, failed = execute(tmp_path, tmp_path / "source.ipynb", outputs="made", **TINY)
     assert failed and error_of(executed) == "RuntimeError: no picture"
+    text = "".join("".join(output.get("text", "")) for cell in executed["cells"] for output in cell.get("outputs", []))
+    assert "parameters set in the notebook itself: lr=1e-05 (papermill takes them too" in text  # -p image_size is there
     folder = only_run(tmp_path / "made")
+    assert read_yaml(folder / "config.yaml")["optim"]["lr"] == 1e-5
     assert folder.state == "failed" and "before it was finished" in folder.status["error"]
     assert not (folder / "final_results.yaml").exists()
 
@@ -186,6 +197,24 @@ def test_a_run_repeats_from_its_config_alone(tiny_run, tmp_path):
     first, second = weights_of(tiny_run.folder), weights_of(again.folder)
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
     assert again.results["test"] == tiny_run.results["test"]
+
+
+def test_a_run_says_what_its_checkpoints_take(tiny_run):
+    best, state = checkpoint_sizes(tiny_run.built.model, "adamw")
+    files = {
+        path.name.split("-")[0] + path.suffix: path.stat().st_size
+        for path in (tiny_run.folder / "checkpoints").iterdir()
+    }
+    assert files["best.safetensors"] == pytest.approx(best, rel=0.02)
+    # The best weights are those of this state, and are not written twice.
+    written = files["epoch_0001.safetensors"] + files["epoch_0001.pt"]
+    assert written == pytest.approx(state - best, rel=0.02)
+    line = (
+        f"(best weights {best / 2**20:.0f}, two states of up to {state / 2**20:.0f}, and a third while it is written)"
+    )
+    log = (tiny_run.folder / "training.log").read_text()
+    assert log.index(line) < log.index("epoch 1/1")
+    assert checkpoint_sizes(tiny_run.built.model, "sgd")[1] < state
 
 
 def test_another_seed_is_another_run(tiny_run, tmp_path):

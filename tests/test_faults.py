@@ -1,33 +1,39 @@
 """Faults that are put into a run: each ends as promised, in one line, with nothing lost."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
+import weakref
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import resume_jobs
 import torch
+from jupyter_client.manager import start_new_kernel
 
-from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, Stopped
+from crackseg_nb.core.checks import RESUME_CODE, CrackSegError, Interrupted, Stopped
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models import registry
 from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs import launch
+from crackseg_nb.runs import stages as stages_module
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.experiment import STEPS, Experiment, prepare, run
 from crackseg_nb.training import checkpoint as checkpoint_module
+from crackseg_nb.training import trainer as trainer_module
 from crackseg_nb.training.checkpoint import checkpoint_names, load_checkpoint
 from crackseg_nb.training.diagnosis import load_batch
+from crackseg_nb.training.trainer import set_up_model
 
+ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
 
 
@@ -292,24 +298,174 @@ def test_a_dead_worker_costs_no_step(tmp_path, whole):
 # Signals and time
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1))
+def interrupting(monkeypatch, place, times=1, number=signal.SIGINT):
+    "Let a signal come `times` in the middle of a place: once its function has been called that often."
+    module, name, calls = place
+    original, count = getattr(module, name), [0]
+
+    def counted(*args, **kwargs):
+        count[0] += 1
+        for _ in range(times if count[0] == calls else 0):
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+PLACES = {  # the function that is interrupted and at which call, how often, and what the run then goes on from
+    "load_data": ((experiment_module, "audit", 1), 1, "the beginning"),
+    "build_model": ((experiment_module, "create_model", 1), 1, "the beginning"),
+    "a step": ((trainer_module, "accumulate_window", 6), 1, "epoch_0002_step_00002"),
+    "a step, twice": ((trainer_module, "accumulate_window", 6), 2, "epoch_0001"),
+    "the first step, twice": ((trainer_module, "accumulate_window", 1), 2, "the beginning"),
+    "validation": ((trainer_module, "evaluate", 2), 1, "epoch_0002_step_00004"),
+    "writing a state": ((checkpoint_module, "sync_folder", 3), 2, "the beginning"),
+    "test": ((stages_module, "evaluate", 1), 1, f"epoch_{EPOCHS:04}"),
+    "finish": ((experiment_module, "report_text", 1), 1, f"epoch_{EPOCHS:04}"),
+}
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), number))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "crackseg_nb.runs.experiment.fit", lambda *args, fit=run.__globals__["fit"]: (timer.start(), fit(*args))[1]
-        )
-        slow = resume_jobs.ConvNorm.forward
-        patch.setattr(resume_jobs.ConvNorm, "forward", lambda self, image: (time.sleep(0.05), slow(self, image))[1])
+        interrupting(patch, PLACES["a step"][0], number=number)
         with pytest.raises(Stopped, match=f"{number.name}.*-p resume"):
             run(configure(**settings(tmp_path, "asked")))
     folder = RunFolder(tmp_path / "asked")
-    assert (
-        folder.state == "stopped"
-        and "stopped in epoch" in folder.status["reason"]
-        and len(pd.read_csv(folder / "history.csv")) < EPOCHS
-    )
+    assert folder.state == "stopped" and "stopped in epoch 2 after step 2 of 4" in folder.status["reason"]
+    assert len(pd.read_csv(folder / "history.csv")) == 1
+    if number == signal.SIGUSR1:  # SIGINT and its like are resumed below
+        assert_equals(whole, resume(tmp_path, "asked"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_was_interrupted_goes_on_when_it_is_taken_again(tmp_path, whole, place):
+    "As in a notebook, whose cell is run again in the same kernel."
+    where, times, source = PLACES[place]
+    experiment, asked, held = Experiment(configure(**settings(tmp_path, "asked"))), [], []
+
+    def noted(trainer, model):
+        held.append(weakref.ref(trainer))
+        set_up_model(trainer, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, where, times)
+        patch.setattr(trainer_module, "set_up_model", noted)
+        for name in STEPS[1:]:
+            try:
+                getattr(experiment, name)()
+            except (Stopped, Interrupted) as stop:
+                asked.append((name, stop))
+                assert experiment.folder.state == "stopped" and experiment.folder.status["reason"] == str(stop)
+                gc.collect()
+                assert name != "train" or held[-1]() is None  # its optimiser would fill the memory of the next
+                with pytest.raises(CrackSegError, match="expected"):
+                    experiment.finish() if name != "finish" else experiment.test()
+                assert experiment.folder.state == "stopped"
+                getattr(experiment, name)()
+    ((name, stop),) = asked
+    line = "\n".join(stop._render_traceback_())
+    assert "\n" not in line and "asked" in line and line.endswith(f"run the cell with {name}() again")
+    (entry,) = read_yaml(tmp_path / "asked" / "resumes.yaml")
+    assert (entry["was"], entry["from"], entry["changed"]) == ("stopped", source, {})
+    assert experiment.folder.state == "done"
+    assert_equals(whole, experiment.folder)
+
+
+@pytest.mark.parametrize("place", ["load_data", "test"])
+def test_what_an_interrupt_leaves_is_resumed_elsewhere(tmp_path, whole, place):
+    where, times, _ = PLACES[place]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, where, times)
+        with pytest.raises((Stopped, Interrupted)):
+            run(configure(**settings(tmp_path, "asked")))
+    assert RunFolder(tmp_path / "asked").state == "stopped"
     assert_equals(whole, resume(tmp_path, "asked"))
+
+
+def test_a_run_that_went_on_elsewhere_is_not_taken_up_again(tmp_path, monkeypatch):
+    experiment = prepare(configure(**settings(tmp_path, "asked")))
+    with monkeypatch.context() as patch:
+        interrupting(patch, PLACES["a step"][0])
+        with pytest.raises(Stopped):
+            experiment.train()
+    done = resume(tmp_path, "asked")
+    with pytest.raises(CrackSegError, match="asked: found a run that is done, expected a new Experiment"):
+        experiment.train()
+    assert done.state == "done"
+
+
+def test_a_new_run_names_an_interrupted_one_of_the_same_settings(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupting(patch, PLACES["a step"][0])
+        with pytest.raises(Stopped):
+            run(configure(**settings(tmp_path, "asked")))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "status.yaml").write_text("state: lost")  # is no matter of others
+    said = {}
+    for name, others in {"again": {}, "other": {"seed": 7}, "named": {"checkpoint_every": 2}}.items():
+        experiment = Experiment(configure(**settings(tmp_path, name, **others)))
+        said[name] = (experiment.folder / "training.log").read_text()
+        experiment.folder.mark("failed")
+    line = (
+        f"a run of the same settings was stopped: -p resume {tmp_path / 'asked'} goes on with it; this one begins anew"
+    )
+    assert line in said["again"] and line in said["named"] and "same settings" not in said["other"]
+    assert RunFolder(tmp_path / "asked").state == "stopped"
+
+
+KERNEL = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import resume_jobs
+from crackseg_nb.models import registry
+from crackseg_nb.models.settings import MODEL_SETTINGS
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import prepare
+registry.MODELS["conv_norm"] = (resume_jobs.ConvNormConfig, resume_jobs.ConvNorm)
+MODEL_SETTINGS["conv_norm"] = resume_jobs.ConvNormConfig
+forward = resume_jobs.ConvNorm.forward
+resume_jobs.ConvNorm.forward = lambda self, image: (time.sleep(0.02), forward(self, image))[1]
+resume_jobs.torch.set_num_threads(1)
+experiment = prepare(configure(**{settings!r}))
+"""
+
+
+def test_the_interrupt_of_a_kernel_keeps_the_work_and_the_cell_goes_on(tmp_path, whole):
+    "Jupyter signals the kernel and its workers, the cell shows one line, and the next execution goes on."
+    manager, client = start_new_kernel(kernel_name="python3")
+
+    def execute(code, interrupt_at=None):
+        text, errors = [], []
+
+        def hook(message):
+            kind, content = message["msg_type"], message["content"]
+            if kind == "stream":
+                text.append(content["text"])
+                if interrupt_at and interrupt_at in content["text"]:
+                    manager.interrupt_kernel()
+            if kind == "error":
+                errors.append(content)
+
+        client.execute_interactive(code, output_hook=hook, timeout=120)
+        return "".join(text), errors
+
+    try:
+        text, errors = execute(
+            KERNEL.format(tests=str(ROOT / "tests"), settings=settings(tmp_path, "kernel", num_workers=1))
+        )
+        assert not errors, errors
+        text, errors = execute("history = experiment.train()", interrupt_at="epoch 1/")
+        assert [error["ename"] for error in errors] == ["Stopped"], text
+        (line,) = errors[0]["traceback"]
+        assert line.startswith("Stopped: stopped in epoch 2") and line.endswith("run the cell with train() again")
+        assert RunFolder(tmp_path / "kernel").state == "stopped" and "failed" not in text
+        text, errors = execute("history = experiment.train()\nexperiment.test()\nexperiment.finish()")
+        assert not errors and "resume: kernel was stopped, goes on from epoch_" in text, text
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert_equals(whole, RunFolder(tmp_path / "kernel"))
 
 
 def test_the_time_limit_stops_within_a_step_and_ends_with_the_code_to_resume(tmp_path):

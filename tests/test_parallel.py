@@ -179,6 +179,10 @@ def test_a_signal_before_the_work_begins_stops_it(program, tmp_path):
 def test_nobody_outlives_a_starter_that_is_killed_or_interrupted(program, number, tmp_path):
     wait_until(lambda: len(list(tmp_path.glob("?.started.*"))) == 2)
     pids = [int(path.suffix[1:]) for path in tmp_path.glob("?.started.*")]
+    if number == signal.SIGINT:  # as a terminal does; the first is passed on as SIGTERM, and there is time to save
+        os.killpg(program.pid, number)
+        time.sleep(0.3)
+        assert program.poll() is None and all(psutil.pid_exists(pid) for pid in pids)
     program.send_signal(number)
     errors = program.communicate(timeout=60)[1]
     assert program.returncode == -number

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from slurm_cluster import wait_for
@@ -17,6 +18,8 @@ from stand_in import write_stand_in
 
 from crackseg_nb.core.checks import RESUME_CODE
 from crackseg_nb.core.run_folder import Claimed, RunFolder, claim
+from crackseg_nb.runs import notebook as notebook_module
+from crackseg_nb.runs.command import main
 
 BIN = Path(sys.executable).parent
 CODE = """
@@ -177,6 +180,22 @@ def test_the_command_stops_and_resumes_a_real_run(tmp_path):
         and len((folder / "history.csv").read_text().splitlines()) == 31
         and (folder / "result.ipynb").is_file()
     )
+
+
+def test_the_command_leaves_out_what_was_tried_in_the_notebook(tmp_path, monkeypatch, capsys):
+    edited, given = tmp_path / "run_experiment.ipynb", {}
+    cell = nbformat.v4.new_code_cell("epochs: int = 1\nlr: float = None", metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), edited)
+
+    def note(notebook, result, parameters, relay, lock):
+        given.update(parameters)
+        return "no kernel", False
+
+    monkeypatch.setattr(notebook_module, "door", lambda name: edited)
+    monkeypatch.setattr(notebook_module, "execute_notebook", note)
+    assert main(["-p", "lr", "1e-3", "-p", "outputs", str(tmp_path / "made"), "-p", "run_name", "night"]) == 1
+    assert given == {"epochs": None, "lr": 1e-3, "outputs": str(tmp_path / "made"), "run_name": "night"}
+    assert "run_experiment.ipynb: left out epochs=1, set in the notebook itself" in capsys.readouterr().out
 
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path):

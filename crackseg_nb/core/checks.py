@@ -11,7 +11,9 @@ __all__ = [
     "OTHER_WORDS",
     "PLAIN",
     "CrackSegError",
+    "OneLine",
     "Stopped",
+    "Interrupted",
     "nearest",
     "unknown_name",
     "listed",
@@ -49,8 +51,22 @@ class CrackSegError(ValueError):
 RESUME_CODE = 75  # exit status of a run that is to be resumed
 
 
-class Stopped(CrackSegError):
+class OneLine:
+    "Let a notebook show an exception as one line, without the way through the code that it came."
+
+    again = ""  # the step of an experiment that goes on when it is called once more
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it by this name
+        more = f"; or, as long as this kernel runs, run the cell with {self.again}() again" if self.again else ""
+        return [f"{type(self).__name__}: {self}{more}"]
+
+
+class Stopped(OneLine, CrackSegError):
     "Say that a run was stopped on request and can be resumed where it stopped."
+
+
+class Interrupted(OneLine, KeyboardInterrupt):
+    "Say that a run was ended at once by Ctrl-C, and from where it can be resumed."
 
 
 # %% ../../nbs/core/01_checks.ipynb #05082021

@@ -150,7 +150,8 @@ class SameSizeBatches:
 
 # %% ../../nbs/data/08_loaders.ipynb #fd8fcccf
 def heed_parent_only() -> None:
-    "Let only the starting process end this worker by SIGTERM, and SIGUSR1 never; end when that process ends."
+    "Let only the starting process end this worker by SIGTERM, and SIGUSR1 or Ctrl-C never; end when that process ends."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and Jupyter send it to the whole group of processes
     if not hasattr(signal, "sigtimedwait"):
         return  # macOS and Windows cannot tell the sender
     starter = multiprocessing.parent_process()

@@ -17,6 +17,8 @@ __all__ = [
     "WEIGHTING",
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
+    "SETTLED",
+    "NOT_THE_RESULT",
     "CARRIED",
     "DataConfig",
     "check_place",
@@ -35,6 +37,7 @@ __all__ = [
     "coerce",
     "flatten",
     "configure",
+    "differences",
     "find_run",
     "configure_resumed",
     "choose_model",
@@ -43,6 +46,7 @@ __all__ = [
     "build_config",
     "config_to_dict",
     "read_config",
+    "declared_parameters",
     "notebook_parameters",
     "notebook_settings",
     "describe_config",
@@ -50,6 +54,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/02_config.ipynb #32bb7fe3
+import ast
 import os
 import types
 import typing
@@ -491,6 +496,22 @@ SAME_NUMBERS = (
     "outputs",
 )
 OTHER_NUMBERS = ("lr", "clip_norm", "amp")
+SETTLED = ("amp", "pretrained")  # `auto` is written down as what it came to
+# Where and how a run is carried out.
+NOT_THE_RESULT = ("run_name", *(name for name in SAME_NUMBERS if name != "data_dir"))
+
+
+def differences(
+    settings: dict[str, Any],  # flat
+    own: dict[str, Any],  # flat, of a run
+    but: tuple[str, ...] = (),  # which do not count
+) -> list[str]:
+    "Return the names of `settings` that differ from a run's own."
+
+    def same(name, value):
+        return value == own.get(name) or name in SETTLED and "auto" in (value, own.get(name))
+
+    return [name for name, value in settings.items() if name not in but and not same(name, value)]
 
 
 def find_run(
@@ -519,13 +540,16 @@ def find_run(
 def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
     "Return the configuration of a run that is resumed, with the changes in `given`."
     folder = find_run(str(run), str(given.get("outputs", "")))
-    allowed = SAME_NUMBERS + OTHER_NUMBERS
-    for name in given:
-        if name not in allowed:
-            raise CrackSegError(
-                f"{name}: found it beside resume, expected the run's own settings; only {', '.join(allowed)} may change"
-            )
-    changes = {name: value for name, value in given.items() if name != "outputs"}  # it says where the run lies
+    known, own, allowed = known_parameters(), read_config(folder / "config.yaml"), SAME_NUMBERS + OTHER_NUMBERS
+    kinds = {name: known[name][1] for name in given if name in known}
+    asked = given | {name: coerce(name, given[name], kind) for name, kind in kinds.items()}
+    changes = {name: asked[name] for name in differences(asked, own, ("outputs",))}  # outputs say where the run lies
+    if others := [name for name in changes if name not in allowed]:
+        found = ", ".join(f"{name} {asked[name]!r} (the run has {own.get(name)!r})" for name in others)
+        raise CrackSegError(
+            f"{others[0]}: found it beside resume, expected the run's own settings; different: {found}; "
+            f"only {', '.join(allowed)} may change"
+        )
     return replace(configure(config=str(folder / "config.yaml"), **changes), resume=str(folder.path))
 
 
@@ -622,6 +646,22 @@ def read_config(path) -> dict[str, Any]:
     return flatten(path, data)
 
 
+# %% ../../nbs/runs/02_config.ipynb #0d79ebf2
+def declared_parameters(
+    source: str,  # of a cell
+) -> dict[str, Any]:
+    "Return the parameters that a cell declares with a type and with another value than None."
+    try:
+        lines = ast.parse(source).body
+        return {
+            line.target.id: value
+            for line in lines
+            if isinstance(line, ast.AnnAssign) and line.value and (value := ast.literal_eval(line.value)) is not None
+        }
+    except (SyntaxError, ValueError, AttributeError):
+        return {}  # not a cell of parameters
+
+
 # %% ../../nbs/runs/02_config.ipynb #c394c77b
 def notebook_parameters(
     variables: dict[str, Any],  # the notebook's `globals()`
@@ -629,7 +669,12 @@ def notebook_parameters(
     "Return the parameters among a notebook's variables; raise CrackSegError for a plain value that is none."
     sections = {name: value for name, value in variables.items() if name in PARTS and isinstance(value, dict)}
     rest = {name: value for name, value in variables.items() if name not in sections}
-    return plain_variables(rest, [*known_parameters(), "config", "resume"]) | sections
+    found = plain_variables(rest, [*known_parameters(), "config", "resume"]) | sections
+    declared = [item for source in variables.get("In", ()) for item in declared_parameters(source).items()]
+    if written := [f"{name}={value}" for name, value in declared if name in found and found[name] == value]:
+        names = ", ".join(dict.fromkeys(written))
+        print(f"parameters set in the notebook itself: {names} (papermill takes them too, unless -p says otherwise)")
+    return found
 
 
 # %% ../../nbs/runs/02_config.ipynb #caefef42

@@ -6,14 +6,17 @@
 __all__ = [
     "STEPS",
     "SPACE_TO_BEGIN",
+    "mark_ended",
     "mark_failed",
     "mark_unfinished",
     "check_turn",
+    "interrupted_line",
     "marking",
     "step",
     "Experiment",
     "flat",
     "note_resume",
+    "interrupted_alike",
     "find_source",
     "load_splits",
     "learned_splits",
@@ -30,6 +33,8 @@ __all__ = [
     "lay_out",
     "find_precision",
     "fitting_batch",
+    "checkpoint_sizes",
+    "disk_line",
     "keep_best",
     "train_in_process",
     "keep_tables",
@@ -53,7 +58,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/runs/05_experiment.ipynb #7d1c4d0d
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped, first_few
+from ..core.checks import RESUME_CODE, CrackSegError, Interrupted, Stopped, first_few
 from crackseg_nb.core.files import (
     check_writable,
     display_path,
@@ -79,12 +84,15 @@ from ..metrics.counts import create_metrics
 from ..models.registry import count_parameters, create_model
 from crackseg_nb.runs.config import (
     FIRST_WEIGHTS,
+    NOT_THE_RESULT,
     SYNTHETIC,
     ExperimentConfig,
     config_to_dict,
     configure,
     default_run_name,
+    differences,
     model_settings,
+    read_config,
 )
 from crackseg_nb.runs.results import (
     check_prediction_names,
@@ -101,7 +109,13 @@ from ..sources.samples import Classes
 from ..synthetic.cracks import SyntheticConfig, write_synthetic
 from ..synthetic.damage import write_damage
 from ..synthetic.textures import write_textures
-from ..training.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, remove_all_strays
+from crackseg_nb.training.checkpoint import (
+    checkpoint_names,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_all_strays,
+)
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
@@ -112,15 +126,23 @@ from ..training.weights import load_encoder_weights, load_model_weights, read_we
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #aa522ec4
-def mark_failed(folder: RunFolder, config: ExperimentConfig, reason: str) -> None:
-    "Mark a run as failed, once."
+def mark_ended(folder: RunFolder, config: ExperimentConfig, state: str, **why: str) -> dict | None:
+    "Mark a run that goes no further as stopped or failed, once; return what its `status.yaml` then says."
     if not folder.path.is_dir() or folder.status["state"] != "running":
-        return
-    logger.error("run failed: %s", reason)
+        return None
     with suppress(OSError):  # on a full disk the reason matters more
-        folder.mark("failed", error=reason)
+        folder.mark(state, **why)
         if not (folder / "config.yaml").is_file():
             write_yaml(folder / "config.yaml", config_to_dict(config))  # as given: nothing was settled
+        return folder.status
+    return None
+
+
+def mark_failed(folder: RunFolder, config: ExperimentConfig, reason: str) -> None:
+    "Mark a run as failed, once."
+    if folder.path.is_dir() and folder.status["state"] == "running":
+        logger.error("run failed: %s", reason)
+        mark_ended(folder, config, "failed", error=reason)
 
 
 def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> None:
@@ -132,13 +154,18 @@ def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> No
 STEPS = ("begin", "load_data", "build_model", "train", "test", "finish")
 
 
-def check_turn(name: str, taken: int, folder: RunFolder) -> None:
+def check_turn(
+    name: str,
+    taken: int,
+    folder: RunFolder,
+    paused: dict | None = None,  # the status with which this very experiment stopped
+) -> None:
     "Raise CrackSegError unless step `name` is the next after the `taken` ones; the run stays as it is."
-    state = folder.status["state"]
-    if name != "begin" and state != "running":
+    status = folder.status
+    if name != "begin" and status["state"] != "running" and status != paused:
         raise CrackSegError(
-            f"{folder.run_id}: found a run that is {state}, expected a new Experiment"
-            + ("" if state == "done" else ", with resume")
+            f"{folder.run_id}: found a run that is {status['state']}, expected a new Experiment"
+            + ("" if status["state"] == "done" else f", with resume={display_path(folder.path)} among its parameters")
         )
     if STEPS.index(name) > taken:
         raise CrackSegError(f"{name}: found it called too early, expected {STEPS[taken]}() before {name}()")
@@ -148,18 +175,24 @@ def check_turn(name: str, taken: int, folder: RunFolder) -> None:
         )
 
 
+def interrupted_line(folder: RunFolder) -> str:
+    "Return one line about a run that was ended at once: how to go on with it, and from where."
+    states = [name for name in checkpoint_names(folder / "checkpoints") if name != "best"]
+    newest = states[-1] if states else "the beginning"
+    return f"interrupted at once; -p resume {display_path(folder.path)} goes on from {newest}"
+
+
 def marking(method):
-    "Let a function of an experiment mark the run as failed, or stopped, when it raises, even on Ctrl-C."
+    "Let a function of an experiment mark the run as failed when it raises, or as stopped when that was asked for."
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
         try:
             return method(self, *args, **kwargs)
-        except Stopped as stopped:
-            logger.info("%s", stopped)
-            self.unfinished.detach()  # from here on another experiment may go on with this folder
-            self.folder.mark("stopped", reason=str(stopped))
-            raise
+        except Stopped as error:
+            stop = error
+        except KeyboardInterrupt:
+            stop = Interrupted(interrupted_line(self.folder))
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             self.unfinished.detach()
@@ -167,18 +200,31 @@ def marking(method):
             raise
         finally:
             self.stop_workers()
+        self.pause(stop)
+        # Its traceback would keep model and optimiser in memory for as long as a notebook remembers the error.
+        raise stop.with_traceback(None)
 
     return guarded
 
 
 def step(method):
-    "Let a method of Experiment have its turn once, and mark the run as failed when it raises."
-    guarded = marking(method)
+    "Let a method of Experiment have its turn once; one that was stopped may be taken again, and goes on."
+
+    @marking
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        if self.paused is not None:
+            self.go_on()
+        return method(self, *args, **kwargs)
 
     @functools.wraps(method)
     def in_turn(self, *args, **kwargs):
-        check_turn(method.__name__, self.taken, self.folder)
-        result = guarded(self, *args, **kwargs)
+        check_turn(method.__name__, self.taken, self.folder, self.paused)
+        try:
+            result = guarded(self, *args, **kwargs)
+        except (Stopped, Interrupted) as stop:
+            stop.again = method.__name__
+            raise
         self.taken += 1
         return result
 
@@ -201,6 +247,7 @@ class Experiment:
         self.results: dict = {}
         self.taken = 0  # steps of STEPS that are done
         self.resume_from: str | None = None  # name of the state that a resumed run goes on from
+        self.paused: dict | None = None  # status of a run that stopped here, as long as it did not go on
         if config.resume:
             self.folder = RunFolder(config.resume)
         else:
@@ -226,6 +273,11 @@ def begin(self: Experiment) -> None:
     log_to(self.folder / "training.log")
     if self.config.resume:
         self.resume_from = note_resume(self.folder, self.config)
+    elif alike := interrupted_alike(self.config, self.folder):
+        path = display_path(alike.path)
+        logger.info(
+            "a run of the same settings was %s: -p resume %s goes on with it; this one begins anew", alike.state, path
+        )
     logger.info("run %s, seed %d, device %s", self.folder.run_id, self.config.run.seed, self.device)
     seed_everything(self.config.run.seed)
 
@@ -265,6 +317,48 @@ def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
         f", with {', '.join(f'{name}={value}' for name, value in changed.items())}" if changed else "",
     )
     return newest
+
+
+# %% ../../nbs/runs/05_experiment.ipynb #c3d779dc
+@patch
+def pause(
+    self: Experiment,
+    stop: Stopped | Interrupted,  # what says why
+) -> None:
+    "Mark the run as stopped; from here on this experiment, or another one, may go on with its folder."
+    logger.info("%s", stop)
+    self.unfinished.detach()
+    self.paused = mark_ended(self.folder, self.config, "stopped", reason=str(stop))
+
+
+@patch
+def go_on(self: Experiment) -> None:
+    "Take up the run that stopped in this process, with a new time limit; training begins at its newest state."
+    self.unfinished = weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
+    self.paused, self.stop = None, StopRequest(self.config.run.time_limit)
+    self.resume_from = note_resume(self.folder, self.config)
+    if self.built is None or self.trained is not None:
+        return
+    weights, parameters, micro_batch = self.built.model.weights, self.built.parameters, self.built.micro_batch
+    self.built = None  # its memory is needed
+    model = make_model(self.config, fresh=self.resume_from is None)
+    model.weights = weights
+    lay_out(self.config, model, self.device)
+    self.built = Built(model, parameters, micro_batch)
+
+
+# %% ../../nbs/runs/05_experiment.ipynb #1aa943ab
+def interrupted_alike(config: ExperimentConfig, own: RunFolder) -> RunFolder | None:
+    "Return the newest run beside `own` that has the settings of `config`, was interrupted and has a state; else None."
+    found = []
+    for path in own.path.parent.glob("*/status.yaml"):
+        folder = RunFolder(path.parent)
+        with suppress(CrackSegError, OSError):  # an old or edited folder is no matter of this run
+            if folder.state not in ("stopped", "interrupted") or not any((folder / "checkpoints").glob("epoch_*.json")):
+                continue
+            if not differences(read_config(folder / "config.yaml"), flat(config_to_dict(config)), NOT_THE_RESULT):
+                found.append((str(folder.status.get("time", "")), folder.run_id, folder))
+    return max(found)[2] if found else None
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #ef34a9e1
@@ -620,6 +714,25 @@ def fitting_batch(config: ExperimentConfig, model: nn.Module, device: torch.devi
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #0263e4ec
+def checkpoint_sizes(model: nn.Module, optimizer: str) -> tuple[int, int]:
+    "Return the bytes of a model's weights on the disk, and at most those of a state from which training goes on."
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    learned = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    means = {"adamw": 2, "sgd": 1}[optimizer] * learned
+    return weights, weights + means + weights  # the best weights so far are others than the present ones
+
+
+def disk_line(model: nn.Module, config: ExperimentConfig) -> str:
+    "Return what the checkpoints of a run will take."
+    best, state = (size / 2**20 for size in checkpoint_sizes(model, config.optim.optimizer))
+    kept = config.train.checkpoint_every
+    after = f"up to {best + 2 * state:.0f}" if kept else f"{best:.0f}"
+    return (
+        f"checkpoints take up to {best + 3 * state:.0f} MiB while the run trains (best weights {best:.0f}, two states "
+        f"of up to {state:.0f}, and a third while it is written), {after} MiB when it is done"
+    )
+
+
 @patch
 @step
 def build_model(self: Experiment) -> None:
@@ -629,14 +742,14 @@ def build_model(self: Experiment) -> None:
         warnings = warn_of_seen_images(config, prepared.splits)
         for warning in warnings:
             logger.warning("data: %s", warning)
-        report = replace(prepared.audit, warnings=[*prepared.audit.warnings, *warnings])
+        report = replace(prepared.audit, warnings=[*dict.fromkeys([*prepared.audit.warnings, *warnings])])  # once
         self.prepared = replace(prepared, audit=report)
     model = make_model(config, fresh=self.resume_from is None)
     if self.resume_from:
         model.weights = read_yaml(self.folder / "environment.yaml")["weights"]
     parameters = count_parameters(model)
-    kept = 2 + 12  # weights twice; three states of the weights, two means of the optimiser and the best weights
-    space = kept * 4 * parameters["total"] if config.train.epochs else 0
+    best, state = checkpoint_sizes(model, config.optim.optimizer)
+    space = 2 * best + 3 * state if config.train.epochs else 0  # each is whole before the one before it goes
     if not config.data.labelled:
         space += sum(2 * height * width for height, width in prepared.datasets["test"].sizes)  # 16 bits a pixel
     check_writable(self.folder.path, space)
@@ -743,6 +856,8 @@ def train(
 ) -> pd.DataFrame:
     "Train, keep the best epoch, load its weights into the model, and return the history."
     config, prepared, start = self.config, self.prepared, time.perf_counter()
+    if config.train.epochs:
+        logger.info("disk: %s", disk_line(self.built.model, config))
     if config.run.devices > 1 and config.train.epochs:
         self.train_on_devices()
     seed_everything(config.run.seed)

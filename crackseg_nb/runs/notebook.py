@@ -6,6 +6,8 @@
 __all__ = [
     "RELAYED",
     "find_notebook",
+    "written_parameters",
+    "leave_out_written",
     "SignalRelay",
     "kernel_class",
     "one_line",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/runs/07_notebook.ipynb #7e611ee5
+import json
 import os
 import re
 import shlex
@@ -44,6 +47,30 @@ def find_notebook(
     if not path.is_file():
         raise CrackSegError(f"notebook: found no file {path}, expected a run notebook")
     return path
+
+
+# %% ../../nbs/runs/07_notebook.ipynb #28a37269
+def written_parameters(notebook: Path) -> dict:
+    "Return the parameters that were written into the run notebook itself, where all are declared as None."
+    from crackseg_nb.runs.config import declared_parameters
+
+    try:
+        cells = json.loads(Path(notebook).read_text("utf-8"))["cells"]
+        first = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+    except (OSError, ValueError, KeyError, StopIteration):
+        return {}  # papermill says what is wrong with it
+    return declared_parameters("".join(first["source"]))
+
+
+def leave_out_written(notebook: Path, parameters: dict) -> dict:
+    "Return `parameters`, and None for what was written into the notebook itself; print a line about it."
+    left_out = {name: value for name, value in written_parameters(notebook).items() if name not in parameters}
+    if left_out:
+        told = ", ".join(f"{name}={value}" for name, value in left_out.items())
+        print(
+            f"{notebook.name}: left out {told}, set in the notebook itself; a command takes what -p gives", flush=True
+        )
+    return parameters | dict.fromkeys(left_out)
 
 
 # %% ../../nbs/runs/07_notebook.ipynb #ddd9f75b
@@ -200,8 +227,11 @@ def execute(
         status_of(folder),
         Path(result).expanduser().resolve() if result else folder.with_name(f"{folder.name}.ipynb"),
     )
+    source = find_notebook(notebook)
+    if notebook is None:
+        parameters = leave_out_written(source, parameters)
     with SignalRelay() as relay:
-        error, died = execute_notebook(find_notebook(notebook), target, parameters, relay, lock)
+        error, died = execute_notebook(source, target, parameters, relay, lock)
     code, message = judge(folder, before, error, died, relay.received)
     if result is None and folder.is_dir() and target.is_file():
         target = target.replace(folder / "result.ipynb")

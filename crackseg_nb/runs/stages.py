@@ -122,7 +122,9 @@ def score_model(
     if viewed is not model:
         val_metrics = None  # training counted single views
     if val_metrics is None and "val" in loaders:
-        val_metrics = evaluate(viewed, loaders["val"], accelerator, progress="validation", metrics=blank.blank())[0]
+        val_metrics = evaluate(
+            viewed, loaders["val"], accelerator, progress="validation", interrupt=interrupt, metrics=blank.blank()
+        )[0]
     threshold = None
     if splits.classes.binary and not config.data.labelled:
         threshold = val_metrics.best_threshold(config.run.threshold_criterion) if val_metrics else 0.5

@@ -27,7 +27,11 @@ class StopRequest:
         self.signal = None
 
     def __enter__(self):
-        self.handlers = signal_handlers(dict.fromkeys(PASSED, self.note))
+        signals = [*PASSED, signal.SIGINT]
+        # A signal that the caller ignores (nohup) stays ignored.
+        self.handlers = signal_handlers(
+            {number: self.note for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
+        )
         self.handlers.__enter__()
         return self
 
@@ -35,9 +39,12 @@ class StopRequest:
         self.handlers.__exit__(*error)
 
     def note(self, number: int, frame) -> None:
-        "Remember a signal; the step in hand is finished first."
+        "Remember a signal; the step in hand is finished first, unless a person asks twice."
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.signal is None:
-            logger.info("%s: stopping after this optimiser step", signal.Signals(number).name)
+            hurry = " (once more: at once)" if number == signal.SIGINT else ""
+            logger.info("%s: stopping after this step%s", signal.Signals(number).name, hurry)
         self.signal = number
 
     @property

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "PASSED",
-    "ONLY_SIGINT",
+    "ONLY_SIGQUIT",
     "TALKATIVE",
     "watch_parent",
     "stop_early",
@@ -68,6 +68,7 @@ def stop_early(number: int, frame) -> None:
 
 def receive_signals(folder: Path) -> None:
     "Take the signals that `passing_signals` sends, beginning with those that were sent before this process was ready."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the starting process passes it on
     for number in PASSED:
         signal.signal(number, stop_early)
     (folder / f"ready.{os.getpid()}").touch()
@@ -128,7 +129,7 @@ def was_stopped(error: ChildFailedError, folder: Path) -> bool:
     return (
         any(folder.glob("signal.*"))
         and not any(folder.glob("error.*"))
-        and codes <= {RESUME_CODE, *(-number for number in PASSED)}
+        and codes <= {RESUME_CODE, *(-number for number in (*PASSED, signal.SIGINT))}
     )
 
 
@@ -163,7 +164,10 @@ def launch_error(
 # %% ../../nbs/training/07_processes.ipynb #d169da57
 @contextmanager
 def passing_signals(folder: Path):
-    "Pass SIGTERM and SIGUSR1 on to the processes that left `ready` notes in `folder`; restore handlers at the end."
+    """Pass signals on to the processes that left `ready` notes in `folder`; restore handlers at the end.
+
+    SIGTERM and SIGUSR1 go as they are, Ctrl-C as SIGTERM; a second one ends all at once."""
+    interrupts = []
 
     def pass_on(number, frame):
         # Before the look round: a process that gets ready in between finds the note.
@@ -172,13 +176,23 @@ def passing_signals(folder: Path):
             with suppress(ProcessLookupError):
                 os.kill(int(ready.suffix[1:]), number)
 
-    with signal_handlers({**dict.fromkeys(PASSED, pass_on), signal.SIGINT: None}):
-        yield  # torch replaces the handler of SIGINT
+    def interrupt(number, frame):
+        if interrupts:
+            raise SignalException("interrupted twice", signal.Signals(getattr(signal, "SIGKILL", signal.SIGTERM)))
+        interrupts.append(number)
+        pass_on(signal.SIGTERM, frame)
+
+    handlers = dict.fromkeys(PASSED, pass_on)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        handlers[signal.SIGINT] = interrupt
+    with signal_handlers(handlers):
+        yield
 
 
 # %% ../../nbs/training/07_processes.ipynb #fcd85cf1
-# Older versions of torch handle SIGTERM themselves: they pass it on, and end after 30 seconds what has not ended.
-ONLY_SIGINT = {"signals_to_handle": "SIGINT"} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
+# torch's launcher has to handle one signal at least. Older versions handle SIGTERM and SIGINT themselves: they pass it
+# on, and end after 30 seconds what has not ended.
+ONLY_SIGQUIT = {"signals_to_handle": "SIGQUIT"} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
 # The loggers of torch's launcher, which repeat at length the errors that are raised anyway.
 TALKATIVE = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -206,7 +220,7 @@ def check_launch(function: Callable, devices: int, device: torch.device) -> None
 def launch_environment(devices: int, device: torch.device) -> dict[str, str]:
     "Return the environment of the started processes: the processor's threads are shared among them."
     threads = max(1, torch.get_num_threads() // devices)
-    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGINT")
+    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGQUIT")
     if device.type == "cpu":
         environment["accelerate_use_cpu"] = "true"
     return environment
@@ -215,7 +229,7 @@ def launch_environment(devices: int, device: torch.device) -> dict[str, str]:
 def launch_config(devices: int, folder: Path) -> LaunchConfig:
     "Return torch's settings for `devices` processes on this machine, which write their output into `folder`."
     output = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects={rank: Std.ALL for rank in range(1, devices)})
-    # Port 0: the system chooses one that is free. Only SIGINT, a person's impatience, is left to torch, which ends all.
+    # Port 0: the system chooses one that is free.
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -227,7 +241,7 @@ def launch_config(devices: int, folder: Path) -> LaunchConfig:
         max_restarts=0,
         start_method="spawn",
         logs_specs=output,
-        **ONLY_SIGINT,
+        **ONLY_SIGQUIT,
     )
 
 
