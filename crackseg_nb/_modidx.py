@@ -3657,10 +3657,12 @@ d = {
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.TooLarge": ("sources/images.html#toolarge", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.add_void": ("sources/images.html#add_void", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.as_content": (
                 "sources/images.html#as_content",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.base_of": ("sources/images.html#base_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.check_pixels": (
                 "sources/images.html#check_pixels",
                 "crackseg_nb/sources/images.py",
@@ -3687,6 +3689,10 @@ d = {
             ),
             "crackseg_nb.sources.images.describe_file": (
                 "sources/images.html#describe_file",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.expected_of": (
+                "sources/images.html#expected_of",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.find_white": (
@@ -3752,6 +3758,7 @@ d = {
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.stored_as": ("sources/images.html#stored_as", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.table_of": ("sources/images.html#table_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.tiff_pixels": (
                 "sources/images.html#tiff_pixels",
                 "crackseg_nb/sources/images.py",
@@ -3768,6 +3775,10 @@ d = {
             ),
             "crackseg_nb.sources.images.value_table": (
                 "sources/images.html#value_table",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.void_values": (
+                "sources/images.html#void_values",
                 "crackseg_nb/sources/images.py",
             ),
         },
@@ -3910,8 +3921,16 @@ d = {
                 "sources/registry.html#check_folder",
                 "crackseg_nb/sources/registry.py",
             ),
+            "crackseg_nb.sources.registry.check_no_void": (
+                "sources/registry.html#check_no_void",
+                "crackseg_nb/sources/registry.py",
+            ),
             "crackseg_nb.sources.registry.choose_classes": (
                 "sources/registry.html#choose_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.ignoring": (
+                "sources/registry.html#ignoring",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.label_classes": (

@@ -274,7 +274,12 @@ def find_source(config: ExperimentConfig):
     options = {"group_pattern": data.group_pattern} if data.group_pattern else {}
     if data.data not in SYNTHETIC:
         return read_source(
-            data.data, data.data_dir and find_path(data.data_dir), data.mask_encoding, data.class_names, **options
+            data.data,
+            data.data_dir and find_path(data.data_dir),
+            data.mask_encoding,
+            data.class_names,
+            data.ignore_index,
+            **options,
         )
     (low, high), size, binary = data.synthetic_width, (data.image_size, data.image_size), data.data == "synthetic"
     kind = f"width{low:g}-{high:g}" if binary else data.data.removeprefix("synthetic_")

@@ -44,6 +44,11 @@ __all__ = [
     "id_values",
     "mask_values",
     "value_table",
+    "add_void",
+    "base_of",
+    "void_values",
+    "table_of",
+    "expected_of",
     "matlab_values",
     "raw_values",
     "read_mask",
@@ -62,6 +67,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -469,6 +475,40 @@ EXPECTED = {
 }
 
 
+# %% ../../nbs/sources/02_images.ipynb #785fb6af
+def add_void(
+    encoding: str,  # a key of ENCODINGS
+    values=(),  # of masks that mean void, beside 255
+) -> str:
+    "Return the name of `encoding` in which `values` mean void as well, such as 'class_ids void 11,12'."
+    more = sorted({*values} - {VOID})
+    return f"{encoding} void {','.join(map(str, more))}" if more else encoding
+
+
+def base_of(encoding: str) -> str:
+    "Return an encoding's key in ENCODINGS, without what is void beside 255."
+    return encoding.partition(" ")[0]
+
+
+def void_values(encoding: str) -> list[int]:
+    "Return the values that an encoding takes for void beside 255."
+    return [int(value) for value in encoding.partition(" void ")[2].split(",") if value]
+
+
+@lru_cache
+def table_of(encoding: str) -> np.ndarray:
+    "Return the table of an encoding from raw value to class; raise CrackSegError where there is none of this name."
+    table = ENCODINGS[choose("mask_encoding", base_of(encoding), ENCODINGS)].copy()
+    table[void_values(encoding)] = VOID
+    return table
+
+
+def expected_of(encoding: str) -> str:
+    "Return the values that an encoding expects, for an error."
+    more = "".join(f", {value}" for value in void_values(encoding))
+    return EXPECTED[base_of(encoding)].replace("and 255 (void)", f"and 255{more} (void)")
+
+
 # %% ../../nbs/sources/02_images.ipynb #0a7502af
 def matlab_values(path) -> np.ndarray:
     "Read the segmentation of a CrackForest `groundTruth/*.mat` file as uint8 (H, W)."
@@ -495,21 +535,22 @@ def matlab_values(path) -> np.ndarray:
 # %% ../../nbs/sources/02_images.ipynb #d17eed21
 def raw_values(path, encoding: str = "auto") -> np.ndarray:
     "Read a mask file's raw values (H, W), from a picture or from CrackForest's MATLAB format."
-    return matlab_values(path) if encoding == "CrackForest" else mask_values(path, encoding == "class_ids")
+    base = base_of(encoding)
+    return matlab_values(path) if base == "CrackForest" else mask_values(path, base == "class_ids")
 
 
 # %% ../../nbs/sources/02_images.ipynb #8402b1dc
 def read_mask(
     path,  # mask file
-    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS
+    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS or what `add_void` makes of it
 ) -> np.ndarray:
     "Read a mask as uint8 (H, W) of class ids and 255 (void); raise CrackSegError on values that the encoding lacks."
-    table = ENCODINGS[choose("mask_encoding", encoding, ENCODINGS)]
+    table = table_of(encoding)
     values = raw_values(path, encoding)
     mask = table.take(values)
     if (unknown := values[mask == UNKNOWN]).size:
         raise CrackSegError(
-            f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}"
+            f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {expected_of(encoding)}"
         )
     return mask
 
