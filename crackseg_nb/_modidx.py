@@ -3675,8 +3675,13 @@ d = {
                 "sources/images.html#check_single",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.codes_of": ("sources/images.html#codes_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.colour_values": (
                 "sources/images.html#colour_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.colours_of": (
+                "sources/images.html#colours_of",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.deep_plane": (
@@ -3689,6 +3694,10 @@ d = {
             ),
             "crackseg_nb.sources.images.describe_file": (
                 "sources/images.html#describe_file",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.describe_unknown": (
+                "sources/images.html#describe_unknown",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.expected_of": (
@@ -3726,6 +3735,14 @@ d = {
             ),
             "crackseg_nb.sources.images.opened_tiff": (
                 "sources/images.html#opened_tiff",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.painted_pixels": (
+                "sources/images.html#painted_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.painted_values": (
+                "sources/images.html#painted_values",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.palette_of": (
@@ -3937,6 +3954,10 @@ d = {
                 "sources/registry.html#label_classes",
                 "crackseg_nb/sources/registry.py",
             ),
+            "crackseg_nb.sources.registry.painted_classes": (
+                "sources/registry.html#painted_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
             "crackseg_nb.sources.registry.read_source": (
                 "sources/registry.html#read_source",
                 "crackseg_nb/sources/registry.py",
@@ -3964,6 +3985,15 @@ d = {
                 "sources/samples.html#classes.num_channels",
                 "crackseg_nb/sources/samples.py",
             ),
+            "crackseg_nb.sources.samples.Paint": ("sources/samples.html#paint", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Paint.__str__": (
+                "sources/samples.html#paint.__str__",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.Paint.encoding": (
+                "sources/samples.html#paint.encoding",
+                "crackseg_nb/sources/samples.py",
+            ),
             "crackseg_nb.sources.samples.Reader": ("sources/samples.html#reader", "crackseg_nb/sources/samples.py"),
             "crackseg_nb.sources.samples.Sample": ("sources/samples.html#sample", "crackseg_nb/sources/samples.py"),
             "crackseg_nb.sources.samples.Source": ("sources/samples.html#source", "crackseg_nb/sources/samples.py"),
@@ -3981,6 +4011,22 @@ d = {
             ),
             "crackseg_nb.sources.samples.check_names": (
                 "sources/samples.html#check_names",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.entries_of": (
+                "sources/samples.html#entries_of",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.entries_of_file": (
+                "sources/samples.html#entries_of_file",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.parse_colour": (
+                "sources/samples.html#parse_colour",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.read_paint": (
+                "sources/samples.html#read_paint",
                 "crackseg_nb/sources/samples.py",
             ),
             "crackseg_nb.sources.samples.voc_colours": (

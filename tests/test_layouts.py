@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from test_classes import NAMES, random_ids
-from test_sources import CRACK, one_line, write_folder
+from PIL import Image
+from test_classes import NAMES, RANDOM, random_ids
+from test_sources import CRACK, one_line, palette, write_folder
 
 from crackseg_nb.core.checks import VOID
 from crackseg_nb.data.audit import audit, fingerprint
@@ -90,3 +91,107 @@ def test_a_run_is_told_what_is_void(tmp_path):
     one_line(lambda: configure(**given, ignore_index="5"), "ignore_index: found 5, which is the id of 'tree'")
     one_line(lambda: configure(ignore_index="11"), "ignore_index: found 11 with data synthetic")
     one_line(lambda: configure(**given, ignore_index="void"), "ignore_index")
+
+
+# ---- painted masks
+
+STREET_COLOURS = RANDOM.permutation(64**3)[:12]
+STREET_COLOURS = [(int(code >> 12) * 4, int(code >> 6 & 63) * 4 + 1, int(code & 63) * 4) for code in STREET_COLOURS]
+NAMED = "; ".join(f"{name} {red},{green},{blue}" for name, (red, green, blue) in zip((*STREET, "void"), STREET_COLOURS))
+
+
+def painted(ids):
+    "Return ids, 255 as the twelfth, painted in STREET_COLOURS."
+    return np.array(STREET_COLOURS, np.uint8)[np.where(ids == VOID, 11, ids)]
+
+
+FORMS = {
+    "RGB": painted,
+    "RGBA": lambda ids: Image.fromarray(painted(ids)).convert("RGBA"),
+    "a palette of another order": lambda ids: palette(
+        11 - np.where(ids == VOID, 11, ids), np.array(STREET_COLOURS[::-1], np.uint8).ravel().tolist()
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_painted_masks(tmp_path, form):
+    masks = [random_ids(11) for _ in range(4)]
+    root = write_folder(tmp_path, [FORMS[form](mask) for mask in masks])
+    source = read_source("folder", root, class_colours=NAMED)
+    assert source.classes.names == STREET and source.classes.colours == tuple(STREET_COLOURS[:11])
+    assert all((mask_of(source, index) == mask).all() for index, mask in enumerate(masks))
+    assert source.notes[1:] == ["masks are painted in 12 colours; 4 of them hold void"]
+    report = audit(make_splits(source))
+    assert not report.problems and sum(report.pixels.values()).sum() == sum((mask != VOID).sum() for mask in masks)
+
+
+def test_painted_masks_are_turned(tmp_path):
+    mask, turned = random_ids(11), Image.Exif()
+    turned[274] = 6
+    root = write_folder(tmp_path, [mask])
+    Image.fromarray(np.rot90(painted(mask))).save(root / "masks/00.png", exif=turned)
+    assert (mask_of(read_source("folder", root, class_colours=NAMED)) == mask).all()
+
+
+def test_an_unknown_colour_names_file_colour_and_count(tmp_path):
+    bad = painted(random_ids(11))
+    bad[3, 4:9] = 1, 2, 3
+    bad[0, 0] = 3, 2, 1
+    root = write_folder(tmp_path, [painted(random_ids(11)), bad])
+    one_line(
+        lambda: read_source("folder", root, class_colours=NAMED),
+        "01.png: found 5 pixels of the colour 1,2,3 and 1 of 1 others, expected the 12 of class_colours",
+    )
+    root = write_folder(tmp_path / "jpeg", [painted(random_ids(11))], mask_names=["00.jpg"])
+    one_line(
+        lambda: read_source("folder", root, class_colours=NAMED), "00.jpg: found a JPEG mask, which smears colours"
+    )
+
+
+def test_grey_masks_in_three_channels_need_no_colours(tmp_path):
+    root = write_folder(tmp_path, [np.repeat(CRACK[..., None] * 255, 3, 2)] * 2)
+    assert (mask_of(read_source("folder", root)) == CRACK).all()
+    assert (mask_of(read_source("folder", root, class_colours="0,0,0; 255,255,255")) == CRACK).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (dict(class_colours="0,0,0; red"), "class_colours: found 'red', expected red, green and blue from 0 to 255"),
+        (dict(class_colours="0,0,0; 1,2"), "class_colours: found '1,2'"),
+        (dict(class_colours="0,0,0"), "class_colours: found 1 colours"),
+        (dict(class_colours="0,0,0; 9,9,9; 0,0,0"), "class_colours: found 0,0,0 more than once"),
+        (dict(class_colours="a 0,0,0; a 9,9,9"), "class_names: found 'a' more than once"),
+        (dict(class_colours="class_dict.csv"), "class_colours: cannot read class_dict.csv"),
+        (dict(class_colours=NAMED, class_names=NAMES), "class_names: found 4 names for the 11 colours"),
+        (dict(class_colours=NAMED, ignore_index=12), "ignore_index: found 12 beside class_colours"),
+        (dict(class_colours=NAMED, mask_encoding="class_ids"), "mask_encoding: found 'class_ids' beside class_colours"),
+    ],
+)
+def test_colours_that_are_unclear_are_refused(tmp_path, options, part):
+    root = write_folder(tmp_path, [painted(random_ids(11))])
+    one_line(lambda: read_source("folder", root, **options), part)
+
+
+def test_a_run_keeps_the_colours_of_a_file(tmp_path):
+    masks = [random_ids(11) for _ in range(4)]
+    root = write_folder(tmp_path / "photos", [painted(mask) for mask in masks])
+    rows = [f"{name},{red},{green},{blue}\n" for name, (red, green, blue) in zip((*STREET, "Void"), STREET_COLOURS)]
+    (root / "class_dict.csv").write_text("".join(["name, r, g, b\n", *rows]))
+    config = configure(data="folder", data_dir=str(root), class_colours="class_dict.csv", loss="ce")
+    (root / "class_dict.csv").unlink()
+    config = configure(**config_to_dict(config))
+    assert config.data.class_colours == NAMED and config.data.classes.names == STREET and config.data.num_channels == 11
+    splits = load_splits(config)
+    first = splits.train[0]
+    assert (read_mask(first.mask, splits.mask_encoding) == masks[int(first.name)]).all()
+    swapped = configure(
+        **config_to_dict(config) | {"data": config_to_dict(config)["data"] | dict(class_colours=SWAPPED)}
+    )
+    assert fingerprint(splits) != fingerprint(load_splits(swapped))
+    one_line(lambda: configure(class_colours=NAMED), "class_colours: found sky", "with data synthetic")
+    one_line(lambda: configure(class_colors=NAMED), "did you mean 'class_colours'?")
+
+
+SWAPPED = "; ".join(NAMED.split("; ")[i] for i in (1, 0, *range(2, 12)))

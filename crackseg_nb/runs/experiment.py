@@ -279,6 +279,7 @@ def find_source(config: ExperimentConfig):
             data.mask_encoding,
             data.class_names,
             data.ignore_index,
+            data.class_colours,
             **options,
         )
     (low, high), size, binary = data.synthetic_width, (data.image_size, data.image_size), data.data == "synthetic"

@@ -49,6 +49,11 @@ __all__ = [
     "void_values",
     "table_of",
     "expected_of",
+    "colours_of",
+    "codes_of",
+    "painted_pixels",
+    "painted_values",
+    "describe_unknown",
     "matlab_values",
     "raw_values",
     "read_mask",
@@ -76,7 +81,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, LateModule, choose, first_few
-from .samples import Sample
+from .samples import COLOURS, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -486,18 +491,22 @@ def add_void(
 
 
 def base_of(encoding: str) -> str:
-    "Return an encoding's key in ENCODINGS, without what is void beside 255."
+    "Return an encoding's key in ENCODINGS, or COLOURS, without what the user said of values or colours."
     return encoding.partition(" ")[0]
 
 
 def void_values(encoding: str) -> list[int]:
     "Return the values that an encoding takes for void beside 255."
+    if base_of(encoding) == COLOURS:
+        return []
     return [int(value) for value in encoding.partition(" void ")[2].split(",") if value]
 
 
 @lru_cache
 def table_of(encoding: str) -> np.ndarray:
     "Return the table of an encoding from raw value to class; raise CrackSegError where there is none of this name."
+    if base_of(encoding) == COLOURS:
+        return ENCODINGS["class_ids"]  # what `painted_values` returns
     table = ENCODINGS[choose("mask_encoding", base_of(encoding), ENCODINGS)].copy()
     table[void_values(encoding)] = VOID
     return table
@@ -507,6 +516,66 @@ def expected_of(encoding: str) -> str:
     "Return the values that an encoding expects, for an error."
     more = "".join(f", {value}" for value in void_values(encoding))
     return EXPECTED[base_of(encoding)].replace("and 255 (void)", f"and 255{more} (void)")
+
+
+# %% ../../nbs/sources/02_images.ipynb #8bacdf17
+def colours_of(encoding: str) -> dict[tuple[int, int, int], int]:
+    "Return the class id, or 255, of each colour in an encoding of painted masks."
+    painted, _, void = encoding.removeprefix(f"{COLOURS} ").partition(" void ")
+    colours = [[tuple(map(int, colour.split(","))) for colour in part.split(";") if colour] for part in (painted, void)]
+    return {colour: label for label, colour in enumerate(colours[0])} | dict.fromkeys(colours[1], VOID)
+
+
+def codes_of(colours) -> np.ndarray:
+    "Return colours (..., 3) as one number each."
+    return np.asarray(colours, np.uint32) @ np.array([65536, 256, 1], np.uint32)
+
+
+def painted_pixels(picture: Image.Image) -> np.ndarray:
+    "Return an upright mask's colours as uint8 (H, W, 3); raise CrackSegError where its alpha varies."
+    ImageOps.exif_transpose(picture, in_place=True)
+    planes = np.asarray(picture.convert("RGBA"))
+    if np.ptp(planes[..., 3]):
+        raise CrackSegError("found a transparency that varies, expected an opaque mask")
+    return planes[..., :3]
+
+
+def painted_values(
+    path,
+    encoding: str,  # `Paint.encoding`
+) -> np.ndarray:
+    "Read a mask painted in colours as uint8 (H, W) of class ids and 255; raise CrackSegError naming an unknown colour."
+
+    def decode(picture):
+        with naming(path):
+            if picture.format == "JPEG":
+                raise CrackSegError("found a JPEG mask, which smears colours; expected PNG")
+            if is_deep(picture):
+                raise CrackSegError("found more than 8 bits for each value, expected a mask of 8 bits")
+            return painted_pixels(picture)
+
+    pixels, known = open_picture(path, decode), colours_of(encoding)
+    labels = np.array([*known.values()], np.uint8)
+    codes, listed = codes_of(pixels), codes_of([*known])
+    order = listed.argsort()
+    place = order[np.searchsorted(listed[order], codes).clip(max=len(order) - 1)]
+    if (unknown := codes[listed[place] != codes]).size:
+        raise CrackSegError(f"{path}: {describe_unknown(unknown, known)}")
+    return labels[place]
+
+
+def describe_unknown(codes: np.ndarray, known: dict[tuple[int, int, int], int]) -> str:
+    "Return what is wrong with colours that are none of `known`, the most frequent one first."
+    values, counts = np.unique(codes, return_counts=True)
+    first = int(values[counts.argmax()])
+    colour = (first >> 16, first >> 8 & 255, first & 255)
+    nearest = min(known, key=lambda other: sum((value - part) ** 2 for value, part in zip(colour, other)))
+    others = f" and {counts.sum() - counts.max()} of {len(values) - 1} others" if len(values) > 1 else ""
+    found, expected = (",".join(map(str, shown)) for shown in (colour, nearest))
+    return (
+        f"found {counts.max()} pixels of the colour {found}{others}, expected the {len(known)} of class_colours "
+        f"(the nearest is {expected})"
+    )
 
 
 # %% ../../nbs/sources/02_images.ipynb #0a7502af
@@ -536,13 +605,15 @@ def matlab_values(path) -> np.ndarray:
 def raw_values(path, encoding: str = "auto") -> np.ndarray:
     "Read a mask file's raw values (H, W), from a picture or from CrackForest's MATLAB format."
     base = base_of(encoding)
+    if base == COLOURS:
+        return painted_values(path, encoding)
     return matlab_values(path) if base == "CrackForest" else mask_values(path, base == "class_ids")
 
 
 # %% ../../nbs/sources/02_images.ipynb #8402b1dc
 def read_mask(
     path,  # mask file
-    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS or what `add_void` makes of it
+    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS or what `add_void` or `Paint` makes of it
 ) -> np.ndarray:
     "Read a mask as uint8 (H, W) of class ids and 255 (void); raise CrackSegError on values that the encoding lacks."
     table = table_of(encoding)

@@ -39,6 +39,7 @@ from crackseg_nb.sources.images import (
     base_of,
     check_same_size,
     check_single,
+    colours_of,
     expected_of,
     find_white,
     image_size,
@@ -53,7 +54,7 @@ from crackseg_nb.sources.images import (
     value_counts,
     void_values,
 )
-from .samples import Classes, Sample
+from .samples import COLOURS, Classes, Sample
 
 
 # %% ../../nbs/sources/05_inspection.ipynb #2354763a
@@ -86,7 +87,7 @@ def used_colours(mask: Content, values: np.ndarray) -> dict[int, tuple[int, int,
 
 def inspect(
     sample: Sample,
-    encoding: str = "auto",  # of the masks, or a key of ENCODINGS
+    encoding: str = "auto",  # of the masks, or one that `read_mask` knows
     tiles: bool = False,  # describe the borders of the image as well
 ) -> FileFacts:
     "Open a sample's files once each; raise CrackSegError if one is damaged or their sizes differ."
@@ -112,14 +113,14 @@ def inspect(
     )
     if sample.mask:
         mask = read_content(sample.mask, "a mask")
-        plain = encoding != "CrackForest" and not check_single(mask)
+        indexed = base_of(encoding) != "CrackForest" and not check_single(mask) and base_of(encoding) != COLOURS
         values = raw_values(mask, encoding)
         check_same_size(sample, size, values.shape[::-1], turned)
         facts |= dict(
             mask_digest=hashlib.sha256(mask.data).hexdigest(),
             values=value_counts(values),
             mask_is_jpeg=is_jpeg(mask),
-            colours=used_colours(mask, values) if plain else None,
+            colours=used_colours(mask, values) if indexed else None,
             mask_content=hashlib.sha256(np.ascontiguousarray(values)).hexdigest(),
         )
     return FileFacts(**facts)
@@ -128,7 +129,8 @@ def inspect(
 # %% ../../nbs/sources/05_inspection.ipynb #3a7d60c5
 def inspect_all(samples: list[Sample], encoding: str = "auto", tiles: bool = False) -> dict[str, FileFacts]:
     "Inspect all samples; return the facts by name; raise the first CrackSegError, saying how many more there are."
-    choose("mask_encoding", base_of(encoding), ["auto", *ENCODINGS])
+    if base_of(encoding) != COLOURS:
+        choose("mask_encoding", base_of(encoding), ["auto", *ENCODINGS])
     found = in_threads(partial(inspect, encoding=encoding, tiles=tiles), samples, "inspection")
     raise_first(found)
     return {sample.name: facts for sample, facts in zip(samples, found)}
@@ -261,6 +263,9 @@ def settle_encoding(
         check_ids(samples, found, classes, void)
     raise_first([error for sample, fact in zip(samples, found) if (error := unknown_values(sample, fact, encoding))])
     notes = []
+    if base == COLOURS:
+        unclear = sum(bool(fact.values[VOID]) for fact in found)
+        notes.append(f"masks are painted in {len(colours_of(encoding))} colours; {unclear} of them hold void")
     if encoding == "threshold":
         notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
     if base in ("ids", "class_ids") and any(fact.values[VOID] for fact in found):

@@ -9,6 +9,7 @@ __all__ = [
     "ignoring",
     "check_no_void",
     "choose_classes",
+    "painted_classes",
     "readable",
     "label_classes",
     "read_source",
@@ -34,7 +35,7 @@ from crackseg_nb.sources.published import (
     UNIFIED360_READER,
     VOC_READER,
 )
-from .samples import LABELS, MAX_CLASSES, Classes, Reader, Source
+from .samples import LABELS, MAX_CLASSES, Classes, Reader, Source, read_paint
 
 # %% ../../nbs/sources/09_registry.ipynb #0330ff7a
 SOURCES: dict[str, Reader] = {
@@ -92,13 +93,14 @@ def ignoring(
     return add_void("class_ids" if encoding == "auto" else encoding, values)
 
 
-def check_no_void(data: str, ignore_index) -> None:
-    "Raise CrackSegError if `ignore_index` is set for data that has no masks of class ids to be read."
-    if ignore_index not in ((), []):
-        values = [ignore_index] if isinstance(ignore_index, int) else [*ignore_index]
-        raise CrackSegError(
-            f"ignore_index: found {first_few(values)} with data {data}, which has no masks of class ids; expected none"
-        )
+def check_no_void(data: str, ignore_index, class_colours: str = "") -> None:
+    "Raise CrackSegError if `ignore_index` or `class_colours` is set for data whose masks are its own, or has none."
+    for name, value in (("ignore_index", ignore_index), ("class_colours", class_colours)):
+        if value not in ((), [], ""):
+            raise CrackSegError(
+                f"{name}: found {value if isinstance(value, (int, str)) else first_few(value)} with data {data}, "
+                "which has no mask files to be read so; expected none"
+            )
 
 
 # %% ../../nbs/sources/09_registry.ipynb #0090d7ca
@@ -107,9 +109,12 @@ def choose_classes(
     class_names=(),  # of the user, empty for those of the source
     mask_encoding: str = "auto",
     ignore_index=(),  # values of class ids that mean void, beside 255
+    class_colours: str = "",  # in which masks are painted, see `read_paint`
 ) -> tuple[Classes, str]:
     "Return a source's classes and mask encoding; raise CrackSegError where names or encoding do not fit them."
     reader = SOURCES[name]
+    if class_colours:
+        return painted_classes(name, class_names, mask_encoding, ignore_index, class_colours)
     classes = Classes(class_names) if class_names else reader.classes or Classes()
     if class_names and reader.classes:
         published = reader.classes
@@ -127,6 +132,34 @@ def choose_classes(
             f"mask_encoding: found {mask_encoding!r} for {len(classes)} classes, expected 'auto' or 'class_ids'"
         )
     return classes, ignoring(ignore_index, mask_encoding, classes)
+
+
+# %% ../../nbs/sources/09_registry.ipynb #33d42aa3
+def painted_classes(
+    name: str,  # a key of SOURCES
+    class_names,
+    mask_encoding: str,
+    ignore_index,
+    class_colours: str,
+) -> tuple[Classes, str]:
+    "Return the classes and the encoding of painted masks; raise CrackSegError on settings that contradict them."
+    if SOURCES[name].classes or SOURCES[name].labels:
+        raise CrackSegError(f"class_colours: found colours with data {name}, whose classes are known; expected none")
+    if mask_encoding != "auto":
+        raise CrackSegError(f"mask_encoding: found {mask_encoding!r} beside class_colours, expected 'auto'")
+    if ignore_index not in ((), []):
+        raise CrackSegError(
+            f"ignore_index: found {ignore_index} beside class_colours, expected the colour of void among them, "
+            "such as '0,0,0; 128,0,0; void 64,64,64'"
+        )
+    paint = read_paint(class_colours)
+    names = class_names or paint.names or (Classes().names if len(paint.colours) == 2 else ())
+    if len(names) != len(paint.colours):
+        raise CrackSegError(
+            f"class_names: found {len(names)} names for the {len(paint.colours)} colours of class_colours, "
+            "expected as many, or names before the colours such as 'wall 0,0,0; crack 128,0,0'"
+        )
+    return Classes(names, paint.colours), paint.encoding
 
 
 # %% ../../nbs/sources/09_registry.ipynb #3702c797
@@ -179,6 +212,7 @@ def read_source(
     mask_encoding: str = "auto",  # 'auto' tells it from the masks; a key of ENCODINGS, or LABELS, insists
     class_names=(),  # of ids 0, 1, 2 ...; empty: background and crack, those of a published set or of its labels
     ignore_index=(),  # values of class ids that mean void, beside 255; one or several
+    class_colours: str = "",  # in which masks are painted, in the order of the classes, or a file that says so
     **options,  # of the reader, such as `group_pattern` of 'folder'
 ) -> Source:
     "Read a data set; raise CrackSegError, one line, if a file or the layout is not as expected."
@@ -187,10 +221,11 @@ def read_source(
     if unknown := [key for key in options if key not in known]:
         raise CrackSegError(f"{name}: found the option {unknown[0]!r}, expected {' or '.join(known) or 'no options'}")
     if reader.labels:
-        check_no_void(name, ignore_index)
+        check_no_void(name, ignore_index, class_colours)
         encoding = choose("mask_encoding", mask_encoding, ("auto", LABELS)).replace("auto", LABELS)
     else:
-        classes, encoding = choose_classes(name, class_names, mask_encoding, ignore_index)
+        paint = class_colours and str(read_paint(class_colours, *([data_dir] if data_dir else [])))
+        classes, encoding = choose_classes(name, class_names, mask_encoding, ignore_index, paint)
     root = reader.fetch() if reader.fetch and data_dir in (None, "") else check_folder(name, data_dir)
     if reader.labels:
         classes = label_classes(name, root, class_names)
