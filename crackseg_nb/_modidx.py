@@ -3505,6 +3505,104 @@ d = {
             "crackseg_nb.runs.verify.verify": ("runs/verify.html#verify", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.weights_digest": ("runs/verify.html#weights_digest", "crackseg_nb/runs/verify.py"),
         },
+        "crackseg_nb.sources.annotations": {
+            "crackseg_nb.sources.annotations.Images": (
+                "sources/annotations.html#images",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.__init__": (
+                "sources/annotations.html#images.__init__",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.find": (
+                "sources/annotations.html#images.find",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.left_out": (
+                "sources/annotations.html#images.left_out",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.class_id": (
+                "sources/annotations.html#class_id",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_files": (
+                "sources/annotations.html#coco_files",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_names": (
+                "sources/annotations.html#coco_names",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_shapes": (
+                "sources/annotations.html#coco_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.describe_shapes": (
+                "sources/annotations.html#describe_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.draw_shapes": (
+                "sources/annotations.html#draw_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_line": (
+                "sources/annotations.html#fill_line",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_polygon": (
+                "sources/annotations.html#fill_polygon",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_runs": (
+                "sources/annotations.html#fill_runs",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_shape": (
+                "sources/annotations.html#fill_shape",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_files": (
+                "sources/annotations.html#labelme_files",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_names": (
+                "sources/annotations.html#labelme_names",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_shape": (
+                "sources/annotations.html#labelme_shape",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_coco": (
+                "sources/annotations.html#read_coco",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_json": (
+                "sources/annotations.html#read_json",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_labelme": (
+                "sources/annotations.html#read_labelme",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.split_below": (
+                "sources/annotations.html#split_below",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.split_of_file": (
+                "sources/annotations.html#split_of_file",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.unpack_runs": (
+                "sources/annotations.html#unpack_runs",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.with_background": (
+                "sources/annotations.html#with_background",
+                "crackseg_nb/sources/annotations.py",
+            ),
+        },
         "crackseg_nb.sources.artefact": {
             "crackseg_nb.sources.artefact.artefact_folder": (
                 "sources/artefact.html#artefact_folder",
@@ -3654,6 +3752,19 @@ d = {
             ),
             "crackseg_nb.sources.images.Content.open": (
                 "sources/images.html#content.open",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Drawn": ("sources/images.html#drawn", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.Drawn.__str__": (
+                "sources/images.html#drawn.__str__",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Drawn.name": (
+                "sources/images.html#drawn.name",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Drawn.parent": (
+                "sources/images.html#drawn.parent",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.TooLarge": ("sources/images.html#toolarge", "crackseg_nb/sources/images.py"),
@@ -3952,6 +4063,10 @@ d = {
             ),
             "crackseg_nb.sources.registry.label_classes": (
                 "sources/registry.html#label_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.named_classes": (
+                "sources/registry.html#named_classes",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.painted_classes": (

@@ -271,7 +271,7 @@ def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
 def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
-    options = {"group_pattern": data.group_pattern} if data.group_pattern else {}
+    options = {name: getattr(data, name) for name in ("group_pattern", "line_width") if getattr(data, name)}
     if data.data not in SYNTHETIC:
         return read_source(
             data.data,

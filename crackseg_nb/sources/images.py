@@ -19,6 +19,7 @@ __all__ = [
     "Content",
     "read_content",
     "as_content",
+    "Drawn",
     "naming",
     "TooLarge",
     "open_picture",
@@ -118,9 +119,28 @@ def read_content(
         raise CrackSegError(f"{path}: cannot read it ({error.strerror}); expected {what}") from error
 
 
-def as_content(path) -> Content:
+def as_content(path, what: str = "an image") -> Content:
     "Return `path` if it is a Content, else read it."
-    return path if isinstance(path, Content) else read_content(path)
+    return path if isinstance(path, Content) else read_content(path, what)
+
+
+@dataclass(frozen=True)
+class Drawn(Content):
+    "Hold what describes the mask of one image, in the place of a picture of it, and the function that draws it."
+
+    draw: Callable = field(repr=False)  # (data) -> uint8 (H, W) of class ids and 255; found by its name
+    image: str = ""  # name of the image
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.image})"
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name} ({self.image})"
+
+    @property
+    def parent(self) -> Path:
+        return self.path.parent
 
 
 @contextmanager
@@ -604,6 +624,9 @@ def matlab_values(path) -> np.ndarray:
 # %% ../../nbs/sources/02_images.ipynb #d17eed21
 def raw_values(path, encoding: str = "auto") -> np.ndarray:
     "Read a mask file's raw values (H, W), from a picture or from CrackForest's MATLAB format."
+    if isinstance(path, Drawn):
+        with naming(path):
+            return path.draw(path.data)
     base = base_of(encoding)
     if base == COLOURS:
         return painted_values(path, encoding)

@@ -36,6 +36,8 @@ from crackseg_nb.sources.images import (
     ENCODINGS,
     UNKNOWN,
     Content,
+    Drawn,
+    as_content,
     base_of,
     check_same_size,
     check_single,
@@ -112,8 +114,9 @@ def inspect(
         tile=describe_tile(image) if tiles else None,
     )
     if sample.mask:
-        mask = read_content(sample.mask, "a mask")
-        indexed = base_of(encoding) != "CrackForest" and not check_single(mask) and base_of(encoding) != COLOURS
+        mask = as_content(sample.mask, "a mask")
+        picture = not isinstance(mask, Drawn) and base_of(encoding) != "CrackForest"
+        indexed = picture and not check_single(mask) and base_of(encoding) != COLOURS
         values = raw_values(mask, encoding)
         check_same_size(sample, size, values.shape[::-1], turned)
         facts |= dict(

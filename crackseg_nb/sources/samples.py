@@ -212,7 +212,7 @@ class Sample:
 
     name: str  # unique within its source
     image: Path
-    mask: Path | None  # None: the image as a whole has a label
+    mask: Path | None  # or what describes it, `Drawn`; None: the image as a whole has a label
     group: str  # samples of one group show the same photo
     split: str | None = None  # 'train', 'val' or 'test' as published, or None
     label: int | None = None  # id of the class of the whole image
@@ -259,5 +259,6 @@ class Reader:
     classes: Classes | None = Classes()  # of the published masks; None: any that the user names, or those of `labels`
     fetch: Callable | None = None  # () -> root, for a set that can be downloaded
     labels: Callable | None = None  # (root) -> names of the classes, where images carry labels and no masks
+    names: Callable | None = None  # (root) -> names of the classes, where annotation files name them
     group: Callable | None = None  # (samples, facts) -> (samples, notes), where pictures tell which share a photo
     tiles: bool = False  # `group` compares the borders of images
