@@ -3695,9 +3695,17 @@ d = {
             ),
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_alone": (
+                "sources/folders.html#left_alone",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.left_out_beside": (
                 "sources/folders.html#left_out_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.named_pairs": (
+                "sources/folders.html#named_pairs",
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.of_the_system": (
@@ -3719,6 +3727,10 @@ d = {
             "crackseg_nb.sources.folders.place_of": ("sources/folders.html#place_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.read_folder": (
                 "sources/folders.html#read_folder",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.sibling_pairs": (
+                "sources/folders.html#sibling_pairs",
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.source_name": (

@@ -384,3 +384,44 @@ def test_labelme(tmp_path):
     content["shapes"][0]["shape_type"] = "point"
     (tmp_path / "b.json").write_text(json.dumps(content))
     one_line(lambda: find_source(config), "b.json: found a shape of type 'point' (spall), expected polygon, rectangle")
+
+
+# ---- folders by other names
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        ({"crack_224_images": "crack_224_masks"}, {None}),  # a set of masonry
+        ({"train": "trainannot", "val": "valannot", "test": "testannot"}, {"train", "val", "test"}),  # CamVid
+        ({"train": "train_labels", "val": "val_labels"}, {"train", "val"}),  # CamVid with its painted masks
+        ({"train_img": "train_lab", "test_img": "test_lab"}, {"train", "test"}),
+    ],
+)
+def test_folders_told_by_the_end_of_their_names(tmp_path, folders, splits):
+    for pair in folders.items():
+        names = [f"0001TP_{index}_L.png" for index in range(2)] if pair[1].endswith("_labels") else None
+        images = names and [name.replace("_L", "") for name in names]
+        write_folder(tmp_path, [CRACK * 255] * 2, image_names=images, mask_names=names, folders=pair)
+    source = read_source("folder", tmp_path)
+    assert len(source) == 2 * len(folders) and {sample.split for sample in source.samples} == splits
+    assert all((mask_of(source, index) == CRACK).all() for index in range(len(source)))
+    write_folder(tmp_path, [CRACK], folders=("more", "more/of"))
+    assert "more/: pictures in it were left out" in read_source("folder", tmp_path).notes
+
+
+@pytest.mark.parametrize("place", ["", "train", "val"])
+def test_folders_that_are_named(tmp_path, place):
+    for split in {place, "train" if place else ""}:
+        write_folder(tmp_path / split, [CRACK * 255] * 2, folders=("walls 2021", "truth"))
+    one_line(lambda: read_source("folder", tmp_path), "found no images of 'folder'")
+    source = read_source("folder", tmp_path, image_folder="walls 2021", mask_folder="truth")
+    assert len(source) == (4 if place == "val" else 2) and (mask_of(source) == CRACK).all()
+    one_line(lambda: read_source("folder", tmp_path, image_folder="truth"), "mask_folder: found none beside 'truth'")
+    one_line(
+        lambda: read_source("folder", tmp_path, image_folder="walls 2021", mask_folder="thruth"),
+        "mask_folder: found no folder 'thruth'",
+        "did you mean 'truth'?",
+    )
+    config = configure(data="folder", data_dir=str(tmp_path), image_folder="walls 2021", mask_folder="truth")
+    assert len(find_source(config)) == len(source)

@@ -128,6 +128,8 @@ class DataConfig:
     ignore_index: tuple[int, ...] = ()  # values of class ids that mean void, beside 255, such as 11
     class_colours: str = ""  # of painted masks: 0,0,0; 128,0,0; void 64,64,64, or a file such as class_dict.csv
     group_pattern: str = ""  # folder, coco, labelme: regular expression whose first group names an image's photo
+    image_folder: str = ""  # folder only: name of the folder of images, where its name does not tell
+    mask_folder: str = ""  # folder only: name of the folder of masks
     line_width: float = 0.0  # labelme only: pixels that a marked line is wide; 0: lines are refused
     image_size: int = 360  # pixels on a side of a training image
     fit: str = "crop"  # how training images come to that size: crop (a random window) or resize

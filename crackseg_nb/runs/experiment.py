@@ -271,7 +271,8 @@ def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
 def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
-    options = {name: getattr(data, name) for name in ("group_pattern", "line_width") if getattr(data, name)}
+    names = ("group_pattern", "image_folder", "mask_folder", "line_width")
+    options = {name: getattr(data, name) for name in names if getattr(data, name)}
     if data.data not in SYNTHETIC:
         return read_source(
             data.data,
