@@ -3574,6 +3574,10 @@ d = {
                 "sources/annotations.html#labelme_shape",
                 "crackseg_nb/sources/annotations.py",
             ),
+            "crackseg_nb.sources.annotations.polygon_patch": (
+                "sources/annotations.html#polygon_patch",
+                "crackseg_nb/sources/annotations.py",
+            ),
             "crackseg_nb.sources.annotations.read_coco": (
                 "sources/annotations.html#read_coco",
                 "crackseg_nb/sources/annotations.py",

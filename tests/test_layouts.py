@@ -320,6 +320,9 @@ def test_coco_crowds_and_void(tmp_path):
             {},
             "marks.json (a.png): found run lengths of 16 pixels",
         ),
+        ([annotation(1, 4, [["a"] * 6])], {}, "marks.json (a.png): found a shape that cannot be drawn"),
+        ([annotation(1, 4, {"size": [40, 60], "counts": "5o"})], {}, "marks.json (a.png): found a shape that cannot"),
+        ([annotation(1, 4, {"size": [40, 60]})], {}, "marks.json (a.png): found run lengths of 0 pixels"),
         ([annotation(1, 77, BOX)], {}, "found the class 'category 77', expected one of class_names"),
         ([annotation(1, 9, BOX)], dict(class_names=("wall", "spal")), "found the class 'spall'"),
         ([annotation(1, 9, BOX)], dict(ignore_index=3), "ignore_index: found 3 with data coco"),
@@ -363,6 +366,8 @@ def test_a_run_keeps_the_classes_of_annotation_files(tmp_path):
     (tmp_path / "marks.json").unlink()
     assert configure(**config_to_dict(config)).data.classes == config.data.classes  # without a look at the data
     one_line(lambda: configure(data="coco", data_dir=str(tmp_path), loss="ce"), "found no .json file")
+    write_coco(tmp_path / "marks.json", ["a.png"], [], [{"id": 1}])
+    one_line(lambda: read_source("coco", tmp_path), "marks.json: found an entry of categories without name")
 
 
 def test_labelme(tmp_path):

@@ -9,6 +9,7 @@ __all__ = [
     "LABELME_KINDS",
     "CORNERS",
     "LABELME_READER",
+    "polygon_patch",
     "fill_polygon",
     "unpack_runs",
     "fill_runs",
@@ -50,21 +51,29 @@ from .samples import VOID_NAMES, Reader, Sample
 
 
 # %% ../../nbs/sources/09_annotations.ipynb #c74686dd
-def fill_polygon(
+def polygon_patch(
     size: tuple[int, int],  # width, height of the mask
     points: np.ndarray,  # (N, 2) x, y of the corners
-) -> np.ndarray:
-    "Return a bool mask (H, W) of the pixels whose centre lies in a polygon, by the rule of odd crossings."
-    width, height = size
-    crossings = np.zeros((height, width + 1), np.uint8)
-    starts = np.asarray(points, np.float64)
-    for (x, y), (next_x, next_y) in zip(starts, np.roll(starts, -1, 0)):
+) -> tuple[int, int, np.ndarray]:
+    "Return top, left and a bool mask around a polygon, of the pixels whose centre lies in it."
+    points = np.asarray(points, np.float64)
+    left, top = np.floor(points.min(0)).clip(0, size).astype(int)
+    right, bottom = np.ceil(points.max(0)).clip(0, size).astype(int)
+    crossings = np.zeros((bottom - top, right - left + 1), np.uint8)
+    for (x, y), (next_x, next_y) in zip(points, np.roll(points, -1, 0)):
         low, high = sorted((y, next_y))
-        rows = np.arange(max(int(np.ceil(low - 0.5)), 0), min(int(np.ceil(high - 0.5)), height))
+        rows = np.arange(max(int(np.ceil(low - 0.5)), top), min(int(np.ceil(high - 0.5)), bottom))
         if rows.size:  # none for a level edge
             place = x + (rows + 0.5 - y) * ((next_x - x) / (next_y - y))
-            crossings[rows, np.ceil(place - 0.5).clip(0, width).astype(int)] ^= 1
-    return np.bitwise_xor.accumulate(crossings, 1)[:, :width].astype(bool)
+            crossings[rows - top, np.ceil(place - 0.5).clip(left, right).astype(int) - left] ^= 1
+    return top, left, np.bitwise_xor.accumulate(crossings, 1)[:, :-1].astype(bool)
+
+
+def fill_polygon(size: tuple[int, int], points: np.ndarray) -> np.ndarray:
+    "Return a bool mask (H, W) of the pixels whose centre lies in a polygon."
+    mask, (top, left, patch) = np.zeros(size[::-1], bool), polygon_patch(size, points)
+    mask[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+    return mask
 
 
 # %% ../../nbs/sources/09_annotations.ipynb #43211fba
@@ -88,7 +97,7 @@ def fill_runs(
     runs: dict,  # COCO's `segmentation`: size (height, width) and counts
 ) -> np.ndarray:
     "Return run lengths as a bool mask (H, W); raise CrackSegError where they do not fill the image."
-    counts = runs["counts"]
+    counts = runs.get("counts", [])
     counts = np.array(unpack_runs(counts) if isinstance(counts, str) else counts, np.int64)
     if (
         list(runs.get("size", size[::-1])) != [*size[::-1]]
@@ -147,8 +156,18 @@ def draw_shapes(data: bytes) -> np.ndarray:
     "Return the mask, uint8 (H, W) of class ids and 255, that `describe_shapes` described."
     about = json.loads(data)
     mask = np.zeros(about["size"][::-1], np.uint8)
+    size = tuple(about["size"])
     for label, kind, values in about["shapes"]:
-        mask[fill_shape(tuple(about["size"]), kind, values, about["line_width"])] = label
+        try:
+            if kind == "polygon":  # most are small, and many
+                top, left, patch = polygon_patch(size, np.reshape(values, (-1, 2)))
+                mask[top : top + patch.shape[0], left : left + patch.shape[1]][patch] = label
+            else:
+                mask[fill_shape(size, kind, values, about["line_width"])] = label
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+            if isinstance(error, CrackSegError):
+                raise
+            raise CrackSegError(f"found a shape that cannot be drawn ({error}), expected numbers in pixels") from error
     return mask
 
 
@@ -245,7 +264,7 @@ def with_background(found: list[str]) -> tuple[str, ...]:
 
 
 # %% ../../nbs/sources/09_annotations.ipynb #84460b54
-COCO_PARTS = ("images", "annotations", "categories")
+COCO_PARTS = {"images": ("id", "file_name", "width", "height"), "annotations": (), "categories": ("id", "name")}
 
 
 def coco_files(root: Path) -> dict[Path, dict]:
@@ -261,6 +280,13 @@ def coco_files(root: Path) -> dict[Path, dict]:
     if not found:
         names = f"{first_few([path.name for path in paths])}, none of which is one" if paths else "no .json file"
         raise CrackSegError(f"{root}: found {names}; expected {COCO_READER.layout}")
+    for path, content in found.items():
+        for part, keys in COCO_PARTS.items():
+            for entry in content[part]:
+                if absent := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
+                    raise CrackSegError(
+                        f"{path}: found an entry of {part} without {absent[0]}, expected {', '.join(keys)}"
+                    )
     return found
 
 
@@ -368,6 +394,9 @@ def labelme_files(root: Path) -> dict[Path, dict]:
     if not found:
         names = f"{first_few([path.name for path in paths])}, none of which is one" if paths else "no .json file"
         raise CrackSegError(f"{root}: found {names}; expected {LABELME_READER.layout}")
+    for path, content in found.items():
+        if any(not isinstance(shape, dict) or not isinstance(shape.get("label"), str) for shape in content["shapes"]):
+            raise CrackSegError(f"{path}: found a shape without a label, expected the name of its class")
     return found
 
 
