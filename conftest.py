@@ -1,6 +1,7 @@
 """What every test run needs: an offline environment, the markers, the order of the files, and nbval's chapters."""
 
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -70,7 +71,7 @@ def pytest_runtest_teardown(item, nextitem):
     "Empty the folder of temporary files after each chapter, once its kernel is gone."
     result = yield
     if is_cell(item) and (nextitem is None or nextitem.parent is not item.parent):
-        for path in TEMPORARY.iterdir():
+        for path in filter(Path.is_dir, TEMPORARY.iterdir()):  # the kernels' socket stays
             shutil.rmtree(path, ignore_errors=True)
     return result
 
@@ -88,7 +89,13 @@ def pytest_configure(config):
         sys.path.insert(0, str(ROOT / "tests"))
         from kernels import fork_kernels
 
-        fork_kernels()
+        fork_kernels(TEMPORARY)
+
+
+def pytest_collection_finish(session):
+    "Leave what was imported and collected out of every later garbage collection: a million objects, at each of them."
+    gc.collect()
+    gc.freeze()
 
 
 def prepare_cell(item):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.core.files import write_yaml
+from crackseg_nb.core.files import project_root, write_yaml
 from crackseg_nb.core.run_folder import create_run_folder
 from crackseg_nb.runs.config import DataConfig, coerce, config_to_dict, configure, notebook_settings
 from crackseg_nb.runs.recipes import RECIPES
@@ -131,3 +131,14 @@ def test_one_number_stands_for_a_sequence_of_one_in_a_notebook():
     assert notebook_settings(Study, {"seeds": "3,4", "name": "other"}) == Study((3, 4), "other")
     with pytest.raises(CrackSegError, match="seeds: found 'one'"):
         notebook_settings(Study, {"seeds": "one"})
+
+
+def test_the_recipe_for_thin_cracks_is_what_its_run_was_trained_with():
+    trained = configure(config=project_root() / "outputs" / "deepcrack-unet_lite1" / "config.yaml")
+    own = configure(recipe="crack_unet", data="DeepCrack", data_dir="data/DeepCrack")
+    one, other = (
+        {name: value for section in config_to_dict(config).values() for name, value in section.items()}
+        for config in (trained, own)
+    )
+    machine = {"device", "preload", "pretrained", "amp"}  # settled there
+    assert {name for name in one if one[name] != other[name]} <= {"recipe", "run_name", *machine}

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,13 +21,13 @@ from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.models import registry
 from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
+from crackseg_nb.runs import launch
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training import checkpoint as checkpoint_module
 from crackseg_nb.training.checkpoint import checkpoint_names, load_checkpoint
 from crackseg_nb.training.diagnosis import load_batch
 
-ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 4
 
 
@@ -325,10 +324,7 @@ def test_the_time_limit_stops_within_a_step_and_ends_with_the_code_to_resume(tmp
         }.items()
         for word in ("-p", *map(str, item))
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "crackseg_nb.runs.launch", *words], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == RESUME_CODE, done.stderr[-2000:]
+    assert launch.main(words) == RESUME_CODE
     folder = RunFolder(tmp_path / "late")
     name = checkpoint_names(folder / "checkpoints")[-1]
     assert (

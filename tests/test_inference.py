@@ -170,9 +170,9 @@ def test_tiled_equals_whole():
 
 
 def test_tiled_equals_whole_over_views():
-    model = Views(small("unet", encoder="resnet34", **NARROW), "flips", (0.75, 1.5))
+    model = Views(small("unet", encoder="test_resnet", **NARROW), "flips", (0.75, 1.5))
     halo = -(-receptive_radius(model.model, 256) * 4 // 3)
-    image, _ = synthesize(4, (301, 801))
+    image, _ = synthesize(4, (161, 673))
     network = TorchNetwork(model, Facts("unet", "0" * 64))
     whole = network.probabilities(normalize(image)[None].numpy())[0, 0]
     plan = plan_tiles(whole.shape, halo, 4 * 32, tile=2 * (halo + -halo % 128) + 160, blend=32)

@@ -9,6 +9,7 @@ __all__ = [
     "HERITAGE",
     "HERITAGE_DICEFOCAL",
     "DAMAGE_QUICKSTART",
+    "CRACK_UNET",
     "DEEPLAB",
     "DEEPLAB_TEST",
     "DEEPLAB_ENHANCED",
@@ -156,6 +157,40 @@ DAMAGE_QUICKSTART = HERITAGE_DICEFOCAL | {
     "checkpoint_every": 0,
 }
 
+# %% ../../nbs/runs/01_recipes.ipynb #c4a1e7b1
+CRACK_UNET = {
+    # data
+    "data": "synthetic",  # unless -p data names real photos
+    "synthetic_images": 240,
+    "image_size": 256,  # of a crop
+    "fit": "crop",
+    "eval_fit": "native",  # a thin crack does not survive a smaller photo
+    "augmentation": "crack_zoom",
+    "fractions": (0.8, 0.1, 0.1),
+    "seed": 42,
+    # model
+    "model": "unet",
+    "encoder": "efficientnet_lite1",
+    "pretrained": "auto",
+    "drop_path_rate": 0.0,
+    "gradient_checkpointing": False,
+    # loss and optimiser
+    "loss": "bce_dice",
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "weight_decay": 0.01,
+    "scheduler": "onecycle",
+    "warmup_fraction": 0.3,
+    # training
+    "epochs": 30,
+    "batch_size": 8,
+    "accumulation": 1,
+    "eval_batch_size": 4,
+    "amp": "auto",
+    "patience": 0,
+    "checkpoint_every": 5,
+}
+
 # %% ../../nbs/runs/01_recipes.ipynb #7e09e9dc
 DEEPLAB = {
     # data
@@ -240,6 +275,9 @@ RECIPES = {
         "a SwinV2 hybrid of 34.7 million parameters on synthetic cracks, in minutes on a CPU", QUICKSTART
     ),
     "swinv2_hybrid_360": Recipe("the SwinV2 hybrid at 360x360 as the crackseg project published it", PUBLISHED_360),
+    "crack_unet": Recipe(
+        "a U-Net with an EfficientNet-Lite1, crops of 256 pixels at changing scale, for photos", CRACK_UNET
+    ),
     "damage_quickstart": Recipe(
         "a small U-Net on synthetic damage of four kinds, in minutes on a CPU", DAMAGE_QUICKSTART
     ),
