@@ -3556,6 +3556,108 @@ d = {
             "crackseg_nb.runs.verify.verify": ("runs/verify.html#verify", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.weights_digest": ("runs/verify.html#weights_digest", "crackseg_nb/runs/verify.py"),
         },
+        "crackseg_nb.sources.annotations": {
+            "crackseg_nb.sources.annotations.Images": (
+                "sources/annotations.html#images",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.__init__": (
+                "sources/annotations.html#images.__init__",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.find": (
+                "sources/annotations.html#images.find",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.Images.left_out": (
+                "sources/annotations.html#images.left_out",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.class_id": (
+                "sources/annotations.html#class_id",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_files": (
+                "sources/annotations.html#coco_files",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_names": (
+                "sources/annotations.html#coco_names",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.coco_shapes": (
+                "sources/annotations.html#coco_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.describe_shapes": (
+                "sources/annotations.html#describe_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.draw_shapes": (
+                "sources/annotations.html#draw_shapes",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_line": (
+                "sources/annotations.html#fill_line",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_polygon": (
+                "sources/annotations.html#fill_polygon",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_runs": (
+                "sources/annotations.html#fill_runs",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.fill_shape": (
+                "sources/annotations.html#fill_shape",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_files": (
+                "sources/annotations.html#labelme_files",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_names": (
+                "sources/annotations.html#labelme_names",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.labelme_shape": (
+                "sources/annotations.html#labelme_shape",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.polygon_patch": (
+                "sources/annotations.html#polygon_patch",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_coco": (
+                "sources/annotations.html#read_coco",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_json": (
+                "sources/annotations.html#read_json",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.read_labelme": (
+                "sources/annotations.html#read_labelme",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.split_below": (
+                "sources/annotations.html#split_below",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.split_of_file": (
+                "sources/annotations.html#split_of_file",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.unpack_runs": (
+                "sources/annotations.html#unpack_runs",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.with_background": (
+                "sources/annotations.html#with_background",
+                "crackseg_nb/sources/annotations.py",
+            ),
+        },
         "crackseg_nb.sources.artefact": {
             "crackseg_nb.sources.artefact.artefact_folder": (
                 "sources/artefact.html#artefact_folder",
@@ -3648,9 +3750,17 @@ d = {
             ),
             "crackseg_nb.sources.folders.group_of": ("sources/folders.html#group_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.hint": ("sources/folders.html#hint", "crackseg_nb/sources/folders.py"),
+            "crackseg_nb.sources.folders.left_alone": (
+                "sources/folders.html#left_alone",
+                "crackseg_nb/sources/folders.py",
+            ),
             "crackseg_nb.sources.folders.left_out": ("sources/folders.html#left_out", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.left_out_beside": (
                 "sources/folders.html#left_out_beside",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.named_pairs": (
+                "sources/folders.html#named_pairs",
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.of_the_system": (
@@ -3672,6 +3782,10 @@ d = {
             "crackseg_nb.sources.folders.place_of": ("sources/folders.html#place_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.read_folder": (
                 "sources/folders.html#read_folder",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.sibling_pairs": (
+                "sources/folders.html#sibling_pairs",
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.source_name": (
@@ -3707,11 +3821,26 @@ d = {
                 "sources/images.html#content.open",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.Drawn": ("sources/images.html#drawn", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.Drawn.__str__": (
+                "sources/images.html#drawn.__str__",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Drawn.name": (
+                "sources/images.html#drawn.name",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.Drawn.parent": (
+                "sources/images.html#drawn.parent",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.TooLarge": ("sources/images.html#toolarge", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.add_void": ("sources/images.html#add_void", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.as_content": (
                 "sources/images.html#as_content",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.base_of": ("sources/images.html#base_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.check_pixels": (
                 "sources/images.html#check_pixels",
                 "crackseg_nb/sources/images.py",
@@ -3724,8 +3853,13 @@ d = {
                 "sources/images.html#check_single",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.codes_of": ("sources/images.html#codes_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.colour_values": (
                 "sources/images.html#colour_values",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.colours_of": (
+                "sources/images.html#colours_of",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.deep_plane": (
@@ -3738,6 +3872,14 @@ d = {
             ),
             "crackseg_nb.sources.images.describe_file": (
                 "sources/images.html#describe_file",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.describe_unknown": (
+                "sources/images.html#describe_unknown",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.expected_of": (
+                "sources/images.html#expected_of",
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.find_white": (
@@ -3773,6 +3915,14 @@ d = {
                 "sources/images.html#opened_tiff",
                 "crackseg_nb/sources/images.py",
             ),
+            "crackseg_nb.sources.images.painted_pixels": (
+                "sources/images.html#painted_pixels",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.painted_values": (
+                "sources/images.html#painted_values",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.palette_of": (
                 "sources/images.html#palette_of",
                 "crackseg_nb/sources/images.py",
@@ -3803,6 +3953,7 @@ d = {
                 "crackseg_nb/sources/images.py",
             ),
             "crackseg_nb.sources.images.stored_as": ("sources/images.html#stored_as", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.table_of": ("sources/images.html#table_of", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.tiff_pixels": (
                 "sources/images.html#tiff_pixels",
                 "crackseg_nb/sources/images.py",
@@ -3819,6 +3970,10 @@ d = {
             ),
             "crackseg_nb.sources.images.value_table": (
                 "sources/images.html#value_table",
+                "crackseg_nb/sources/images.py",
+            ),
+            "crackseg_nb.sources.images.void_values": (
+                "sources/images.html#void_values",
                 "crackseg_nb/sources/images.py",
             ),
         },
@@ -3961,12 +4116,28 @@ d = {
                 "sources/registry.html#check_folder",
                 "crackseg_nb/sources/registry.py",
             ),
+            "crackseg_nb.sources.registry.check_no_void": (
+                "sources/registry.html#check_no_void",
+                "crackseg_nb/sources/registry.py",
+            ),
             "crackseg_nb.sources.registry.choose_classes": (
                 "sources/registry.html#choose_classes",
                 "crackseg_nb/sources/registry.py",
             ),
+            "crackseg_nb.sources.registry.ignoring": (
+                "sources/registry.html#ignoring",
+                "crackseg_nb/sources/registry.py",
+            ),
             "crackseg_nb.sources.registry.label_classes": (
                 "sources/registry.html#label_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.named_classes": (
+                "sources/registry.html#named_classes",
+                "crackseg_nb/sources/registry.py",
+            ),
+            "crackseg_nb.sources.registry.painted_classes": (
+                "sources/registry.html#painted_classes",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.read_source": (
@@ -3996,6 +4167,15 @@ d = {
                 "sources/samples.html#classes.num_channels",
                 "crackseg_nb/sources/samples.py",
             ),
+            "crackseg_nb.sources.samples.Paint": ("sources/samples.html#paint", "crackseg_nb/sources/samples.py"),
+            "crackseg_nb.sources.samples.Paint.__str__": (
+                "sources/samples.html#paint.__str__",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.Paint.encoding": (
+                "sources/samples.html#paint.encoding",
+                "crackseg_nb/sources/samples.py",
+            ),
             "crackseg_nb.sources.samples.Reader": ("sources/samples.html#reader", "crackseg_nb/sources/samples.py"),
             "crackseg_nb.sources.samples.Sample": ("sources/samples.html#sample", "crackseg_nb/sources/samples.py"),
             "crackseg_nb.sources.samples.Source": ("sources/samples.html#source", "crackseg_nb/sources/samples.py"),
@@ -4013,6 +4193,22 @@ d = {
             ),
             "crackseg_nb.sources.samples.check_names": (
                 "sources/samples.html#check_names",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.entries_of": (
+                "sources/samples.html#entries_of",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.entries_of_file": (
+                "sources/samples.html#entries_of_file",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.parse_colour": (
+                "sources/samples.html#parse_colour",
+                "crackseg_nb/sources/samples.py",
+            ),
+            "crackseg_nb.sources.samples.read_paint": (
+                "sources/samples.html#read_paint",
                 "crackseg_nb/sources/samples.py",
             ),
             "crackseg_nb.sources.samples.voc_colours": (

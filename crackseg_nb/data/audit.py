@@ -47,6 +47,7 @@ from ..core.files import fingerprint_of, in_threads
 from .splits import SPLITS, Splits
 from ..sources.duplicates import same_detail, similar
 from ..sources.folders import AUGMENTATION, AUGMENTATION_WORDS, place_of, source_name
+from ..sources.images import base_of
 from ..sources.inspection import FileFacts, class_counts, digests_of, inspect
 from ..sources.samples import LABELS, Classes, Sample
 
@@ -205,13 +206,13 @@ def split_digests(splits: Splits) -> dict[str, dict[str, tuple[str, str]]]:
 
 def fingerprint(splits: Splits) -> str:
     "Return one SHA-256 over split, name and content of all images and masks or labels, wherever the folder lies."
-    return fingerprint_of(
-        sorted(
-            f"{split}\t{name}\t{image}\t{mask}"
-            for split, digests in split_digests(splits).items()
-            for name, (image, mask) in digests.items()
-        )
+    lines = sorted(
+        f"{split}\t{name}\t{image}\t{mask}"
+        for split, digests in split_digests(splits).items()
+        for name, (image, mask) in digests.items()
     )
+    plain = base_of(splits.mask_encoding) == splits.mask_encoding  # it follows from the masks themselves
+    return fingerprint_of(lines if plain else [*lines, splits.mask_encoding])
 
 
 # %% ../../nbs/data/02_audit.ipynb #8b7c61a2

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/data/06_store.ipynb #b941ef8b
+import hashlib
 import itertools
 import logging
 import os
@@ -51,7 +52,7 @@ from ..core.checks import CrackSegError
 from ..core.files import atomic_write, display_path, fingerprint_of, in_order, sha256_file
 from ..core.machine import free_memory, logger
 from .augment import resize_pair
-from ..sources.images import check_same_size, image_size, read_image, read_mask
+from ..sources.images import Content, check_same_size, image_size, read_image, read_mask
 from ..sources.samples import Sample
 
 
@@ -186,7 +187,10 @@ CACHE_FORMAT = 2  # raised whenever decoding or the layout of the file changes
 def digest_pair(sample: Sample) -> tuple[str, str]:
     "Return the SHA-256 of a sample's image and mask; raise CrackSegError naming a file that is missing."
     try:
-        return sha256_file(sample.image), sha256_file(sample.mask)
+        mask = sample.mask
+        return sha256_file(sample.image), (
+            hashlib.sha256(mask.data).hexdigest() if isinstance(mask, Content) else sha256_file(mask)
+        )
     except OSError as error:
         raise CrackSegError(
             f"{error.filename}: no such file ({error.strerror}); expected an image or a mask"

@@ -94,8 +94,8 @@ from crackseg_nb.models.settings import (
 )
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
-from ..sources.registry import SOURCES, choose_classes, label_classes
-from ..sources.samples import Classes
+from ..sources.registry import SOURCES, check_no_void, choose_classes, label_classes, named_classes
+from ..sources.samples import Classes, read_paint
 from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
 from ..synthetic.textures import TEXTURES
@@ -118,6 +118,7 @@ DATA_BOUNDS = {
     "num_workers": (int, 0),
     "loader_timeout": (float, 0),
     "synthetic_images": (int, 4),
+    "line_width": (float, 0),
 }
 
 
@@ -127,9 +128,14 @@ class DataConfig:
 
     data: str = "synthetic"  # a name of SYNTHETIC or of SOURCES, the published layouts
     data_dir: str = ""  # the data's folder; not needed for synthetic images
-    class_names: tuple[str, ...] = ()  # classes of folder in the order of their ids; empty: background, crack
+    class_names: tuple[str, ...] = ()  # classes in the order of their ids; empty: background, crack, or of its files
     mask_encoding: str = "auto"  # of mask values: auto (read off the masks), ids, class_ids, 0/255 or threshold
-    group_pattern: str = ""  # folder only: regular expression whose first group names an image's photo
+    ignore_index: tuple[int, ...] = ()  # values of class ids that mean void, beside 255, such as 11
+    class_colours: str = ""  # of painted masks: 0,0,0; 128,0,0; void 64,64,64, or a file such as class_dict.csv
+    group_pattern: str = ""  # folder, coco, labelme: regular expression whose first group names an image's photo
+    image_folder: str = ""  # folder only: name of the folder of images, where its name does not tell
+    mask_folder: str = ""  # folder only: name of the folder of masks
+    line_width: float = 0.0  # labelme only: pixels that a marked line is wide; 0: lines are refused
     image_size: int = 360  # pixels on a side of a training image
     fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
     eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize
@@ -148,6 +154,14 @@ class DataConfig:
         check_fractions(self.fractions)
         SyntheticConfig(crack_width=self.synthetic_width)  # raises for a width that cannot be drawn
         check_place(self.data, self.data_dir, self.class_names)
+        named = self.data in SOURCES and SOURCES[self.data].names
+        if self.labelled or named or self.data in SYNTHETIC:
+            check_no_void(self.data, self.ignore_index, self.class_colours)
+        if named and not self.class_names:
+            object.__setattr__(self, "class_names", named_classes(self.data, find_path(self.data_dir)))
+        if self.class_colours:  # a file's content is kept, since the file may be gone when the run is resumed
+            folders = [find_path(self.data_dir)] if self.data_dir else []
+            object.__setattr__(self, "class_colours", str(read_paint(self.class_colours, *folders)))
         self.classes  # raises if the names are none of this layout  # noqa: B018
 
 
@@ -190,7 +204,7 @@ def classes(self: DataConfig) -> Classes:
         return Classes()
     if self.data == "synthetic_damage":
         return Classes(tuple(DAMAGE_CLASSES), tuple(DAMAGE_CLASSES.values()))
-    return choose_classes(self.data, self.class_names, self.mask_encoding)[0]
+    return choose_classes(self.data, self.class_names, self.mask_encoding, self.ignore_index, self.class_colours)[0]
 
 
 @patch(as_prop=True)

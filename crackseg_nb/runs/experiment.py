@@ -365,10 +365,17 @@ def interrupted_alike(config: ExperimentConfig, own: RunFolder) -> RunFolder | N
 def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
-    options = {"group_pattern": data.group_pattern} if data.group_pattern else {}
+    names = ("group_pattern", "image_folder", "mask_folder", "line_width")
+    options = {name: getattr(data, name) for name in names if getattr(data, name)}
     if data.data not in SYNTHETIC:
         return read_source(
-            data.data, data.data_dir and find_path(data.data_dir), data.mask_encoding, data.class_names, **options
+            data.data,
+            data.data_dir and find_path(data.data_dir),
+            data.mask_encoding,
+            data.class_names,
+            data.ignore_index,
+            data.class_colours,
+            **options,
         )
     (low, high), size, binary = data.synthetic_width, (data.image_size, data.image_size), data.data == "synthetic"
     kind = f"width{low:g}-{high:g}" if binary else data.data.removeprefix("synthetic_")

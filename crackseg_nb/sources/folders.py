@@ -14,6 +14,8 @@ __all__ = [
     "SIDES",
     "AUGMENTATION_WORDS",
     "AUGMENTATION",
+    "IMAGE_END",
+    "MASK_END",
     "LIST_OF_SPLITS",
     "FOLDER_READER",
     "of_the_system",
@@ -31,6 +33,9 @@ __all__ = [
     "source_name",
     "group_notes",
     "split_places",
+    "sibling_pairs",
+    "left_alone",
+    "named_pairs",
     "folder_pairs",
     "unread_folders",
     "pairs_beside",
@@ -47,7 +52,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
-from ..core.checks import CrackSegError, first_few
+from ..core.checks import CrackSegError, first_few, nearest
 from .samples import Reader, Sample
 
 # %% ../../nbs/sources/03_folders.ipynb #5a1c07de
@@ -97,7 +102,9 @@ OTHER_PICTURES = {
     ".svg",
     ".tga",
 }
-MASK_WORDS = re.compile(r"[-_. ](masks?|labels?|lab|gt|groundtruth|annot|annotation|seg|segmentation)$", re.IGNORECASE)
+MASK_WORDS = re.compile(
+    r"[-_. ](masks?|labels?|lab|gt|groundtruth|annot|annotation|seg|segmentation|(?-i:L))$", re.IGNORECASE
+)
 
 
 def files_below(folder: Path, suffixes: set[str] = PICTURES) -> dict[str, Path]:
@@ -269,12 +276,68 @@ def group_notes(samples: list[Sample], pattern: str | None) -> list[str]:
     return []
 
 
-# %% ../../nbs/sources/03_folders.ipynb #dd206539
+# %% ../../nbs/sources/03_folders.ipynb #44a25b5b
 def split_places(root: Path) -> list[tuple[str, Path]]:
     "Return (prefix, folder) for `root` and each of its split folders."
     return [("", root), *((f"{name}/", root / name) for name in subfolders(root) if name.lower() in SPLIT_WORDS)]
 
 
+# %% ../../nbs/sources/03_folders.ipynb #cf2bcb28
+IMAGE_END = re.compile(r"(.+?)[-_. ]?(images?|imgs?|photos?|rgb)", re.IGNORECASE)
+MASK_END = re.compile(
+    r"(.+?)[-_. ]?(masks?|labels?|lab|gt|ground_?truth|annot|annotations?|seg|segmentations?)", re.IGNORECASE
+)
+
+
+def sibling_pairs(root: Path) -> list[tuple[str, Path, Path]]:
+    "Return (prefix, image folder, mask folder) for folders in `root` whose names differ in their ends alone."
+    names, found = subfolders(root), []
+    images = {match[1]: name for name in names if (match := IMAGE_END.fullmatch(name))}
+    for name in names:
+        match = MASK_END.fullmatch(name)
+        stem = match[1] if match else ""
+        other = stem if stem in names else images.get(stem)
+        if other:
+            found.append((f"{stem}/", root / other, root / name))
+    return [("", *found[0][1:])] if len(found) == 1 else found
+
+
+def left_alone(root: Path, pairs: list[tuple[str, Path, Path]]) -> list[str]:
+    "Return a note on folders of pictures in `root` that stand beside `pairs` and belong to none of them."
+    used = {path for pair in pairs for path in pair[1:]}
+    names = [
+        name
+        for name in subfolders(root)
+        if root / name not in used and any(path.suffix.lower() in PICTURES for path in (root / name).iterdir())
+    ]
+    return [f"{', '.join(f'{name}/' for name in names)}: pictures in it were left out"] if names else []
+
+
+# %% ../../nbs/sources/03_folders.ipynb #b830d881
+def named_pairs(root: Path, image_folder: str, mask_folder: str) -> list[tuple[str, Path, Path]]:
+    "Return (prefix, image folder, mask folder) of two folders in `root`, or in each of its split folders."
+    for parameter, given, other in (
+        ("image_folder", image_folder, mask_folder),
+        ("mask_folder", mask_folder, image_folder),
+    ):
+        if not given:
+            raise CrackSegError(f"{parameter}: found none beside {other!r}, expected the names of both folders")
+    found = [(prefix, place / image_folder, place / mask_folder) for prefix, place in split_places(root)]
+    found = [pair for pair in found if pair[1].is_dir() or pair[2].is_dir()]
+    for index, parameter, given in ((1, "image_folder", image_folder), (2, "mask_folder", mask_folder)):
+        for place in [pair[index] for pair in found] or [root / given]:
+            if not place.is_dir():
+                names = subfolders(place.parent if place.parent.is_dir() else root)
+                close = nearest(given, names)
+                hint = f"; did you mean {close!r}?" if close else ""
+                raise CrackSegError(
+                    f"{parameter}: found no folder {given!r} in {place.parent}, "
+                    f"expected one of {first_few(names, 6)}{hint}"
+                )
+    return found
+
+
+# %% ../../nbs/sources/03_folders.ipynb #dd206539
 def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
     "Return (prefix, image folder, mask folder) for `root` or for each of its split folders."
     places = split_places(root)
@@ -284,7 +347,7 @@ def folder_pairs(root: Path) -> list[tuple[str, Path, Path]]:
             raise CrackSegError(
                 f"{images.parent}: found {images.name}/ but no folder of masks, expected {FOLDER_READER.layout}"
             )
-    return [places for places in found if places[1] and places[2]]
+    return [places for places in found if places[1] and places[2]] or sibling_pairs(root)
 
 
 # %% ../../nbs/sources/03_folders.ipynb #76c379cc
@@ -328,23 +391,31 @@ def left_out_beside(place: Path) -> list[str]:
 
 
 # %% ../../nbs/sources/03_folders.ipynb #121975dc
-def read_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
+def read_folder(
+    root: Path,
+    group_pattern: str | None = None,
+    image_folder: str = "",  # name of the folder of images, where none of IMAGE_FOLDERS and no end of a name tells it
+    mask_folder: str = "",
+) -> tuple[list[Sample], list[str]]:
     "Read a folder of `images/` and `masks/`, with the published split where sub-folders name one."
     samples, notes = [], []
-    found = [(prefix, *pair_folders(images, masks)) for prefix, images, masks in folder_pairs(root)]
+    places = named_pairs(root, image_folder, mask_folder) if image_folder or mask_folder else folder_pairs(root)
+    found = [(prefix, *pair_folders(images, masks)) for prefix, images, masks in places]
     for prefix, pairs, more in found or [(prefix, *pairs_beside(place)) for prefix, place in split_places(root)]:
         names = [(prefix + key, paths) for key, paths in pairs.items()]
         samples += [
             Sample(name, *paths, group_of(name, group_pattern) or name, split_of(name)) for name, paths in names
         ]
         notes += more
+    if places and places[0][1].parent == root and places[0][1].name.lower() not in IMAGE_FOLDERS:
+        notes += left_alone(root, places)
     return samples, notes + unread_folders(root) + group_notes(samples, group_pattern)
 
 
 # %% ../../nbs/sources/03_folders.ipynb #1fa7bd01
 FOLDER_READER = Reader(
     read_folder,
-    "images/ and masks/ with files of equal names (also img/, labels/, gt/ ...), or one folder with a.jpg and "
-    "a_mask.png (_label, _gt, _seg)",
+    "images/ and masks/ with files of equal names (also img/, labels/, walls_images/ and walls_masks/, or named by "
+    "image_folder and mask_folder), or one folder with a.jpg and a_mask.png (_label, _gt, _seg)",
     classes=None,
 )

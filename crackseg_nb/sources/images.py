@@ -19,6 +19,7 @@ __all__ = [
     "Content",
     "read_content",
     "as_content",
+    "Drawn",
     "naming",
     "TooLarge",
     "open_picture",
@@ -44,6 +45,16 @@ __all__ = [
     "id_values",
     "mask_values",
     "value_table",
+    "add_void",
+    "base_of",
+    "void_values",
+    "table_of",
+    "expected_of",
+    "colours_of",
+    "codes_of",
+    "painted_pixels",
+    "painted_values",
+    "describe_unknown",
     "matlab_values",
     "raw_values",
     "read_mask",
@@ -62,6 +73,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +82,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, LateModule, choose, first_few
-from .samples import Sample
+from .samples import COLOURS, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -107,9 +119,28 @@ def read_content(
         raise CrackSegError(f"{path}: cannot read it ({error.strerror}); expected {what}") from error
 
 
-def as_content(path) -> Content:
+def as_content(path, what: str = "an image") -> Content:
     "Return `path` if it is a Content, else read it."
-    return path if isinstance(path, Content) else read_content(path)
+    return path if isinstance(path, Content) else read_content(path, what)
+
+
+@dataclass(frozen=True)
+class Drawn(Content):
+    "Hold what describes the mask of one image, in the place of a picture of it, and the function that draws it."
+
+    draw: Callable = field(repr=False)  # (data) -> uint8 (H, W) of class ids and 255; found by its name
+    image: str = ""  # name of the image
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.image})"
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name} ({self.image})"
+
+    @property
+    def parent(self) -> Path:
+        return self.path.parent
 
 
 @contextmanager
@@ -469,6 +500,104 @@ EXPECTED = {
 }
 
 
+# %% ../../nbs/sources/02_images.ipynb #785fb6af
+def add_void(
+    encoding: str,  # a key of ENCODINGS
+    values=(),  # of masks that mean void, beside 255
+) -> str:
+    "Return the name of `encoding` in which `values` mean void as well, such as 'class_ids void 11,12'."
+    more = sorted({*values} - {VOID})
+    return f"{encoding} void {','.join(map(str, more))}" if more else encoding
+
+
+def base_of(encoding: str) -> str:
+    "Return an encoding's key in ENCODINGS, or COLOURS, without what the user said of values or colours."
+    return encoding.partition(" ")[0]
+
+
+def void_values(encoding: str) -> list[int]:
+    "Return the values that an encoding takes for void beside 255."
+    if base_of(encoding) == COLOURS:
+        return []
+    return [int(value) for value in encoding.partition(" void ")[2].split(",") if value]
+
+
+@lru_cache
+def table_of(encoding: str) -> np.ndarray:
+    "Return the table of an encoding from raw value to class; raise CrackSegError where there is none of this name."
+    if base_of(encoding) == COLOURS:
+        return ENCODINGS["class_ids"]  # what `painted_values` returns
+    table = ENCODINGS[choose("mask_encoding", base_of(encoding), ENCODINGS)].copy()
+    table[void_values(encoding)] = VOID
+    return table
+
+
+def expected_of(encoding: str) -> str:
+    "Return the values that an encoding expects, for an error."
+    more = "".join(f", {value}" for value in void_values(encoding))
+    return EXPECTED[base_of(encoding)].replace("and 255 (void)", f"and 255{more} (void)")
+
+
+# %% ../../nbs/sources/02_images.ipynb #8bacdf17
+def colours_of(encoding: str) -> dict[tuple[int, int, int], int]:
+    "Return the class id, or 255, of each colour in an encoding of painted masks."
+    painted, _, void = encoding.removeprefix(f"{COLOURS} ").partition(" void ")
+    colours = [[tuple(map(int, colour.split(","))) for colour in part.split(";") if colour] for part in (painted, void)]
+    return {colour: label for label, colour in enumerate(colours[0])} | dict.fromkeys(colours[1], VOID)
+
+
+def codes_of(colours) -> np.ndarray:
+    "Return colours (..., 3) as one number each."
+    return np.asarray(colours, np.uint32) @ np.array([65536, 256, 1], np.uint32)
+
+
+def painted_pixels(picture: Image.Image) -> np.ndarray:
+    "Return an upright mask's colours as uint8 (H, W, 3); raise CrackSegError where its alpha varies."
+    ImageOps.exif_transpose(picture, in_place=True)
+    planes = np.asarray(picture.convert("RGBA"))
+    if np.ptp(planes[..., 3]):
+        raise CrackSegError("found a transparency that varies, expected an opaque mask")
+    return planes[..., :3]
+
+
+def painted_values(
+    path,
+    encoding: str,  # `Paint.encoding`
+) -> np.ndarray:
+    "Read a mask painted in colours as uint8 (H, W) of class ids and 255; raise CrackSegError naming an unknown colour."
+
+    def decode(picture):
+        with naming(path):
+            if picture.format == "JPEG":
+                raise CrackSegError("found a JPEG mask, which smears colours; expected PNG")
+            if is_deep(picture):
+                raise CrackSegError("found more than 8 bits for each value, expected a mask of 8 bits")
+            return painted_pixels(picture)
+
+    pixels, known = open_picture(path, decode), colours_of(encoding)
+    labels = np.array([*known.values()], np.uint8)
+    codes, listed = codes_of(pixels), codes_of([*known])
+    order = listed.argsort()
+    place = order[np.searchsorted(listed[order], codes).clip(max=len(order) - 1)]
+    if (unknown := codes[listed[place] != codes]).size:
+        raise CrackSegError(f"{path}: {describe_unknown(unknown, known)}")
+    return labels[place]
+
+
+def describe_unknown(codes: np.ndarray, known: dict[tuple[int, int, int], int]) -> str:
+    "Return what is wrong with colours that are none of `known`, the most frequent one first."
+    values, counts = np.unique(codes, return_counts=True)
+    first = int(values[counts.argmax()])
+    colour = (first >> 16, first >> 8 & 255, first & 255)
+    nearest = min(known, key=lambda other: sum((value - part) ** 2 for value, part in zip(colour, other)))
+    others = f" and {counts.sum() - counts.max()} of {len(values) - 1} others" if len(values) > 1 else ""
+    found, expected = (",".join(map(str, shown)) for shown in (colour, nearest))
+    return (
+        f"found {counts.max()} pixels of the colour {found}{others}, expected the {len(known)} of class_colours "
+        f"(the nearest is {expected})"
+    )
+
+
 # %% ../../nbs/sources/02_images.ipynb #0a7502af
 def matlab_values(path) -> np.ndarray:
     "Read the segmentation of a CrackForest `groundTruth/*.mat` file as uint8 (H, W)."
@@ -495,21 +624,27 @@ def matlab_values(path) -> np.ndarray:
 # %% ../../nbs/sources/02_images.ipynb #d17eed21
 def raw_values(path, encoding: str = "auto") -> np.ndarray:
     "Read a mask file's raw values (H, W), from a picture or from CrackForest's MATLAB format."
-    return matlab_values(path) if encoding == "CrackForest" else mask_values(path, encoding == "class_ids")
+    if isinstance(path, Drawn):
+        with naming(path):
+            return path.draw(path.data)
+    base = base_of(encoding)
+    if base == COLOURS:
+        return painted_values(path, encoding)
+    return matlab_values(path) if base == "CrackForest" else mask_values(path, base == "class_ids")
 
 
 # %% ../../nbs/sources/02_images.ipynb #8402b1dc
 def read_mask(
     path,  # mask file
-    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS
+    encoding: str,  # `Source.mask_encoding`, a key of ENCODINGS or what `add_void` or `Paint` makes of it
 ) -> np.ndarray:
     "Read a mask as uint8 (H, W) of class ids and 255 (void); raise CrackSegError on values that the encoding lacks."
-    table = ENCODINGS[choose("mask_encoding", encoding, ENCODINGS)]
+    table = table_of(encoding)
     values = raw_values(path, encoding)
     mask = table.take(values)
     if (unknown := values[mask == UNKNOWN]).size:
         raise CrackSegError(
-            f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {EXPECTED[encoding]}"
+            f"{path}: found mask values {first_few(np.unique(unknown), 5)}, expected {expected_of(encoding)}"
         )
     return mask
 

@@ -34,11 +34,15 @@ from ..core.files import in_threads, raise_first
 from .duplicates import describe_tile, shrink, thumbnails, unit_vector
 from crackseg_nb.sources.images import (
     ENCODINGS,
-    EXPECTED,
     UNKNOWN,
     Content,
+    Drawn,
+    as_content,
+    base_of,
     check_same_size,
     check_single,
+    colours_of,
+    expected_of,
     find_white,
     image_size,
     is_jpeg,
@@ -48,9 +52,11 @@ from crackseg_nb.sources.images import (
     raw_values,
     read_content,
     read_pixels,
+    table_of,
     value_counts,
+    void_values,
 )
-from .samples import Classes, Sample
+from .samples import COLOURS, Classes, Sample
 
 
 # %% ../../nbs/sources/05_inspection.ipynb #2354763a
@@ -83,7 +89,7 @@ def used_colours(mask: Content, values: np.ndarray) -> dict[int, tuple[int, int,
 
 def inspect(
     sample: Sample,
-    encoding: str = "auto",  # of the masks, or a key of ENCODINGS
+    encoding: str = "auto",  # of the masks, or one that `read_mask` knows
     tiles: bool = False,  # describe the borders of the image as well
 ) -> FileFacts:
     "Open a sample's files once each; raise CrackSegError if one is damaged or their sizes differ."
@@ -108,15 +114,16 @@ def inspect(
         tile=describe_tile(image) if tiles else None,
     )
     if sample.mask:
-        mask = read_content(sample.mask, "a mask")
-        plain = encoding != "CrackForest" and not check_single(mask)
+        mask = as_content(sample.mask, "a mask")
+        picture = not isinstance(mask, Drawn) and base_of(encoding) != "CrackForest"
+        indexed = picture and not check_single(mask) and base_of(encoding) != COLOURS
         values = raw_values(mask, encoding)
         check_same_size(sample, size, values.shape[::-1], turned)
         facts |= dict(
             mask_digest=hashlib.sha256(mask.data).hexdigest(),
             values=value_counts(values),
             mask_is_jpeg=is_jpeg(mask),
-            colours=used_colours(mask, values) if plain else None,
+            colours=used_colours(mask, values) if indexed else None,
             mask_content=hashlib.sha256(np.ascontiguousarray(values)).hexdigest(),
         )
     return FileFacts(**facts)
@@ -125,7 +132,8 @@ def inspect(
 # %% ../../nbs/sources/05_inspection.ipynb #3a7d60c5
 def inspect_all(samples: list[Sample], encoding: str = "auto", tiles: bool = False) -> dict[str, FileFacts]:
     "Inspect all samples; return the facts by name; raise the first CrackSegError, saying how many more there are."
-    choose("mask_encoding", encoding, ["auto", *ENCODINGS])
+    if base_of(encoding) != COLOURS:
+        choose("mask_encoding", base_of(encoding), ["auto", *ENCODINGS])
     found = in_threads(partial(inspect, encoding=encoding, tiles=tiles), samples, "inspection")
     raise_first(found)
     return {sample.name: facts for sample, facts in zip(samples, found)}
@@ -188,10 +196,16 @@ def decide_encoding(samples: list[Sample], facts: list[FileFacts]) -> str:
 
 
 # %% ../../nbs/sources/05_inspection.ipynb #8c0a8290
-def check_ids(samples: list[Sample], facts: list[FileFacts], classes: Classes) -> None:
+def check_ids(
+    samples: list[Sample],
+    facts: list[FileFacts],
+    classes: Classes,
+    void=(),  # values that mean void, beside 255
+) -> None:
     "Raise CrackSegError naming the first mask that holds anything but ids of `classes` and void."
-    expected = f"0 to {len(classes) - 1} ({first_few(classes.names, 6)}) or {VOID} for void"
-    known, errors = {*range(len(classes)), VOID}, []
+    voids = [*void, VOID]
+    expected = f"0 to {len(classes) - 1} ({first_few(classes.names, 6)}) or {' or '.join(map(str, voids))} for void"
+    known, errors = {*range(len(classes)), *voids}, []
     for sample, fact in zip(samples, facts):
         if fact.mask_is_jpeg:
             errors.append(f"{sample.mask}: found a JPEG mask, which smears class ids; expected PNG")
@@ -228,10 +242,10 @@ def check_palettes(samples: list[Sample], facts: dict[str, FileFacts]) -> None:
 # %% ../../nbs/sources/05_inspection.ipynb #c25ea9d1
 def unknown_values(sample: Sample, facts: FileFacts, encoding: str) -> CrackSegError | None:
     "Return the error that a mask holds values which `encoding` does not know, or None."
-    unknown = np.flatnonzero((ENCODINGS[encoding] == UNKNOWN) & (facts.values > 0)).tolist()
+    unknown = np.flatnonzero((table_of(encoding) == UNKNOWN) & (facts.values > 0)).tolist()
     if not unknown:
         return None
-    expected = EXPECTED[encoding]
+    expected = expected_of(encoding)
     return CrackSegError(f"{sample.mask}: found mask values {first_few(unknown, 5)}, expected {expected}")
 
 
@@ -239,7 +253,7 @@ def unknown_values(sample: Sample, facts: FileFacts, encoding: str) -> CrackSegE
 def settle_encoding(
     samples: list[Sample],
     facts: dict[str, FileFacts],  # by name, see `inspect_all`
-    encoding: str = "auto",  # or the key of ENCODINGS that they were inspected with
+    encoding: str = "auto",  # or the encoding that they were inspected with
     classes: Classes = Classes(),  # that 'class_ids' may name
 ) -> tuple[str, list[str]]:
     "Return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
@@ -247,16 +261,23 @@ def settle_encoding(
     found = [facts[sample.name] for sample in samples]
     if encoding == "auto":
         encoding = decide_encoding(samples, found)
-    if encoding == "class_ids":
-        check_ids(samples, found, classes)
+    base, void = base_of(encoding), void_values(encoding)
+    if base == "class_ids":
+        check_ids(samples, found, classes, void)
     raise_first([error for sample, fact in zip(samples, found) if (error := unknown_values(sample, fact, encoding))])
     notes = []
+    if base == COLOURS:
+        unclear = sum(bool(fact.values[VOID]) for fact in found)
+        notes.append(f"masks are painted in {len(colours_of(encoding))} colours; {unclear} of them hold void")
     if encoding == "threshold":
         notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
-    if encoding in ("ids", "class_ids") and any(fact.values[VOID] for fact in found):
+    if base in ("ids", "class_ids") and any(fact.values[VOID] for fact in found):
         notes.append("mask value 255 means void")
+    for value in void:
+        seen = sum(bool(fact.values[value]) for fact in found)
+        notes.append(f"mask value {value} means void" if seen else f"mask value {value}, to mean void, is in no mask")
     blunt = [sample.name for sample, fact in zip(samples, found) if VOID in occurring(fact) <= {0, VOID}]
-    if encoding == "class_ids" and blunt:
+    if base == "class_ids" and blunt:
         notes.append(f"{len(blunt)} masks hold no class but 0, and 255, which is void ({first_few(blunt)})")
     if turned := sum(fact.turned for fact in found):
         notes.append(f"{turned} images are turned by their EXIF orientation")
@@ -269,7 +290,7 @@ def class_counts(sample: Sample, facts: FileFacts, encoding: str) -> np.ndarray:
     if error := unknown_values(sample, facts, encoding):
         raise error
     counts = np.zeros(256, np.int64)
-    np.add.at(counts, ENCODINGS[encoding], facts.values)
+    np.add.at(counts, table_of(encoding), facts.values)
     return counts
 
 

@@ -5,17 +5,28 @@
 # %% auto #0
 __all__ = [
     "MAX_CLASSES",
+    "VOID_NAMES",
+    "COLOURS",
+    "COLOUR_FIRST",
+    "NAME_FIRST",
     "LABELS",
     "voc_colours",
     "check_names",
     "check_colours",
     "Classes",
+    "Paint",
+    "parse_colour",
+    "entries_of",
+    "entries_of_file",
+    "read_paint",
     "Sample",
     "Source",
     "Reader",
 ]
 
 # %% ../../nbs/sources/01_samples.ipynb #d114b812
+import csv
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,6 +106,105 @@ class Classes:
         return 1 if self.binary else len(self)
 
 
+# %% ../../nbs/sources/01_samples.ipynb #575b3f8a
+VOID_NAMES = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")
+COLOURS = "colours"  # mask encoding of masks that are painted
+COLOUR_FIRST = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,:]+(.*?))?")
+NAME_FIRST = re.compile(r"(?:(.*?)[\s,:=]+)?[\[(]*(\d+) *, *(\d+) *, *(\d+)\W*")
+
+
+@dataclass(frozen=True)
+class Paint:
+    "Hold the colours in which masks are painted, in the order of the classes."
+
+    colours: tuple[tuple[int, int, int], ...]
+    names: tuple[str, ...] = ()  # of the classes, where they are told
+    void: tuple[tuple[int, int, int], ...] = ()  # what counts nowhere
+
+    def __str__(self) -> str:
+        names = self.names or [""] * len(self.colours)
+        named = [*zip(names, self.colours), *(("void", colour) for colour in self.void)]
+        return "; ".join(f"{name} {','.join(map(str, colour))}".strip() for name, colour in named)
+
+    @property
+    def encoding(self) -> str:
+        "How `read_mask` is to understand such masks."
+        classes, void = (
+            ";".join(",".join(map(str, colour)) for colour in colours) for colours in (self.colours, self.void)
+        )
+        return f"{COLOURS} {classes}{f' void {void}' if void else ''}"
+
+
+# %% ../../nbs/sources/01_samples.ipynb #0ad2478f
+def parse_colour(entry: str) -> tuple[str, tuple[int, int, int]]:
+    "Return the name, empty if there is none, and the colour in an entry such as 'crack 128,0,0' or '128 0 0 crack'."
+    if match := COLOUR_FIRST.fullmatch(entry.strip()):
+        *numbers, name = match.groups()
+    elif match := NAME_FIRST.fullmatch(entry.strip()):
+        name, *numbers = match.groups()
+    else:
+        numbers = ["256"]
+    colour = tuple(map(int, numbers))
+    if max(colour) > 255:
+        raise CrackSegError(
+            f"class_colours: found {entry.strip()!r}, expected red, green and blue from 0 to 255 in the order of the "
+            "classes, such as '0,0,0; 128,0,0; void 64,64,64'"
+        )
+    return (name or "").strip(" '\""), colour
+
+
+def entries_of(text: str) -> list[str]:
+    "Return the entries of a text with semicolons, or of a list of lists."
+    return [entry for entry in re.split(r"[;\n]|[\])]\s*,", text.strip("[]() ")) if entry.strip(" []()")]
+
+
+def entries_of_file(path: Path) -> list[str]:
+    "Return the entries of a table of name, r, g, b, or of lines such as '128 0 0 crack' and 'crack:128,0,0::'."
+    try:
+        lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip() and line[0] != "#"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CrackSegError(
+            f"class_colours: cannot read {path} ({getattr(error, 'strerror', '') or 'no text'}), expected a text file "
+            "with a line for each class, such as crack,128,0,0"
+        ) from error
+    header = [name.strip().lower() for name in (lines or [""])[0].split(",")]
+    for columns in (["r", "g", "b"], ["red", "green", "blue"]):
+        if {*columns} <= {*header}:
+            rows = [dict(zip(header, row)) for row in csv.reader(lines[1:])]
+            return [f"{row.get('name', '')} {','.join(row.get(column, '') for column in columns)}" for row in rows]
+    return lines
+
+
+def read_paint(
+    text: str,  # colours, or the path of a .csv or .txt file
+    *folders: Path,  # in which a file is looked for as well
+) -> Paint:
+    "Return the colours in which masks are painted; raise CrackSegError where they are unclear."
+    if Path(text.strip()).suffix.lower() in (".csv", ".txt"):
+        places = [Path(folder).expanduser() / Path(text.strip()).expanduser() for folder in ("", *folders)]
+        entries = entries_of_file(next((place for place in places if place.is_file()), places[0]))
+    else:
+        entries = entries_of(text)
+    named = [parse_colour(entry) for entry in entries]
+    classes = [(name, colour) for name, colour in named if name.lower() not in VOID_NAMES]
+    names, colours = [name for name, _ in classes], [colour for _, colour in classes]
+    if not 2 <= len(colours) <= MAX_CLASSES:
+        raise CrackSegError(
+            f"class_colours: found {len(colours)} colours in {text!r}, expected 2 to {MAX_CLASSES}, one for each class"
+        )
+    if twice := [colour for colour, count in Counter(colour for _, colour in named).items() if count > 1]:
+        raise CrackSegError(
+            f"class_colours: found {','.join(map(str, twice[0]))} more than once, expected different colours"
+        )
+    if any(names) and not all(names):
+        raise CrackSegError(
+            f"class_colours: found no name for {','.join(map(str, colours[names.index('')]))}, "
+            "expected a name for each colour or for none"
+        )
+    void = tuple(colour for name, colour in named if name.lower() in VOID_NAMES)
+    return Paint(tuple(colours), check_names(names) if any(names) else (), void)
+
+
 # %% ../../nbs/sources/01_samples.ipynb #ce02e02e
 @dataclass(frozen=True)
 class Sample:
@@ -102,7 +212,7 @@ class Sample:
 
     name: str  # unique within its source
     image: Path
-    mask: Path | None  # None: the image as a whole has a label
+    mask: Path | None  # or what describes it, `Drawn`; None: the image as a whole has a label
     group: str  # samples of one group show the same photo
     split: str | None = None  # 'train', 'val' or 'test' as published, or None
     label: int | None = None  # id of the class of the whole image
@@ -130,9 +240,10 @@ class Source:
     def __repr__(self) -> str:
         groups = len({sample.group for sample in self.samples})
         classes, labelled = f"{len(self.classes)} classes", self.mask_encoding == LABELS
+        painted = self.mask_encoding.startswith(f"{COLOURS} ")
         told = [
             *([] if self.classes.binary and not labelled else [classes]),
-            LABELS if labelled else f"masks {self.mask_encoding!r}",
+            LABELS if labelled else f"masks {COLOURS if painted else self.mask_encoding!r}",
         ]
         return f"Source({self.name!r}, {len(self)} images, {groups} groups, {', '.join(told)})"
 
@@ -148,5 +259,6 @@ class Reader:
     classes: Classes | None = Classes()  # of the published masks; None: any that the user names, or those of `labels`
     fetch: Callable | None = None  # () -> root, for a set that can be downloaded
     labels: Callable | None = None  # (root) -> names of the classes, where images carry labels and no masks
+    names: Callable | None = None  # (root) -> names of the classes, where annotation files name them
     group: Callable | None = None  # (samples, facts) -> (samples, notes), where pictures tell which share a photo
     tiles: bool = False  # `group` compares the borders of images
