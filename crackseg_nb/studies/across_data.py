@@ -99,7 +99,7 @@ def score_on(
     table["tp"] = ((table["crack_pixels"] + table["predicted_pixels"]) * table["f1"] / 2).round().astype(int)
     table["fp"], table["fn"] = table["predicted_pixels"] - table["tp"], table["crack_pixels"] - table["tp"]
     table.insert(1, "group", [splits.test[index].group for index in table["index"]])
-    return table.assign(model=model, set=dataset.name, threshold=threshold)
+    return table.assign(model=trained.folder.name, set=dataset.name, threshold=threshold)
 
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d10
