@@ -93,7 +93,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    "Leave what was imported and collected out of every later garbage collection: a million objects, at each of them."
+    "Let garbage collections pass over the million objects that imports and collection left; each would take a second."
     gc.collect()
     gc.freeze()
 

@@ -16,7 +16,7 @@ from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training.checkpoint import load_checkpoint, save_checkpoint
 
-KEPT = ("config.yaml", "environment.yaml", "final_results.yaml", "splits.yaml", "status.yaml")
+KEPT = ("config.yaml", "splits.yaml", "status.yaml")
 
 
 def halved(source: Path, target: Path) -> None:
@@ -33,16 +33,18 @@ def halved(source: Path, target: Path) -> None:
 def main(name: str) -> None:
     source = find_finished_run("run", name).path
     half = source.with_name(f"{source.name}-half")
-    shutil.rmtree(half, ignore_errors=True)
+    tested = source.with_name(f"{source.name}-tested")
+    for folder in (half, tested):  # of a former time
+        shutil.rmtree(folder, ignore_errors=True)
     halved(source, half)
-    tested = run(
+    run(
         configure(
             config=str(source / "config.yaml"),
             fine_tune=display_path(half),
             epochs=0,
-            run_name=f"{source.name}-tested",
+            run_name=tested.name,
         )
-    ).folder
+    )
     folder = ready_folder()
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(half, folder)

@@ -3015,6 +3015,10 @@ d = {
             ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.check_reader_options": (
+                "runs/config.html#check_reader_options",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.check_weighted_loss": (
                 "runs/config.html#check_weighted_loss",
                 "crackseg_nb/runs/config.py",
@@ -3206,10 +3210,6 @@ d = {
                 "runs/experiment.html#mark_ended",
                 "crackseg_nb/runs/experiment.py",
             ),
-            "crackseg_nb.runs.experiment.mark_failed": (
-                "runs/experiment.html#mark_failed",
-                "crackseg_nb/runs/experiment.py",
-            ),
             "crackseg_nb.runs.experiment.mark_unfinished": (
                 "runs/experiment.html#mark_unfinished",
                 "crackseg_nb/runs/experiment.py",
@@ -3223,6 +3223,10 @@ d = {
             "crackseg_nb.runs.experiment.run": ("runs/experiment.html#run", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.run_of_weights": (
                 "runs/experiment.html#run_of_weights",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.states_of": (
+                "runs/experiment.html#states_of",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.step": ("runs/experiment.html#step", "crackseg_nb/runs/experiment.py"),
@@ -3573,6 +3577,10 @@ d = {
                 "sources/annotations.html#images.left_out",
                 "crackseg_nb/sources/annotations.py",
             ),
+            "crackseg_nb.sources.annotations.check_entry": (
+                "sources/annotations.html#check_entry",
+                "crackseg_nb/sources/annotations.py",
+            ),
             "crackseg_nb.sources.annotations.class_id": (
                 "sources/annotations.html#class_id",
                 "crackseg_nb/sources/annotations.py",
@@ -3613,6 +3621,14 @@ d = {
                 "sources/annotations.html#fill_shape",
                 "crackseg_nb/sources/annotations.py",
             ),
+            "crackseg_nb.sources.annotations.finite_points": (
+                "sources/annotations.html#finite_points",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.json_files": (
+                "sources/annotations.html#json_files",
+                "crackseg_nb/sources/annotations.py",
+            ),
             "crackseg_nb.sources.annotations.labelme_files": (
                 "sources/annotations.html#labelme_files",
                 "crackseg_nb/sources/annotations.py",
@@ -3623,6 +3639,10 @@ d = {
             ),
             "crackseg_nb.sources.annotations.labelme_shape": (
                 "sources/annotations.html#labelme_shape",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.parsed": (
+                "sources/annotations.html#parsed",
                 "crackseg_nb/sources/annotations.py",
             ),
             "crackseg_nb.sources.annotations.polygon_patch": (
@@ -3639,10 +3659,6 @@ d = {
             ),
             "crackseg_nb.sources.annotations.read_labelme": (
                 "sources/annotations.html#read_labelme",
-                "crackseg_nb/sources/annotations.py",
-            ),
-            "crackseg_nb.sources.annotations.split_below": (
-                "sources/annotations.html#split_below",
                 "crackseg_nb/sources/annotations.py",
             ),
             "crackseg_nb.sources.annotations.split_of_file": (
@@ -3795,6 +3811,10 @@ d = {
             "crackseg_nb.sources.folders.split_of": ("sources/folders.html#split_of", "crackseg_nb/sources/folders.py"),
             "crackseg_nb.sources.folders.split_places": (
                 "sources/folders.html#split_places",
+                "crackseg_nb/sources/folders.py",
+            ),
+            "crackseg_nb.sources.folders.split_word": (
+                "sources/folders.html#split_word",
                 "crackseg_nb/sources/folders.py",
             ),
             "crackseg_nb.sources.folders.subfolder": (
@@ -4116,8 +4136,8 @@ d = {
                 "sources/registry.html#check_folder",
                 "crackseg_nb/sources/registry.py",
             ),
-            "crackseg_nb.sources.registry.check_no_void": (
-                "sources/registry.html#check_no_void",
+            "crackseg_nb.sources.registry.check_no_mask_options": (
+                "sources/registry.html#check_no_mask_options",
                 "crackseg_nb/sources/registry.py",
             ),
             "crackseg_nb.sources.registry.choose_classes": (
@@ -4259,12 +4279,36 @@ d = {
             ),
         },
         "crackseg_nb.studies.across_data": {
+            "crackseg_nb.studies.across_data.AcrossConfig": (
+                "studies/across_data.html#acrossconfig",
+                "crackseg_nb/studies/across_data.py",
+            ),
             "crackseg_nb.studies.across_data.DataSet": (
                 "studies/across_data.html#dataset",
                 "crackseg_nb/studies/across_data.py",
             ),
+            "crackseg_nb.studies.across_data.OpenedSet": (
+                "studies/across_data.html#openedset",
+                "crackseg_nb/studies/across_data.py",
+            ),
             "crackseg_nb.studies.across_data.across_table": (
                 "studies/across_data.html#across_table",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.begin_across": (
+                "studies/across_data.html#begin_across",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.finish_across": (
+                "studies/across_data.html#finish_across",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.open_crack_model": (
+                "studies/across_data.html#open_crack_model",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.open_set": (
+                "studies/across_data.html#open_set",
                 "crackseg_nb/studies/across_data.py",
             ),
             "crackseg_nb.studies.across_data.parse_sets": (
@@ -4281,10 +4325,6 @@ d = {
             ),
             "crackseg_nb.studies.across_data.show_across": (
                 "studies/across_data.html#show_across",
-                "crackseg_nb/studies/across_data.py",
-            ),
-            "crackseg_nb.studies.across_data.unseen_images": (
-                "studies/across_data.html#unseen_images",
                 "crackseg_nb/studies/across_data.py",
             ),
         },

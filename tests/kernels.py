@@ -69,7 +69,7 @@ def serve(address, owner):
     listener.listen()
     listener.settimeout(2)
     while is_running(owner):
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, json.JSONDecodeError):  # a client may be gone before its order
             connection, _ = listener.accept()
             with connection, connection.makefile() as lines:
                 order = json.loads(lines.readline())

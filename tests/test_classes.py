@@ -189,7 +189,7 @@ def test_smeared_ids_are_refused(tmp_path):
 def test_cracks_of_0_and_255_are_not_taken_for_void(tmp_path):
     write_folder(tmp_path, [CRACK * 255] * 3)
     for names in (NAMES, NAMES[:2]):
-        one_line(lambda names=names: read_ids(tmp_path, class_names=names), "found only 0 and 255 in all masks")
+        one_line(lambda names=names: read_ids(tmp_path, class_names=names), "found only 0 and void in all masks")
     source = read_ids(tmp_path, class_names=("wall", "crack"), mask_encoding="0/255")
     assert source.classes.names == ("wall", "crack") and (read_mask(source.samples[0].mask, "0/255") == CRACK).all()
     one_line(

@@ -7,7 +7,16 @@ import pytest
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root, write_yaml
 from crackseg_nb.core.run_folder import create_run_folder
-from crackseg_nb.runs.config import DataConfig, coerce, config_to_dict, configure, notebook_settings
+from crackseg_nb.runs.config import (
+    NOT_THE_RESULT,
+    DataConfig,
+    coerce,
+    config_to_dict,
+    configure,
+    differences,
+    notebook_settings,
+    read_config,
+)
 from crackseg_nb.runs.recipes import RECIPES
 
 PHOTOS = dict(data="folder", data_dir="photos", class_names="wall,crack,rust")
@@ -134,11 +143,23 @@ def test_one_number_stands_for_a_sequence_of_one_in_a_notebook():
 
 
 def test_the_recipe_for_thin_cracks_is_what_its_run_was_trained_with():
-    trained = configure(config=project_root() / "outputs" / "deepcrack-unet_lite1" / "config.yaml")
+    trained = read_config(project_root() / "outputs" / "deepcrack-unet_lite1" / "config.yaml")
     own = configure(recipe="crack_unet", data="DeepCrack", data_dir="data/DeepCrack")
-    one, other = (
-        {name: value for section in config_to_dict(config).values() for name, value in section.items()}
-        for config in (trained, own)
-    )
-    machine = {"device", "preload", "pretrained", "amp"}  # settled there
-    assert {name for name in one if one[name] != other[name]} <= {"recipe", "run_name", *machine}
+    settings = {name: value for section in config_to_dict(own).values() for name, value in section.items()}
+    known = {name: settings[name] for name in trained}  # the run is older than some settings
+    assert {*differences(known, trained, NOT_THE_RESULT)} <= {"recipe", "device"}
+
+
+def test_what_was_not_settled_may_be_changed_beside_resume_where_it_leaves_the_numbers_alone():
+    assert differences({"amp": "off", "pretrained": "false"}, {"amp": "auto", "pretrained": "auto"}) == [
+        "amp",
+        "pretrained",
+    ]
+    assert differences({"amp": "auto", "pretrained": "auto"}, {"amp": "bf16", "pretrained": "false"}) == []
+
+
+@pytest.mark.parametrize("settings", [dict(image_folder="x"), dict(line_width=3), dict(group_pattern="a")])
+def test_options_that_the_reader_does_not_take_are_refused_at_once(settings):
+    for data in (dict(), dict(data="DeepCrack", data_dir="x")):
+        with pytest.raises(CrackSegError, match=f"{next(iter(settings))}: found .* which does not take it"):
+            configure(**settings, **data)

@@ -1,5 +1,7 @@
 """What people bring as it is: ids that mean void, painted masks, annotation files; each is read by parameters alone."""
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -55,7 +57,13 @@ def test_a_void_beside_two_classes(tmp_path):
     # 255 is void already; said aloud, it settles what 0 and 255 mean, and nothing but void is no data.
     write_folder(tmp_path / "full", [CRACK * 255] * 2)
     assert read_source("folder", tmp_path / "full").mask_encoding == "0/255"
-    one_line(lambda: read_source("folder", tmp_path / "full", ignore_index=255), "found only 0 and 255 in all masks")
+    one_line(lambda: read_source("folder", tmp_path / "full", ignore_index=255), "found only 0 and void in all masks")
+    # Trimaps hold a void beside a crack of 255, which as a class id is void as well.
+    trimap = np.where(np.arange(60) < 20, 128, CRACK * 255).astype(np.uint8)
+    write_folder(tmp_path / "trimap", [trimap, trimap])
+    one_line(lambda: read_source("folder", tmp_path / "trimap", ignore_index=128), "found only 0 and void", "void ...'")
+    painted = read_source("folder", tmp_path / "trimap", class_colours="0,0,0; 255,255,255; void 128,128,128")
+    assert (mask_of(painted) == np.where(trimap == 128, VOID, CRACK)).all()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +333,12 @@ def test_coco_crowds_and_void(tmp_path):
         ([annotation(1, 4, {"size": [40, 60]})], {}, "marks.json (a.png): found run lengths of 0 pixels"),
         ([annotation(1, 77, BOX)], {}, "found the class 'category 77', expected one of class_names"),
         ([annotation(1, 9, BOX)], dict(class_names=("wall", "spal")), "found the class 'spall'"),
+        ([annotation(1, 4, BOX)], dict(class_names=("crack", "spall")), "class_names such as background,crack,spall"),
+        ([annotation(7, 9, BOX)], {}, "found annotations of image_id 7, expected ids of its images"),
+        ([None], {}, "marks.json: found an entry of annotations with image_id none, expected a number or text"),
+        ([annotation(1, "9", BOX)], {}, "an entry of annotations with category_id '9', expected a number"),
+        ([annotation(1, 9, "outline")], {}, "found annotation 1 without a list of polygons"),
+        ([annotation(1, 9, [[float("nan"), 2, 3, 4, 5, 6]])], {}, "found a shape that cannot be drawn"),
         ([annotation(1, 9, BOX)], dict(ignore_index=3), "ignore_index: found 3 with data coco"),
         ([annotation(1, 9, BOX)], dict(class_colours=NAMED), "class_colours: found sky"),
         ([annotation(1, 9, BOX)], dict(mask_encoding="0/255"), "mask_encoding: found '0/255', expected one of"),
@@ -333,6 +347,25 @@ def test_coco_crowds_and_void(tmp_path):
 def test_coco_files_that_are_refused(tmp_path, annotations, options, part):
     write_coco(tmp_path / "marks.json", ["a.png"], annotations)
     one_line(lambda: read_source("coco", tmp_path, **options), part)
+
+
+@pytest.mark.parametrize(
+    ("entry", "part"),
+    [
+        (dict(width="60"), "an entry of images with width '60', expected a number"),
+        (dict(width=None), "an entry of images with width None"),
+        (dict(width=-60), "found the size (-60, 40) for a.png, expected width and height in pixels"),
+        (dict(height=float("inf")), "found the size (60, inf)"),
+        (dict(file_name=7), "an entry of images with file_name 7, expected text"),
+        (dict(id=None), "an entry of images with id None"),
+    ],
+)
+def test_coco_images_that_are_refused(tmp_path, entry, part):
+    write_coco(tmp_path / "marks.json", ["a.png"], [annotation(1, 9, BOX)])
+    content = json.loads((tmp_path / "marks.json").read_text())
+    content["images"][0] |= entry
+    (tmp_path / "marks.json").write_text(json.dumps(content))
+    one_line(lambda: read_source("coco", tmp_path), "marks.json", part)
 
 
 def test_images_of_a_coco_file(tmp_path):
@@ -367,7 +400,17 @@ def test_a_run_keeps_the_classes_of_annotation_files(tmp_path):
     assert configure(**config_to_dict(config)).data.classes == config.data.classes  # without a look at the data
     one_line(lambda: configure(data="coco", data_dir=str(tmp_path), loss="ce"), "found no .json file")
     write_coco(tmp_path / "marks.json", ["a.png"], [], [{"id": 1}])
-    one_line(lambda: read_source("coco", tmp_path), "marks.json: found an entry of categories without name")
+    one_line(
+        lambda: read_source("coco", tmp_path), "marks.json: found an entry of categories with name none, expected text"
+    )
+
+
+def write_labelme(path, shapes, **more):
+    "Write a labelme file for the photo of its name, or of `imagePath`; return its content."
+    size = dict(imageHeight=40, imageWidth=60)
+    content = {"imagePath": f"{path.stem}.jpg", "imageData": None, **size, "shapes": shapes, **more}
+    path.write_text(json.dumps(content))
+    return content
 
 
 def test_labelme(tmp_path):
@@ -378,8 +421,7 @@ def test_labelme(tmp_path):
     for name, shapes in marks.items():
         Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.jpg")
         shapes = [{"label": label, "shape_type": kind, "points": points} for label, kind, points in shapes]
-        content = {"imagePath": f"{name}.jpg", "imageData": None, "imageHeight": 40, "imageWidth": 60, "shapes": shapes}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        content = write_labelme(tmp_path / f"{name}.json", shapes)
     one_line(lambda: read_source("labelme", tmp_path), "a.json: found a linestrip (crack), which has no width")
     config = configure(data="labelme", data_dir=str(tmp_path), line_width=4, loss="ce", class_names="wall,spall,crack")
     source = find_source(config)
@@ -389,6 +431,49 @@ def test_labelme(tmp_path):
     content["shapes"][0]["shape_type"] = "point"
     (tmp_path / "b.json").write_text(json.dumps(content))
     one_line(lambda: find_source(config), "b.json: found a shape of type 'point' (spall), expected polygon, rectangle")
+
+
+def polygon(**more):
+    return {"label": "crack", "shape_type": "polygon", "points": [[5, 5], [25, 5], [25, 15], [5, 15]], **more}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "part"),
+    [
+        (None, {}, "found a shape with label none, expected text"),
+        (polygon(label=3), {}, "found a shape with label 3"),
+        (polygon(shape_type=[]), {}, "found a shape with shape_type [], expected text"),
+        (polygon(points=5), {}, "found a shape with points 5, expected a list"),
+        (polygon(points=[[1, 2]]), {}, "found a polygon of 1 points (crack), expected 3 or more"),
+        (polygon(points=[["a", 2]] * 3), {}, "found a shape that cannot be drawn"),
+        (polygon(shape_type="mask"), {}, "found a shape with mask none, expected text"),
+        (polygon(shape_type="mask", mask="bm90IGEgcGljdHVyZQ=="), {}, "found a shape that cannot be drawn"),
+        (polygon(), dict(class_names=("crack", "spall")), "class_names such as background,crack,spall"),
+        (
+            polygon(),
+            dict(class_names=("wall", "cracks")),
+            "'crack' (did you mean 'cracks'?), expected one of class_names",
+        ),
+    ],
+)
+def test_labelme_files_that_are_refused(tmp_path, shape, options, part):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg")
+    write_labelme(tmp_path / "a.json", [shape])
+    one_line(lambda: read_source("labelme", tmp_path, **options), "a.json", part)
+
+
+def test_labelme_masks_and_the_image_they_belong_to(tmp_path):
+    small = io.BytesIO()
+    Image.fromarray(np.full((6, 9), 255, np.uint8)).save(small, "PNG")
+    text = base64.b64encode(small.getvalue()).decode()
+    for suffix in (".jpg", ".png"):
+        Image.new("RGB", (60, 40)).save(tmp_path / f"a{suffix}")
+    shapes = [polygon(shape_type="mask", mask=text, points=[corner, [8, 5]]) for corner in ([-4, -2], [57, 20])]
+    write_labelme(tmp_path / "a.json", shapes, imagePath="..\\photos\\a.png")
+    source = read_source("labelme", tmp_path)
+    assert source.samples[0].image.name == "a.png" and "(a.jpg)" in source.notes[0]
+    mask = mask_of(source)
+    assert mask.sum() == 5 * 4 + 3 * 6 and mask[:4, :5].all() and mask[20:26, 57:].all()
 
 
 # ---- folders by other names
@@ -430,3 +515,20 @@ def test_folders_that_are_named(tmp_path, place):
     )
     config = configure(data="folder", data_dir=str(tmp_path), image_folder="walls 2021", mask_folder="truth")
     assert len(find_source(config)) == len(source)
+
+
+def test_two_mask_folders_for_one_folder_of_images(tmp_path):
+    write_folder(tmp_path, [CRACK * 255] * 2, folders=("train", "train_labels"))
+    write_folder(tmp_path, [CRACK * 255] * 2, folders=("train", "trainannot"))
+    one_line(
+        lambda: read_source("folder", tmp_path),
+        "found the mask folders train_labels and trainannot for train, expected one, or the parameters image_folder",
+    )
+    assert len(read_source("folder", tmp_path, image_folder="train", mask_folder="trainannot")) == 2
+
+
+def test_classes_whose_names_are_numbers(tmp_path):
+    root = write_folder(tmp_path, [np.repeat(CRACK[..., None] * 9, 3, 2)] * 2)
+    (root / "class_dict.csv").write_text("name,r,g,b\n0,0,0,0\n1,9,9,9\n")
+    assert read_source("folder", root, class_colours="class_dict.csv").classes.names == ("0", "1")
+    one_line(lambda: read_source("folder", root, class_colours="0,0,0; 9,9,9 7"), "class_colours: found '9,9,9 7'")

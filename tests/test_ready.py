@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from crackseg_nb import load_model, predict
-from crackseg_nb.core.files import project_root, read_yaml
+from crackseg_nb.core.files import project_root, read_yaml, sha256_file
 from crackseg_nb.core.run_folder import READY, find_run_folder, ready_folder
 from crackseg_nb.inference.commands import predict_main
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import prepare
 from crackseg_nb.runs.trained_model import open_model
-from crackseg_nb.sources.images import read_image
+from crackseg_nb.sources.images import normalize, read_image
 from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,6 +35,8 @@ def test_it_is_small_and_every_tensor_is_learned():
 def test_its_results_are_those_of_the_run_that_tested_its_weights():
     tested = project_root() / "outputs" / "ready-free-tested"
     assert (ready_folder() / "final_results.yaml").read_bytes() == (tested / "final_results.yaml").read_bytes()
+    (weights,) = (ready_folder() / "checkpoints").glob("*.safetensors")
+    assert sha256_file(weights) == read_yaml(tested / "environment.yaml")["weights"]["sha256"]
     trained = read_yaml(project_root() / "outputs" / "ready-free" / "final_results.yaml")
     stored = read_yaml(ready_folder() / "final_results.yaml")
     assert stored["test"]["threshold"] == trained["test"]["threshold"]
@@ -52,11 +56,22 @@ def test_it_finds_drawn_cracks(drawn, tmp_path):
     assert both / (found + true - both) > 0.4
 
 
+def test_a_model_of_ones_own_begins_with_it(drawn, tmp_path):
+    settings = dict(
+        data_dir=str(drawn), mask_encoding="auto", group_pattern="", image_size=64, fractions="0.5,0.25,0.25"
+    )
+    config = configure(
+        config=str(ready_folder() / "config.yaml"), fine_tune=READY, epochs=0, outputs=str(tmp_path), **settings
+    )
+    begun = prepare(config)
+    assert " 0 missing, 0 unexpected, 0 mismatched" in begun.built.model.weights["report"]
+    begun.folder.mark("stopped")
+
+
 def test_a_plain_wall_has_no_crack():
-    wall = np.random.default_rng(0).normal(150, 4, (1, 3, 128, 128)).astype(np.float32) / 255
-    mean, deviation = (np.array(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    wall = np.random.default_rng(0).normal(150, 4, (128, 128, 3)).astype(np.uint8)
     with torch.inference_mode():
-        probability = load_model(READY)(torch.from_numpy(((wall - mean) / deviation).astype(np.float32))).sigmoid()
+        probability = load_model(READY)(normalize(wall)[None]).sigmoid()
     assert (probability > open_model(READY).threshold).float().mean() < 0.002
 
 

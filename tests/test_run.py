@@ -184,7 +184,9 @@ def test_the_command_stops_and_resumes_a_real_run(tmp_path):
 
 def test_the_command_leaves_out_what_was_tried_in_the_notebook(tmp_path, monkeypatch, capsys):
     edited, given = tmp_path / "run_experiment.ipynb", {}
-    cell = nbformat.v4.new_code_cell("epochs: int = 1\nlr: float = None", metadata={"tags": ["parameters"]})
+    cell = nbformat.v4.new_code_cell(
+        "epochs: int = 1\nlr: float = None\nweight_decay: float = 2 * 1e-4\nseed = 3", metadata={"tags": ["parameters"]}
+    )
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), edited)
 
     def note(notebook, result, parameters, relay, lock):
@@ -194,8 +196,12 @@ def test_the_command_leaves_out_what_was_tried_in_the_notebook(tmp_path, monkeyp
     monkeypatch.setattr(notebook_module, "door", lambda name: edited)
     monkeypatch.setattr(notebook_module, "execute_notebook", note)
     assert main(["-p", "lr", "1e-3", "-p", "outputs", str(tmp_path / "made"), "-p", "run_name", "night"]) == 1
-    assert given == {"epochs": None, "lr": 1e-3, "outputs": str(tmp_path / "made"), "run_name": "night"}
-    assert "run_experiment.ipynb: left out epochs=1, set in the notebook itself" in capsys.readouterr().out
+    left_out = {"epochs": None, "weight_decay": None, "seed": None}
+    assert given == {**left_out, "lr": 1e-3, "outputs": str(tmp_path / "made"), "run_name": "night"}
+    assert (
+        "run_experiment.ipynb: left out epochs=1, weight_decay=2 * 0.0001, seed=3, set in the notebook itself"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_command_reports_a_mistake_in_one_line(tmp_path):

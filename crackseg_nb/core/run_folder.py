@@ -138,7 +138,10 @@ def find_run_folder(
     outputs: str = "",
 ) -> RunFolder:
     "Return the folder of `run`; raise CrackSegError with the nearest name."
-    for path in (find_path(run), outputs_folder(outputs) / run, *[ready_folder()] * (run == READY)):
+    places = [find_path(run), outputs_folder(outputs) / run]
+    if run == READY:
+        places.append(ready_folder())  # a run of that name goes before
+    for path in places:
         if (path / "status.yaml").is_file():
             return RunFolder(path)
     found = unknown_name(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])

@@ -7,6 +7,7 @@ __all__ = [
     "SYNTHETIC",
     "DATA_CHOICES",
     "DATA_BOUNDS",
+    "READER_OPTIONS",
     "CRITERIA",
     "RUN_CHOICES",
     "RUN_BOUNDS",
@@ -22,6 +23,7 @@ __all__ = [
     "CARRIED",
     "DataConfig",
     "check_place",
+    "check_reader_options",
     "is_labelled",
     "RunConfig",
     "ExperimentConfig",
@@ -60,6 +62,7 @@ import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +97,7 @@ from crackseg_nb.models.settings import (
 )
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
-from ..sources.registry import SOURCES, check_no_void, choose_classes, label_classes, named_classes
+from ..sources.registry import SOURCES, check_no_mask_options, choose_classes, label_classes, named_classes
 from ..sources.samples import Classes, read_paint
 from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
@@ -154,9 +157,10 @@ class DataConfig:
         check_fractions(self.fractions)
         SyntheticConfig(crack_width=self.synthetic_width)  # raises for a width that cannot be drawn
         check_place(self.data, self.data_dir, self.class_names)
+        check_reader_options(self)
         named = self.data in SOURCES and SOURCES[self.data].names
         if self.labelled or named or self.data in SYNTHETIC:
-            check_no_void(self.data, self.ignore_index, self.class_colours)
+            check_no_mask_options(self.data, self.ignore_index, self.class_colours)
         if named and not self.class_names:
             object.__setattr__(self, "class_names", named_classes(self.data, find_path(self.data_dir)))
         if self.class_colours:  # a file's content is kept, since the file may be gone when the run is resumed
@@ -179,6 +183,19 @@ def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
         )
     if data not in SYNTHETIC and not data_dir and not SOURCES[data].fetch:
         raise CrackSegError(f"data_dir: found none, expected the folder of {data}: {SOURCES[data].layout}")
+
+
+READER_OPTIONS = ("group_pattern", "image_folder", "mask_folder", "line_width")  # which not every reader takes
+
+
+def check_reader_options(data: DataConfig) -> None:
+    "Raise CrackSegError for an option that the reader of these images does not take."
+    known = signature(SOURCES[data.data].read).parameters if data.data in SOURCES else ()
+    for name in READER_OPTIONS:
+        if getattr(data, name) and name not in known:
+            raise CrackSegError(
+                f"{name}: found {getattr(data, name)!r} with data {data.data}, which does not take it; expected none"
+            )
 
 
 # %% ../../nbs/runs/02_config.ipynb #be7ef1c2
@@ -520,10 +537,10 @@ def differences(
     own: dict[str, Any],  # flat, of a run
     but: tuple[str, ...] = (),  # which do not count
 ) -> list[str]:
-    "Return the names of `settings` that differ from a run's own."
+    "Return the names of `settings` that differ from a run's own; `auto` agrees with what it was settled to."
 
     def same(name, value):
-        return value == own.get(name) or name in SETTLED and "auto" in (value, own.get(name))
+        return value == own.get(name) or name in SETTLED and value == "auto"
 
     return [name for name, value in settings.items() if name not in but and not same(name, value)]
 
@@ -663,17 +680,25 @@ def read_config(path) -> dict[str, Any]:
 # %% ../../nbs/runs/02_config.ipynb #0d79ebf2
 def declared_parameters(
     source: str,  # of a cell
+    untyped: bool = False,  # whether `epochs = 1` declares one, too
 ) -> dict[str, Any]:
-    "Return the parameters that a cell declares with a type and with another value than None."
+    "Return what a cell gives to parameters, None aside; a value that is computed is returned as its source."
     try:
         lines = ast.parse(source).body
-        return {
-            line.target.id: value
-            for line in lines
-            if isinstance(line, ast.AnnAssign) and line.value and (value := ast.literal_eval(line.value)) is not None
-        }
-    except (SyntaxError, ValueError, AttributeError):
+    except SyntaxError:
         return {}  # not a cell of parameters
+    found = {}
+    for line in lines:
+        if isinstance(line, ast.AnnAssign):
+            targets = [line.target]
+        else:
+            targets = line.targets if untyped and isinstance(line, ast.Assign) else []
+        if len(targets) == 1 and isinstance(targets[0], ast.Name) and line.value:
+            try:
+                found[targets[0].id] = ast.literal_eval(line.value)
+            except ValueError:
+                found[targets[0].id] = ast.unparse(line.value)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 # %% ../../nbs/runs/02_config.ipynb #c394c77b

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = [
     "STEPS",
+    "BEGINNING",
     "SPACE_TO_BEGIN",
     "mark_ended",
-    "mark_failed",
     "mark_unfinished",
     "check_turn",
+    "states_of",
     "interrupted_line",
     "marking",
     "step",
@@ -85,6 +86,7 @@ from ..models.registry import count_parameters, create_model
 from crackseg_nb.runs.config import (
     FIRST_WEIGHTS,
     NOT_THE_RESULT,
+    READER_OPTIONS,
     SYNTHETIC,
     ExperimentConfig,
     config_to_dict,
@@ -130,6 +132,8 @@ def mark_ended(folder: RunFolder, config: ExperimentConfig, state: str, **why: s
     "Mark a run that goes no further as stopped or failed, once; return what its `status.yaml` then says."
     if not folder.path.is_dir() or folder.status["state"] != "running":
         return None
+    if state == "failed":
+        logger.error("run failed: %s", why["error"])
     with suppress(OSError):  # on a full disk the reason matters more
         folder.mark(state, **why)
         if not (folder / "config.yaml").is_file():
@@ -138,17 +142,10 @@ def mark_ended(folder: RunFolder, config: ExperimentConfig, state: str, **why: s
     return None
 
 
-def mark_failed(folder: RunFolder, config: ExperimentConfig, reason: str) -> None:
-    "Mark a run as failed, once."
-    if folder.path.is_dir() and folder.status["state"] == "running":
-        logger.error("run failed: %s", reason)
-        mark_ended(folder, config, "failed", error=reason)
-
-
 def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> None:
     "Mark a run as failed whose experiment is let go, or whose process ends, before it is finished."
     if os.getpid() == pid:  # a forked process lets go of its copy
-        mark_failed(folder, config, "the process ended, or let go of the run, before it was finished")
+        mark_ended(folder, config, "failed", error="the process ended, or let go of the run, before it was finished")
 
 
 STEPS = ("begin", "load_data", "build_model", "train", "test", "finish")
@@ -175,10 +172,17 @@ def check_turn(
         )
 
 
+BEGINNING = "the beginning"  # where a run goes on that has no state
+
+
+def states_of(folder: RunFolder) -> list[str]:
+    "Return the names of a run's states, oldest first."
+    return [name for name in checkpoint_names(folder / "checkpoints") if name != "best"]
+
+
 def interrupted_line(folder: RunFolder) -> str:
     "Return one line about a run that was ended at once: how to go on with it, and from where."
-    states = [name for name in checkpoint_names(folder / "checkpoints") if name != "best"]
-    newest = states[-1] if states else "the beginning"
+    newest = [BEGINNING, *states_of(folder)][-1]
     return f"interrupted at once; -p resume {display_path(folder.path)} goes on from {newest}"
 
 
@@ -196,7 +200,7 @@ def marking(method):
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             self.unfinished.detach()
-            mark_failed(self.folder, self.config, reason)
+            mark_ended(self.folder, self.config, "failed", error=reason)
             raise
         finally:
             self.stop_workers()
@@ -295,17 +299,13 @@ def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
     remove_unfinished(folder.path)
     remove_all_strays(folder / "checkpoints")
     newest = latest_checkpoint(folder / "checkpoints")
-    old, new = flat(read_yaml(folder / "config.yaml")), flat(config_to_dict(config))
-    changed = {
-        name: value
-        for name, value in new.items()
-        if old.get(name) != (list(value) if isinstance(value, tuple) else value)
-    }
+    new = flat(config_to_dict(config))
+    changed = {name: new[name] for name in differences(new, read_config(folder / "config.yaml"))}
     entry = {
         "time": now(),
         **this_process(),
         "was": before,
-        "from": newest or "the beginning",
+        "from": newest or BEGINNING,
         "changed": changed,
     }
     write_yaml(folder / "resumes.yaml", [*resumes(folder), entry])
@@ -328,7 +328,8 @@ def pause(
     "Mark the run as stopped; from here on this experiment, or another one, may go on with its folder."
     logger.info("%s", stop)
     self.unfinished.detach()
-    self.paused = mark_ended(self.folder, self.config, "stopped", reason=str(stop))
+    # A full disk may refuse the new status; what is there then stands for the pause.
+    self.paused = mark_ended(self.folder, self.config, "stopped", reason=str(stop)) or self.folder.status
 
 
 @patch
@@ -337,14 +338,13 @@ def go_on(self: Experiment) -> None:
     self.unfinished = weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
     self.paused, self.stop = None, StopRequest(self.config.run.time_limit)
     self.resume_from = note_resume(self.folder, self.config)
-    if self.built is None or self.trained is not None:
+    if STEPS[self.taken] != "train":
         return
-    weights, parameters, micro_batch = self.built.model.weights, self.built.parameters, self.built.micro_batch
-    self.built = None  # its memory is needed
+    self.built = replace(self.built, model=None)  # its memory is needed
     model = make_model(self.config, fresh=self.resume_from is None)
-    model.weights = weights
+    model.weights = read_yaml(self.folder / "environment.yaml")["weights"]
     lay_out(self.config, model, self.device)
-    self.built = Built(model, parameters, micro_batch)
+    self.built = replace(self.built, model=model)
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #1aa943ab
@@ -354,9 +354,9 @@ def interrupted_alike(config: ExperimentConfig, own: RunFolder) -> RunFolder | N
     for path in own.path.parent.glob("*/status.yaml"):
         folder = RunFolder(path.parent)
         with suppress(CrackSegError, OSError):  # an old or edited folder is no matter of this run
-            if folder.state not in ("stopped", "interrupted") or not any((folder / "checkpoints").glob("epoch_*.json")):
+            if folder.state not in ("stopped", "interrupted") or not states_of(folder):
                 continue
-            if not differences(read_config(folder / "config.yaml"), flat(config_to_dict(config)), NOT_THE_RESULT):
+            if not differences(flat(config_to_dict(config)), read_config(folder / "config.yaml"), NOT_THE_RESULT):
                 found.append((str(folder.status.get("time", "")), folder.run_id, folder))
     return max(found)[2] if found else None
 
@@ -365,8 +365,7 @@ def interrupted_alike(config: ExperimentConfig, own: RunFolder) -> RunFolder | N
 def find_source(config: ExperimentConfig):
     "Return the source that `config` names; make the synthetic one if it is not there yet."
     data = config.data
-    names = ("group_pattern", "image_folder", "mask_folder", "line_width")
-    options = {name: getattr(data, name) for name in names if getattr(data, name)}
+    options = {name: getattr(data, name) for name in READER_OPTIONS if getattr(data, name)}
     if data.data not in SYNTHETIC:
         return read_source(
             data.data,

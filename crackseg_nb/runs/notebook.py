@@ -59,7 +59,7 @@ def written_parameters(notebook: Path) -> dict:
         first = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
     except (OSError, ValueError, KeyError, StopIteration):
         return {}  # papermill says what is wrong with it
-    return declared_parameters("".join(first["source"]))
+    return declared_parameters("".join(first["source"]), untyped=True)
 
 
 def leave_out_written(notebook: Path, parameters: dict) -> dict:

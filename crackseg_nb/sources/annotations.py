@@ -4,6 +4,9 @@
 
 # %% auto #0
 __all__ = [
+    "NUMBER",
+    "BACKGROUND",
+    "TYPES",
     "COCO_PARTS",
     "COCO_READER",
     "LABELME_KINDS",
@@ -14,15 +17,18 @@ __all__ = [
     "unpack_runs",
     "fill_runs",
     "fill_line",
+    "finite_points",
     "fill_shape",
     "draw_shapes",
     "describe_shapes",
     "Images",
-    "split_below",
     "split_of_file",
+    "parsed",
     "read_json",
     "class_id",
     "with_background",
+    "check_entry",
+    "json_files",
     "coco_files",
     "coco_names",
     "coco_shapes",
@@ -38,14 +44,15 @@ import base64
 import io
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/09_annotations.ipynb #879f04d5
-from ..core.checks import VOID, CrackSegError, first_few, nearest
-from .folders import PICTURES, SPLIT_WORDS, group_notes, group_of, split_of, walk
+from ..core.checks import VOID, CrackSegError, first_few, unknown_name
+from .folders import PICTURES, group_notes, group_of, split_of, split_word, walk
 from .images import Drawn, image_size
 from .samples import VOID_NAMES, Reader, Sample
 
@@ -131,6 +138,14 @@ def fill_line(
     return mask
 
 
+def finite_points(values) -> np.ndarray:
+    "Return a flat list, or pairs, as points (N, 2); raise ValueError for what is no number."
+    points = np.asarray(values, np.float64).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise ValueError("a coordinate is not finite")
+    return points
+
+
 def fill_shape(size: tuple[int, int], kind: str, values, line_width: float = 0) -> np.ndarray:
     "Return a bool mask (H, W) of one shape."
     if kind == "runs":
@@ -139,10 +154,11 @@ def fill_shape(size: tuple[int, int], kind: str, values, line_width: float = 0) 
         (left, top), text = values
         mask, small = np.zeros(size[::-1], bool), base64.b64decode(text)
         patch = np.asarray(Image.open(io.BytesIO(small)).convert("L")) > 0
+        patch, top, left = patch[max(-top, 0) :, max(-left, 0) :], max(top, 0), max(left, 0)  # it may begin outside
         place = mask[top : top + patch.shape[0], left : left + patch.shape[1]]
         place |= patch[: place.shape[0], : place.shape[1]]
         return mask
-    points = np.asarray(values, np.float64).reshape(-1, 2)
+    points = finite_points(values)
     if kind == "rectangle":
         (left, top), (right, bottom) = points
         points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
@@ -152,21 +168,24 @@ def fill_shape(size: tuple[int, int], kind: str, values, line_width: float = 0) 
 
 
 # %% ../../nbs/sources/09_annotations.ipynb #f866867a
+NUMBER = (int, float)
+
+
 def draw_shapes(data: bytes) -> np.ndarray:
     "Return the mask, uint8 (H, W) of class ids and 255, that `describe_shapes` described."
     about = json.loads(data)
-    mask = np.zeros(about["size"][::-1], np.uint8)
     size = tuple(about["size"])
+    mask = np.zeros(size[::-1], np.uint8)
     for label, kind, values in about["shapes"]:
         try:
             if kind == "polygon":  # most are small, and many
-                top, left, patch = polygon_patch(size, np.reshape(values, (-1, 2)))
+                top, left, patch = polygon_patch(size, finite_points(values))
                 mask[top : top + patch.shape[0], left : left + patch.shape[1]][patch] = label
             else:
                 mask[fill_shape(size, kind, values, about["line_width"])] = label
+        except CrackSegError:
+            raise
         except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
-            if isinstance(error, CrackSegError):
-                raise
             raise CrackSegError(f"found a shape that cannot be drawn ({error}), expected numbers in pixels") from error
     return mask
 
@@ -178,8 +197,11 @@ def describe_shapes(
     shapes: list,  # of (class id, kind, values)
     line_width: float = 0,
 ) -> Drawn:
-    "Return the mask that `shapes` describe."
-    about = {"size": [*size], "line_width": line_width, "shapes": shapes}
+    "Return the mask that `shapes` describe; raise CrackSegError for a size that is none."
+    if not all(isinstance(side, NUMBER) and float(side).is_integer() and side > 0 for side in size):
+        raise CrackSegError(f"{path}: found the size {size} for {image.name}, expected width and height in pixels")
+    size = [int(side) for side in size]
+    about = {"size": size, "line_width": line_width, "shapes": shapes}
     return Drawn(path, json.dumps(about, separators=(",", ":")).encode(), draw_shapes, image.name)
 
 
@@ -205,7 +227,7 @@ class Images:
         for length in range(len(parts), 0, -1):
             near = [path for path in found if path.parts[-length:] == parts[-length:]]
             close = [path for path in near if file.parent in (path.parent, path.parent.parent)]
-            same = [path for path in near if split and split_below(path, self.root) == split]
+            same = [path for path in near if split and split_of(path.relative_to(self.root).as_posix()) == split]
             if one := next((some for some in (near, close, same) if len(some) == 1), None):
                 return one[0]
             if near:
@@ -224,69 +246,102 @@ class Images:
         )
 
 
-def split_below(path: Path, root: Path) -> str | None:
-    "Return the published split that the folders between `root` and a file name, such as train2017, or None."
-    folders = [re.sub(r"\d+$", "", part) for part in path.relative_to(root).parts[:-1]]
-    return split_of("/".join([*folders, path.name]))
-
-
 def split_of_file(path: Path, root: Path) -> str | None:
     "Return the published split that an annotation file names by its folders or by a word of its own, or None."
-    words = [re.sub(r"\d+$", "", word) for word in re.split(r"[-_. ]", path.stem.lower())]
-    return split_below(path, root) or next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    words = (split_word(word) for word in re.split(r"[-_. ]", path.stem))
+    return split_of(path.relative_to(root).as_posix()) or next(filter(None, words), None)
+
+
+@lru_cache(maxsize=4096)  # the names of the classes are asked for before the shapes
+def parsed(path: Path, changed: int):
+    "Return what a JSON file holds, without the photos that labelme puts into it."
+    content = json.loads(path.read_bytes())
+    if isinstance(content, dict):
+        content.pop("imageData", None)
+    return content
 
 
 def read_json(path: Path):
     "Return what a JSON file holds; raise CrackSegError if it is damaged."
     try:
-        return json.loads(path.read_bytes())
+        return parsed(path, path.stat().st_mtime_ns)
     except ValueError as error:
         raise CrackSegError(f"{path}: found a damaged file ({error}), expected JSON") from error
 
 
+BACKGROUND = ("background", "_background_")  # names under which shapes show nothing
+
+
 def class_id(name: str, names: tuple[str, ...], path: Path) -> int:
     "Return the id of a class by its name, 255 for void; raise CrackSegError for a class that is not listed."
-    if name in names:
+    if name in names[1:]:
         return names.index(name)
     if name.lower() in VOID_NAMES:
         return VOID
-    if name.lower() in ("background", "_background_"):
+    if name.lower() in BACKGROUND:
         return 0
-    close = nearest(name, names)
-    hint = f"; did you mean {close!r}?" if close else ""
-    raise CrackSegError(f"{path}: found the class {name!r}, expected one of class_names ({first_few(names, 6)}){hint}")
+    if name == names[0]:  # class_names without a background would turn its first class into one
+        raise CrackSegError(
+            f"{path}: found shapes of {name!r}, the first of class_names, which is the background; "
+            f"expected class_names such as background,{','.join(names)}"
+        )
+    raise CrackSegError(
+        f"{path}: found the class {unknown_name(name, names)}, expected one of class_names ({first_few(names, 6)})"
+    )
 
 
 def with_background(found: list[str]) -> tuple[str, ...]:
     "Return the names of classes, background first, without those that stand for void."
-    own = [name for name in dict.fromkeys(found) if name.lower() not in (*VOID_NAMES, "background", "_background_")]
+    own = [name for name in dict.fromkeys(found) if name.lower() not in (*VOID_NAMES, *BACKGROUND)]
     return ("background", *own)
 
 
 # %% ../../nbs/sources/09_annotations.ipynb #84460b54
-COCO_PARTS = {"images": ("id", "file_name", "width", "height"), "annotations": (), "categories": ("id", "name")}
+TYPES = {int: "a number", float: "a number", str: "text", list: "a list"}
+COCO_PARTS = {  # what an entry must hold, and of what type
+    "images": {"id": (int, str), "file_name": str, "width": NUMBER, "height": NUMBER},
+    "annotations": {"image_id": (int, str), "category_id": int},
+    "categories": {"id": int, "name": str},
+}
+
+
+def check_entry(place: str, entry, keys: dict) -> None:
+    "Raise CrackSegError unless an entry holds values of the expected types."
+    for key, kind in keys.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            found = repr(entry[key])[:40] if isinstance(entry, dict) and key in entry else "none"
+            names = dict.fromkeys(TYPES[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise CrackSegError(f"{place} with {key} {found}, expected {' or '.join(names)}")
+
+
+def json_files(root: Path, paths: list[Path], fits, reader: Reader) -> dict[Path, dict]:
+    "Return the content of the files that `fits` takes, by path; raise CrackSegError where there is none."
+    found = {path: content for path in paths if isinstance(content := read_json(path), dict) and fits(content)}
+    if not found:
+        names = f"{first_few([path.name for path in paths])}, none of which is one" if paths else "no .json file"
+        raise CrackSegError(f"{root}: found {names}; expected {reader.layout}")
+    return found
 
 
 def coco_files(root: Path) -> dict[Path, dict]:
     "Return the COCO files below `root` by path; raise CrackSegError where there is none."
     paths = [path for path in walk(root) if path.suffix.lower() == ".json"]
     known = [path for path in paths if path.name.startswith("instances_")]  # beside captions and key points
-    found = {path: read_json(path) for path in known or paths}
-    found = {
-        path: content
-        for path, content in found.items()
-        if isinstance(content, dict) and all(isinstance(content.get(part), list) for part in COCO_PARTS)
-    }
-    if not found:
-        names = f"{first_few([path.name for path in paths])}, none of which is one" if paths else "no .json file"
-        raise CrackSegError(f"{root}: found {names}; expected {COCO_READER.layout}")
+
+    def fits(content: dict) -> bool:
+        return all(isinstance(content.get(part), list) for part in COCO_PARTS)
+
+    found = json_files(root, known or paths, fits, COCO_READER)
     for path, content in found.items():
         for part, keys in COCO_PARTS.items():
             for entry in content[part]:
-                if absent := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
-                    raise CrackSegError(
-                        f"{path}: found an entry of {part} without {absent[0]}, expected {', '.join(keys)}"
-                    )
+                check_entry(f"{path}: found an entry of {part}", entry, keys)
+        lost = {entry["image_id"] for entry in content["annotations"]} - {entry["id"] for entry in content["images"]}
+        if lost:
+            raise CrackSegError(
+                f"{path}: found annotations of image_id {first_few(sorted(map(repr, lost)))}, "
+                "expected ids of its images"
+            )
     return found
 
 
@@ -294,8 +349,12 @@ def coco_names(root: Path) -> tuple[str, ...]:
     "Return the names of the classes, background first, in the order of the categories' numbers."
     names = {}
     for content in coco_files(root).values():
-        used = {annotation.get("category_id") for annotation in content["annotations"]}
-        groups = {category.get("supercategory") for category in content["categories"]}
+        used = {annotation["category_id"] for annotation in content["annotations"]}
+        groups = {
+            category.get("supercategory")
+            for category in content["categories"]
+            if category.get("supercategory") != category["name"]
+        }
         for category in sorted(content["categories"], key=lambda category: category["id"]):
             names[category["name"]] = names.get(category["name"], False) or (
                 category["id"] in used or category["name"] not in groups
@@ -313,10 +372,14 @@ def coco_shapes(annotation: dict, label: int, where: str) -> list:
             f"{where}: found annotation {annotation.get('id')} with a box and no outline, "
             "expected polygons or run lengths"
         )
-    if odd := [ring for ring in outline if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2]:
-        count = len(odd[0]) if isinstance(odd[0], list) else 1
+    if not isinstance(outline, list) or not all(isinstance(ring, list) for ring in outline):
         raise CrackSegError(
-            f"{where}: found a polygon of {count} numbers in annotation {annotation.get('id')}, "
+            f"{where}: found annotation {annotation.get('id')} without a list of polygons, "
+            "expected [[x, y, x, y, ...], ...]"
+        )
+    if odd := [ring for ring in outline if len(ring) < 6 or len(ring) % 2]:
+        raise CrackSegError(
+            f"{where}: found a polygon of {len(odd[0])} numbers in annotation {annotation.get('id')}, "
             "expected x and y of three corners or more"
         )
     return [(label, "polygon", ring) for ring in outline]
@@ -331,10 +394,10 @@ def read_coco(
     names, images = class_names or coco_names(root), Images(root)
     samples, absent, empty = {}, [], []
     for path, content in coco_files(root).items():
-        labels = {category["id"]: str(category["name"]) for category in content["categories"]}
+        labels = {category["id"]: category["name"] for category in content["categories"]}
         outlines = {}
         for annotation in content["annotations"]:
-            outlines.setdefault(annotation.get("image_id"), []).append(annotation)
+            outlines.setdefault(annotation["image_id"], []).append(annotation)
         for entry in content["images"]:
             image = images.find(entry["file_name"], path)
             if image is None:
@@ -345,12 +408,12 @@ def read_coco(
             if name in samples:
                 raise CrackSegError(f"{where}: found it in {samples[name].mask.path.name} as well, expected it once")
             for annotation in outlines.get(entry["id"], ()):
-                label = labels.get(annotation.get("category_id"), f"category {annotation.get('category_id')}")
+                label = labels.get(annotation["category_id"], f"category {annotation['category_id']}")
                 shapes += coco_shapes(annotation, class_id(label, names, path), where)
             if not shapes:
                 empty.append(name)
             mask = describe_shapes(path, image, (entry["width"], entry["height"]), shapes)
-            split = split_below(image, root) or split_of_file(path, root)
+            split = split_of(image.relative_to(root).as_posix()) or split_of_file(path, root)
             samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split)
     if absent:
         raise CrackSegError(
@@ -385,18 +448,17 @@ CORNERS = {"polygon": 3, "rectangle": 2, "circle": 2, "picture": 2, "line": 1}  
 def labelme_files(root: Path) -> dict[Path, dict]:
     "Return the labelme files below `root` by path; raise CrackSegError where there is none."
     paths = [path for path in walk(root) if path.suffix.lower() == ".json"]
-    found = {path: read_json(path) for path in paths}
-    found = {
-        path: {key: value for key, value in content.items() if key != "imageData"}
-        for path, content in found.items()
-        if isinstance(content, dict) and isinstance(content.get("shapes"), list)
-    }
-    if not found:
-        names = f"{first_few([path.name for path in paths])}, none of which is one" if paths else "no .json file"
-        raise CrackSegError(f"{root}: found {names}; expected {LABELME_READER.layout}")
+    found = json_files(root, paths, lambda content: isinstance(content.get("shapes"), list), LABELME_READER)
     for path, content in found.items():
-        if any(not isinstance(shape, dict) or not isinstance(shape.get("label"), str) for shape in content["shapes"]):
-            raise CrackSegError(f"{path}: found a shape without a label, expected the name of its class")
+        if not isinstance(content.get("imagePath", ""), str | None):
+            raise CrackSegError(f"{path}: found imagePath {content['imagePath']!r}, expected the name of a file")
+        for shape in content["shapes"]:
+            kind = isinstance(shape, dict) and shape.get("shape_type", "polygon")
+            check_entry(
+                f"{path}: found a shape",
+                {"shape_type": "polygon", **shape} if isinstance(shape, dict) else shape,
+                {"label": str, "shape_type": str, "points": list} | ({"mask": str} if kind == "mask" else {}),
+            )
     return found
 
 
@@ -410,7 +472,7 @@ def labelme_names(root: Path) -> tuple[str, ...]:
 def labelme_shape(shape: dict, label: int, line_width: float, path: Path) -> tuple:
     "Return a shape as `fill_shape` draws it; raise CrackSegError for a kind that covers no area."
     found = shape.get("shape_type", "polygon")
-    kind, points = LABELME_KINDS.get(found), shape.get("points") or []
+    kind, points = LABELME_KINDS.get(found), shape["points"]
     if kind is None:
         raise CrackSegError(
             f"{path}: found a shape of type {found!r} ({shape['label']}), expected {', '.join(LABELME_KINDS)}"
@@ -438,8 +500,10 @@ def read_labelme(
     "Read images with the shapes of labelme files, with the published split where folders name one."
     names, images, samples, empty = class_names or labelme_names(root), Images(root), {}, []
     for path, content in labelme_files(root).items():
-        own = [path.with_suffix(suffix) for suffix in sorted(PICTURES) if path.with_suffix(suffix).is_file()]
-        image = own[0] if own else images.find(content.get("imagePath") or "", path)
+        own = [path.with_suffix(suffix) for suffix in PICTURES if path.with_suffix(suffix).is_file()]
+        told = content.get("imagePath") or ""
+        own = [one for one in own if len(own) == 1 or one.name == re.split(r"[\\/]", told)[-1]]
+        image = own[0] if own else images.find(told, path)
         if image is None:
             raise CrackSegError(f"{path}: found no image {content.get('imagePath')!r}, expected it beside the file")
         name = image.relative_to(root).with_suffix("").as_posix()
@@ -452,7 +516,7 @@ def read_labelme(
             empty.append(name)
         size = (content.get("imageWidth"), content.get("imageHeight"))
         mask = describe_shapes(path, image, size if all(size) else image_size(image)[0], shapes, line_width)
-        samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split_below(image, root))
+        samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split_of(name))
     notes = [f"{len(empty)} images have no shape and show background ({first_few(empty)})"] if empty else []
     samples = [*samples.values()]
     return samples, notes + images.left_out(samples) + group_notes(samples, group_pattern)

@@ -27,6 +27,7 @@ __all__ = [
     "hint",
     "subfolder",
     "subfolders",
+    "split_word",
     "split_of",
     "place_of",
     "group_of",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/sources/03_folders.ipynb #17e3acdf
+import itertools
 import os
 import re
 import unicodedata
@@ -52,7 +54,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
-from ..core.checks import CrackSegError, first_few, nearest
+from ..core.checks import CrackSegError, first_few, unknown_name
 from .samples import Reader, Sample
 
 # %% ../../nbs/sources/03_folders.ipynb #5a1c07de
@@ -228,16 +230,21 @@ SPLIT_WORDS = {
 }
 
 
+def split_word(folder: str) -> str | None:
+    "Return the published split that a folder's name means, such as training or train2017, or None."
+    return SPLIT_WORDS.get(re.sub(r"(19|20)\d\d$", "", folder.lower()))
+
+
 def split_of(name: str) -> str | None:
     "Return the published split in a relative name such as `training/001`, or None."
-    return next((SPLIT_WORDS[part.lower()] for part in Path(name).parts[:-1] if part.lower() in SPLIT_WORDS), None)
+    return next(filter(None, map(split_word, Path(name).parts[:-1])), None)
 
 
 # %% ../../nbs/sources/03_folders.ipynb #7ed7b1d0
 def place_of(name: str) -> str:
     "Return a relative name without its split folders."
     *folders, stem = Path(name).parts
-    return "/".join([part for part in folders if part.lower() not in SPLIT_WORDS] + [stem])
+    return "/".join([part for part in folders if not split_word(part)] + [stem])
 
 
 def group_of(name: str, pattern: str | None) -> str | None:
@@ -279,7 +286,7 @@ def group_notes(samples: list[Sample], pattern: str | None) -> list[str]:
 # %% ../../nbs/sources/03_folders.ipynb #44a25b5b
 def split_places(root: Path) -> list[tuple[str, Path]]:
     "Return (prefix, folder) for `root` and each of its split folders."
-    return [("", root), *((f"{name}/", root / name) for name in subfolders(root) if name.lower() in SPLIT_WORDS)]
+    return [("", root), *((f"{name}/", root / name) for name in subfolders(root) if split_word(name))]
 
 
 # %% ../../nbs/sources/03_folders.ipynb #cf2bcb28
@@ -299,6 +306,12 @@ def sibling_pairs(root: Path) -> list[tuple[str, Path, Path]]:
         other = stem if stem in names else images.get(stem)
         if other:
             found.append((f"{stem}/", root / other, root / name))
+    for (one, images, masks), (other, _, others) in itertools.combinations(found, 2):
+        if one == other:
+            raise CrackSegError(
+                f"{root}: found the mask folders {masks.name} and {others.name} for {images.name}, "
+                "expected one, or the parameters image_folder and mask_folder"
+            )
     return [("", *found[0][1:])] if len(found) == 1 else found
 
 
@@ -328,11 +341,9 @@ def named_pairs(root: Path, image_folder: str, mask_folder: str) -> list[tuple[s
         for place in [pair[index] for pair in found] or [root / given]:
             if not place.is_dir():
                 names = subfolders(place.parent if place.parent.is_dir() else root)
-                close = nearest(given, names)
-                hint = f"; did you mean {close!r}?" if close else ""
                 raise CrackSegError(
-                    f"{parameter}: found no folder {given!r} in {place.parent}, "
-                    f"expected one of {first_few(names, 6)}{hint}"
+                    f"{parameter}: found no folder {unknown_name(given, names)} in {place.parent}, "
+                    f"expected one of {first_few(names, 6)}"
                 )
     return found
 
@@ -356,7 +367,7 @@ LIST_OF_SPLITS = re.compile(rf"(?i)({'|'.join(SPLIT_WORDS)}|splits?|folds?)\.(tx
 
 def unread_folders(root: Path) -> list[str]:
     "Return a note on the folders in `root` that hold images and masks and are read as no split."
-    names = [name for name in subfolders(root) if name.lower() not in SPLIT_WORDS]
+    names = [name for name in subfolders(root) if not split_word(name)]
     names = [name for name in names if subfolder(root / name, IMAGE_FOLDERS) and subfolder(root / name, MASK_FOLDERS)]
     notes = [f"{', '.join(name + '/' for name in names)}: images and masks in it were left out"] if names else []
     lists = [path.name for path in walk(root) if LIST_OF_SPLITS.fullmatch(path.name)]

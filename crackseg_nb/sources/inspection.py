@@ -214,10 +214,11 @@ def check_ids(
                 f"{sample.mask}: found class id{'s' * (len(beyond) > 1)} {first_few(beyond, 5)}, expected {expected}"
             )
     raise_first([CrackSegError(error) for error in errors])
-    if {VOID} <= set().union(*(occurring(fact) for fact in facts)) <= {0, VOID}:
+    if {VOID} <= set().union(*(occurring(fact) for fact in facts)) <= {0, *voids}:
+        other = "paint them: class_colours '0,0,0; 255,255,255; void ...'" if void else "mask_encoding '0/255'"
         raise CrackSegError(
-            f"{samples[0].mask.parent}: found only 0 and {VOID} in all masks, expected class ids {expected}; "
-            "masks of 0 and 255 are read without class_names, or with mask_encoding '0/255'"
+            f"{samples[0].mask.parent}: found only 0 and void in all masks, expected class ids {expected}; "
+            f"where {VOID} is the crack, masks are read without class_names, or with {other}"
         )
 
 

@@ -23,14 +23,14 @@ from pathlib import Path
 
 # %% ../../nbs/sources/08_labelled.ipynb #b7e374b5
 from ..core.checks import CrackSegError, first_few, nearest
-from .folders import PICTURES, SPLIT_WORDS, files_below, group_notes, group_of, subfolders
+from .folders import PICTURES, files_below, group_notes, group_of, split_word, subfolders
 from .samples import LABELS, Reader, Sample
 
 
 # %% ../../nbs/sources/08_labelled.ipynb #92443a0e
 def label_places(root: Path) -> dict[str | None, Path]:
     "Return the folder of each published split, or `root` under None; raise CrackSegError where this is unclear."
-    parts = [root / name for name in subfolders(root) if name.lower() in SPLIT_WORDS]
+    parts = [root / name for name in subfolders(root) if split_word(name)]
     if not any(subfolders(part) for part in parts):
         return {None: root}  # a class may be called train
     others = [name for name in subfolders(root) if root / name not in parts]
@@ -38,7 +38,7 @@ def label_places(root: Path) -> dict[str | None, Path]:
         raise CrackSegError(
             f"{root}: found {first_few(others)} beside {parts[0].name}/, expected splits or classes in it, not both"
         )
-    places = {SPLIT_WORDS[part.name.lower()]: part for part in parts}
+    places = {split_word(part.name): part for part in parts}
     if len(places) < len(parts):
         raise CrackSegError(f"{root}: found {first_few([part.name for part in parts], 6)}, expected each split once")
     if "train" not in places:

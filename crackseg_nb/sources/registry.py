@@ -7,7 +7,7 @@ __all__ = [
     "SOURCES",
     "check_folder",
     "ignoring",
-    "check_no_void",
+    "check_no_mask_options",
     "choose_classes",
     "painted_classes",
     "readable",
@@ -74,18 +74,17 @@ def check_folder(name: str, data_dir) -> Path:
 
 # %% ../../nbs/sources/10_registry.ipynb #97c019c8
 def ignoring(
-    ignore_index,  # one value of masks, or several
+    values: tuple[int, ...],  # of `ignore_index`
     encoding: str,  # 'auto' or a key of ENCODINGS
     classes: Classes,
 ) -> str:
     "Return the encoding in which `ignore_index` means void; raise CrackSegError where it has a meaning already."
-    values = [ignore_index] if isinstance(ignore_index, int) else [*ignore_index]
     if not values:
         return encoding
     if encoding not in ("auto", "ids", "class_ids"):
         raise CrackSegError(
-            f"ignore_index: found {first_few(values)} with mask_encoding {encoding}, in which every value has its "
-            "meaning; expected none, or masks of class ids"
+            f"ignore_index: found {first_few(values)} with mask_encoding {encoding}, in which every value already "
+            "has a meaning; expected none, or masks of class ids"
         )
     if named := [value for value in values if 0 <= value < len(classes)]:
         raise CrackSegError(
@@ -97,13 +96,13 @@ def ignoring(
     return add_void("class_ids" if encoding == "auto" else encoding, values)
 
 
-def check_no_void(data: str, ignore_index, class_colours: str = "") -> None:
+def check_no_mask_options(data: str, ignore_index: tuple[int, ...], class_colours: str) -> None:
     "Raise CrackSegError if `ignore_index` or `class_colours` is set for data whose masks are its own, or has none."
     for name, value in (("ignore_index", ignore_index), ("class_colours", class_colours)):
-        if value not in ((), [], ""):
+        if value:
             raise CrackSegError(
-                f"{name}: found {value if isinstance(value, (int, str)) else first_few(value)} with data {data}, "
-                "which has no mask files to be read so; expected none"
+                f"{name}: found {value if isinstance(value, str) else first_few(value)} with data {data}, "
+                "which has no mask files to which it could apply; expected none"
             )
 
 
@@ -112,7 +111,7 @@ def choose_classes(
     name: str,  # a key of SOURCES
     class_names=(),  # of the user, empty for those of the source
     mask_encoding: str = "auto",
-    ignore_index=(),  # values of class ids that mean void, beside 255
+    ignore_index: tuple[int, ...] = (),  # values of class ids that mean void, beside 255
     class_colours: str = "",  # in which masks are painted, see `read_paint`
 ) -> tuple[Classes, str]:
     "Return a source's classes and mask encoding; raise CrackSegError where names or encoding do not fit them."
@@ -151,10 +150,10 @@ def painted_classes(
         raise CrackSegError(f"class_colours: found colours with data {name}, whose classes are known; expected none")
     if mask_encoding != "auto":
         raise CrackSegError(f"mask_encoding: found {mask_encoding!r} beside class_colours, expected 'auto'")
-    if ignore_index not in ((), []):
+    if ignore_index:
         raise CrackSegError(
-            f"ignore_index: found {ignore_index} beside class_colours, expected the colour of void among them, "
-            "such as '0,0,0; 128,0,0; void 64,64,64'"
+            f"ignore_index: found {first_few(ignore_index)} beside class_colours, "
+            "expected the colour of void among them, such as '0,0,0; 128,0,0; void 64,64,64'"
         )
     paint = read_paint(class_colours)
     names = class_names or paint.names or (Classes().names if len(paint.colours) == 2 else ())
@@ -232,7 +231,7 @@ def read_source(
     data_dir,  # the data set's folder; empty for one that can be fetched
     mask_encoding: str = "auto",  # 'auto' tells it from the masks; a key of ENCODINGS, or LABELS, insists
     class_names=(),  # of ids 0, 1, 2 ...; empty: background and crack, those of a published set or of its labels
-    ignore_index=(),  # values of class ids that mean void, beside 255; one or several
+    ignore_index: int | tuple[int, ...] = (),  # values of class ids that mean void, beside 255
     class_colours: str = "",  # in which masks are painted, in the order of the classes, or a file that says so
     **options,  # of the reader, such as `group_pattern` of 'folder'
 ) -> Source:
@@ -242,8 +241,9 @@ def read_source(
     known = [key for key in known if key != "class_names"]
     if unknown := [key for key in options if key not in known]:
         raise CrackSegError(f"{name}: found the option {unknown[0]!r}, expected {' or '.join(known) or 'no options'}")
+    ignore_index = (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index)
     if reader.labels or reader.names:
-        check_no_void(name, ignore_index, class_colours)
+        check_no_mask_options(name, ignore_index, class_colours)
     if reader.names:
         choose("mask_encoding", mask_encoding, ("auto", reader.encoding))
         class_names = options["class_names"] = named_classes(name, data_dir, class_names)

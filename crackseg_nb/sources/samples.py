@@ -109,7 +109,7 @@ class Classes:
 # %% ../../nbs/sources/01_samples.ipynb #575b3f8a
 VOID_NAMES = ("void", "ignore", "__ignore__", "unlabeled", "unlabelled")
 COLOURS = "colours"  # mask encoding of masks that are painted
-COLOUR_FIRST = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,:]+(.*?))?")
+COLOUR_FIRST = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,:]+(\D.*?))?")
 NAME_FIRST = re.compile(r"(?:(.*?)[\s,:=]+)?[\[(]*(\d+) *, *(\d+) *, *(\d+)\W*")
 
 
@@ -145,7 +145,7 @@ def parse_colour(entry: str) -> tuple[str, tuple[int, int, int]]:
     else:
         numbers = ["256"]
     colour = tuple(map(int, numbers))
-    if max(colour) > 255:
+    if max(colour) > 255 or ";" in (name or ""):
         raise CrackSegError(
             f"class_colours: found {entry.strip()!r}, expected red, green and blue from 0 to 255 in the order of the "
             "classes, such as '0,0,0; 128,0,0; void 64,64,64'"
@@ -155,7 +155,7 @@ def parse_colour(entry: str) -> tuple[str, tuple[int, int, int]]:
 
 def entries_of(text: str) -> list[str]:
     "Return the entries of a text with semicolons, or of a list of lists."
-    return [entry for entry in re.split(r"[;\n]|[\])]\s*,", text.strip("[]() ")) if entry.strip(" []()")]
+    return [entry for entry in re.split(r"[;\n]|[\])]\s*,", text.strip("[](){} ")) if entry.strip(" []()")]
 
 
 def entries_of_file(path: Path) -> list[str]:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = [
     "PASSED",
-    "ONLY_SIGQUIT",
+    "HANDLED",
+    "TO_HANDLE",
     "TALKATIVE",
     "watch_parent",
     "stop_early",
@@ -192,7 +193,8 @@ def passing_signals(folder: Path):
 # %% ../../nbs/training/07_processes.ipynb #fcd85cf1
 # torch's launcher has to handle one signal at least. Older versions handle SIGTERM and SIGINT themselves: they pass it
 # on, and end after 30 seconds what has not ended.
-ONLY_SIGQUIT = {"signals_to_handle": "SIGQUIT"} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
+HANDLED = "SIGQUIT"
+TO_HANDLE = {"signals_to_handle": HANDLED} if "signals_to_handle" in LaunchConfig.__dataclass_fields__ else {}
 # The loggers of torch's launcher, which repeat at length the errors that are raised anyway.
 TALKATIVE = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -220,7 +222,7 @@ def check_launch(function: Callable, devices: int, device: torch.device) -> None
 def launch_environment(devices: int, device: torch.device) -> dict[str, str]:
     "Return the environment of the started processes: the processor's threads are shared among them."
     threads = max(1, torch.get_num_threads() // devices)
-    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle="SIGQUIT")
+    environment = dict(omp_num_threads=threads, torchelastic_signals_to_handle=HANDLED)
     if device.type == "cpu":
         environment["accelerate_use_cpu"] = "true"
     return environment
@@ -241,7 +243,7 @@ def launch_config(devices: int, folder: Path) -> LaunchConfig:
         max_restarts=0,
         start_method="spawn",
         logs_specs=output,
-        **ONLY_SIGQUIT,
+        **TO_HANDLE,
     )
 
 
