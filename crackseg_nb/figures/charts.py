@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/figures/03_charts.ipynb #afd6167b
+import time
 from collections.abc import Sequence
 from itertools import product
 
@@ -194,19 +195,27 @@ def show_history(
 
 # %% ../../nbs/figures/03_charts.ipynb #1510e1c4
 class LiveCurves:
-    "Show a trainer's history in one display, renewed at each call; one object serves one training."
+    "Show a trainer's history in one display, renewed as epochs end; one object serves one training."
 
-    def __init__(self, several_classes: bool = False):
-        self.several_classes, self.handle = several_classes, None
+    def __init__(
+        self,
+        several_classes: bool = False,  # the scores are means over classes
+        share: float = 0.1,  # of the time that drawing may take
+    ):
+        self.several_classes, self.share = several_classes, share
+        self.handle, self.next_drawing = None, 0.0
 
-    def __call__(self, trainer) -> None:  # has `history`, a list of one dict per epoch
-        if not in_notebook():
+    def __call__(self, trainer) -> None:  # has `history`, a list of one dict per epoch, and says if it is `over`
+        start = time.perf_counter()
+        if not in_notebook() or (start < self.next_drawing and not trainer.over):
             return
         figure = show_history(pd.DataFrame(trainer.history), self.several_classes)
         if self.handle is None:
             self.handle = display(figure, display_id=True)
         else:
             self.handle.update(figure)
+        end = time.perf_counter()
+        self.next_drawing = end + (end - start) * (1 / self.share - 1)
 
 
 # %% ../../nbs/figures/03_charts.ipynb #b753b480
