@@ -761,6 +761,88 @@ d = {
                 "crackseg_nb/evidence/model_maps.py",
             ),
         },
+        "crackseg_nb.evidence.protocols": {
+            "crackseg_nb.evidence.protocols.Counted": (
+                "evidence/protocols.html#counted",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.Counted.empty": (
+                "evidence/protocols.html#counted.empty",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.Protocol": (
+                "evidence/protocols.html#protocol",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.ProtocolsConfig": (
+                "evidence/protocols.html#protocolsconfig",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.WatchTest": (
+                "evidence/protocols.html#watchtest",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.WatchTest.__call__": (
+                "evidence/protocols.html#watchtest.__call__",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.WatchTest.__init__": (
+                "evidence/protocols.html#watchtest.__init__",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.all_scores": (
+                "evidence/protocols.html#all_scores",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.average_precisions": (
+                "evidence/protocols.html#average_precisions",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.begin_protocols": (
+                "evidence/protocols.html#begin_protocols",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.count": (
+                "evidence/protocols.html#count",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.count_image": (
+                "evidence/protocols.html#count_image",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.divided": (
+                "evidence/protocols.html#divided",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.epoch_rows": (
+                "evidence/protocols.html#epoch_rows",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.finish_protocols": (
+                "evidence/protocols.html#finish_protocols",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.precision_table": (
+                "evidence/protocols.html#precision_table",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.score": (
+                "evidence/protocols.html#score",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.show_translation": (
+                "evidence/protocols.html#show_translation",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.squeezed": (
+                "evidence/protocols.html#squeezed",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+            "crackseg_nb.evidence.protocols.translate": (
+                "evidence/protocols.html#translate",
+                "crackseg_nb/evidence/protocols.py",
+            ),
+        },
         "crackseg_nb.evidence.report": {
             "crackseg_nb.evidence.report.ComparisonConfig": (
                 "evidence/report.html#comparisonconfig",
