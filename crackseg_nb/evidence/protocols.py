@@ -357,8 +357,11 @@ def precision_table(runs: list[Counted]) -> pd.DataFrame:
 
 
 def finish_protocols(runs: list[Counted], table: pd.DataFrame, folder: Path) -> None:
-    "Write the table of protocols, that of average precision, and the numbers of images."
+    "Write the table of protocols, that of average precision, the numbers of images, and the picture."
+    from crackseg_nb.figures.photos import save_figure
+
     folder.mkdir(parents=True, exist_ok=True)
+    save_figure(show_translation(table), folder / "protocols.png")
     write_table(folder / "protocols.csv", table, index=True)
     write_table(folder / "average_precision.csv", precision_table(runs), index=True)
     images = pd.DataFrame([dict(run=one.run_id, images=len(one.names), empty=one.empty) for one in runs])

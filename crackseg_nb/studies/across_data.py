@@ -32,6 +32,7 @@ from ..core.checks import CrackSegError, check_folder_name
 from ..core.files import outputs_folder, write_table
 from ..core.machine import get_device, logger
 from ..data.splits import Splits
+from ..figures.photos import save_figure
 from ..metrics.counts import BinaryMetrics
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
@@ -199,7 +200,8 @@ def finish_across(
     table: pd.DataFrame,  # as `across_table` returns it
     folder: Path,
 ) -> None:
-    "Write the scores of images and the table."
+    "Write the scores of images, the table and the picture."
     folder.mkdir(parents=True, exist_ok=True)
+    save_figure(show_across(table), folder / "across_data.png")
     write_table(folder / "images.csv", images.drop(columns="index"))
     write_table(folder / "scores.csv", table, index=True)
