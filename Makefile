@@ -59,11 +59,12 @@ experiment: $(STAMP)  ## run nbs/run_experiment.ipynb; parameters: make experime
 benchmark: $(STAMP)  ## compare encoders over seeds, nbs/benchmark_encoders.ipynb; parameters: make benchmark ARGS="-p seeds 1,2,3"
 	@$(call execute,benchmark_encoders)
 
+# tests/light holds a stand-in for a package that takes seconds to import and that nobody needs here.
 TESTS = pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
   $(PYTEST_ARGS) nbs/*/[0-9]*.ipynb tests
 
-test: $(STAMP)  ## everything CI runs: chapters, tests, sync and cleanliness
-	@$(BIN)/python -m $(TESTS)
+test: $(STAMP)  ## what CI runs: chapters, tests, sync and cleanliness
+	@PYTHONPATH="tests/light:$$PYTHONPATH" $(BIN)/python -m $(TESTS)
 
 test-all: $(DOCS_STAMP)  ## the same and the slow tests, then one number: the package's lines that ran, in percent
 	@$(BIN)/coverage erase

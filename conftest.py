@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from queue import Empty
@@ -44,7 +45,8 @@ LONGEST = [
 ]
 
 MARKERS = {
-    "slow": "takes minutes; runs with --slow (make test-all)",
+    "slow": "runs with --slow alone (make test-all): it takes long, or a quicker test watches over the same",
+    "few(n)": "the first n cases run always, the others with --slow (make test-all)",
     "real_data": "reads the real photos; CRACKSEG_DATA names their folder",
     "gpu": "needs CUDA",
     "mount": "mounts a file system of two MiB on a temporary folder, as root; leave it out with -m 'not mount'",
@@ -98,10 +100,13 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+SLOW_CELL = "# slow: only make test-all runs this cell"
+
+
 def prepare_cell(item):
-    "Make nbval compare the outputs of a cleaned notebook, and leave out the cells that nbdev does not evaluate."
+    "Make nbval compare the outputs of a cleaned notebook, and leave out what nbdev does not evaluate, and slow cells."
     lines = [line.replace(" ", "") for line in item.cell.source.splitlines()]
-    if "#|eval:false" in lines:
+    if "#|eval:false" in lines or (SLOW_CELL.replace(" ", "") in lines and not item.config.getoption("--slow")):
         item.options["skip"] = True
     # Cleaning empties the count, which nbval takes for "never executed": it would compare nothing.
     if item.cell.outputs or item.options["check"]:
@@ -114,7 +119,12 @@ def pytest_collection_modifyitems(config, items):
     for cell in cells:
         prepare_cell(cell)
     skip_unchanged(cells, config)
+    cases = Counter()
     for item in items:
+        if few := item.get_closest_marker("few"):
+            cases[item.nodeid.partition("[")[0]] += 1
+            if cases[item.nodeid.partition("[")[0]] > few.args[0]:
+                item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: make test-all"))
 

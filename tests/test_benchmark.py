@@ -66,6 +66,7 @@ def assert_same_weights(contestants, **tolerance):
             torch.testing.assert_close(found[key], expected[key], **tolerance, msg=place.__add__)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "settings", [{}, {"clip_norm": 0.05}, {"amp": "bf16"}, {"channels_last": False, "accumulation": 1}], ids=str
 )

@@ -119,6 +119,7 @@ def test_a_chapter_that_cannot_be_read_is_never_skipped(project, checksum_of):
     assert checksum_of(project / "nbs" / "training" / "01_chapter.ipynb", project) is None
 
 
+@pytest.mark.slow
 def test_a_chapter_is_skipped_until_it_changes(project):
     def outcome(*options):
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-c", os.devnull, f"--rootdir={project}", "--nbval-lax"]

@@ -121,6 +121,7 @@ def test_training_accuracy_counts_each_image_once(done):
     assert np.allclose(counted, counted.round()) and (counted <= images).all()
 
 
+@pytest.mark.slow
 def test_the_rate_grows_with_the_batch(folder):
     rates = {}
     for accumulation in (1, 2):
@@ -138,6 +139,7 @@ def test_the_rate_grows_with_the_batch(folder):
     assert rates[2] == 2 * rates[1] == pytest.approx(2e-3)
 
 
+@pytest.mark.slow
 def test_a_time_limited_classifier_resumes_to_the_same(folder, done):
     limit = done.trained.seconds / 4 / 60
     with pytest.raises(Stopped):

@@ -268,6 +268,7 @@ def mobile(tmp_path_factory):
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shape", [(2, 3, 64, 96), (1, 3, 75, 101), (3, 3, 33, 160), (1, 3, 32, 32)])
 def test_int8_answers_like_the_model_at_any_size(mobile, shape):
     model, quantised = mobile

@@ -93,6 +93,7 @@ def test_the_share_is_what_was_asked_for(kind):
             assert limits[0] * (0.8 if kind == "spalling" else 0.99) <= share <= limits[1] + 0.001
 
 
+@pytest.mark.slow
 def test_a_probability_is_the_share_of_images():
     config = DamageConfig(
         **{f"{kind}_probability": share for kind, share in zip(KINDS, (0.2, 0.4, 0.6, 0.8))}, distractors=()
@@ -112,6 +113,7 @@ def test_extreme_settings_end(fraction, width):
             assert synthesize_damage(seed, size, config)[0].std() > 0
 
 
+@pytest.mark.slow
 def test_every_class_occurs_in_sets_of_24_images_and_cracks_are_rarest():
     pixels = np.array([np.bincount(synthesize_damage(seed)[1].ravel(), minlength=5) for seed in range(1000, 1072)])
     sets = pixels.reshape(3, 24, 5).sum(1)

@@ -80,6 +80,7 @@ def test_workers_and_preloading_change_no_byte(source, tmp_path, num_workers, pr
 
 
 # macOS starts workers by the first, Python 3.14 on Linux by the second
+@pytest.mark.few(1)
 @pytest.mark.parametrize("start_method, preload", [("spawn", "disk"), ("forkserver", True)])
 def test_workers_that_are_not_forked_read_the_same_bytes(source, tmp_path, start_method, preload):
     started = make_loader(source, 1, preload, cache=tmp_path)
@@ -531,6 +532,7 @@ def test_a_damaged_file_leaves_nothing_behind(source, tmp_path, preload):
     assert not list((tmp_path / "cache").glob("*"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("augmentation", [None, create_augmentation("crack", 48)])
 def test_loading_is_measured_from_every_place(source, tmp_path, num_workers, augmentation):
@@ -598,6 +600,7 @@ def faulty_loader(source, faults, num_workers=2, **settings):
     return create_loader(dataset, 4, train=True, seed=3, num_workers=num_workers, **settings)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "fault, found",
     [
@@ -677,6 +680,7 @@ def test_a_disk_that_fails_is_one_line_naming_the_file(source, monkeypatch, num_
     assert contents(loader) == contents(make_loader(source))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_windows_with_workers_and_after_a_stop(source, world):
     def indices(loader, step):

@@ -72,6 +72,7 @@ def test_two_processes_equal_one(outputs, alone, tmp_path, monkeypatch):
     assert_close(alone, both)
 
 
+@pytest.mark.slow
 def test_a_launcher_trains_one_run(outputs, alone):
     words = [
         word

@@ -81,6 +81,7 @@ def test_threads_are_put_back_when_a_model_fails():
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_maps():
     grown = measure_memory(nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU()), (512, 1024))
     assert np.isnan(grown) or grown == pytest.approx(2 * 16 * 512 * 1024 * 4, rel=0.02)  # both maps exist at once

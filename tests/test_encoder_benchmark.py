@@ -152,6 +152,7 @@ def test_a_run_that_is_not_done_is_listed_but_neither_averaged_nor_ranked(create
     )
 
 
+@pytest.mark.slow
 def test_without_any_run_there_are_still_tables_and_figures(create):
     benchmark = create({(encoder, seed): None for encoder in ("mobilenet", "swin") for seed in (1, 2)})
     benchmark.finish()
@@ -161,6 +162,7 @@ def test_without_any_run_there_are_still_tables_and_figures(create):
     assert readable(benchmark.table())["test IoU"].tolist() == ["-", "-"]
 
 
+@pytest.mark.slow
 def test_one_seed_and_one_encoder(create):
     benchmark = create(scores_of(mobilenet=(0.5,), swin=(0.9,)), seeds=(1,))
     assert benchmark.differences()["result"].tolist() == ["can't tell"] and np.isnan(benchmark.table()["spread"]).all()
@@ -195,6 +197,7 @@ def test_a_class_without_a_pixel_counts_in_no_mean(create):
     )
 
 
+@pytest.mark.slow
 def test_a_binary_segmentation_has_one_class(create):
     benchmark = create(
         {key: dict(test=0.4, classes=()) for key in [("mobilenet", 1), ("mobilenet", 2), ("swin", 1), ("swin", 2)]}
@@ -294,6 +297,7 @@ def test_two_seeds_are_weaker_than_three():
 # Pictures
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count, crowd", [(4, 0), (8, 0), (8, 0.9)])
 def test_no_name_covers_another(count, crowd):
     rng, names = (

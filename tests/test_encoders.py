@@ -38,12 +38,12 @@ FRIENDLY = [
 ]
 TINY = [
     "test_resnet",
-    "test_convnext",
     "test_coatnet",
+    "test_convnext",
     "test_maxvit",
     "mit_b0",
     "mobilenet_v3_small",
-]  # one of each kind, fast
+]  # one of each kind, fast; without --slow the first two, of convolutions and of attention, stand for most properties
 OTHERS = [
     "vgg11",
     "densenet121",
@@ -94,6 +94,7 @@ def test_every_friendly_encoder_trains_and_predicts(name):
     predict(model, (32, 32), (75, 100))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", TINY)
 def test_large_images_that_are_no_multiple_of_anything(name):
     predict(make(name), *SIZES)
@@ -107,6 +108,7 @@ def test_every_encoder_at_every_size(name):
     predict(model, *SIZES)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", OTHERS[-3:])
 def test_any_timm_name_that_yields_falling_strides(name):
     assert find_encoder(name).family == "timm"
@@ -115,6 +117,7 @@ def test_any_timm_name_that_yields_falling_strides(name):
     predict(model, (32, 32), (75, 100))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", TINY)
 def test_batches_of_one_and_single_positions(name):
     model = make(name)
@@ -137,6 +140,7 @@ def test_constant_images_and_padding(name):
         )  # the border is repeated at the right and bottom
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", TINY + ["swin"])
 def test_other_sizes_leave_no_trace(name):
     model = make(name).eval()
@@ -151,6 +155,7 @@ def test_other_sizes_leave_no_trace(name):
     train_a_step(model, photos(96, 64, batch=2))  # what inference made cannot be trained with
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", TINY)
 def test_state_goes_into_another_model(name, tmp_path):
     model = make(name)
@@ -170,6 +175,7 @@ def test_state_goes_into_another_model(name, tmp_path):
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -219,6 +225,7 @@ def test_an_offset_keeps_its_bias_at_every_size():
             assert torch.equal(values[:, row, column, other_row, other_column], table[7 + down, 7 + right])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [*TINY, "swinv2", "hrnet_w18_small", "cspnext_tiny"])
 def test_recomputed_activations_give_the_same_gradients(name):
     model, images = make(name, drop_path_rate=0.0).train(), photos(64, 64, batch=2)
@@ -241,6 +248,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
     assert any(module.__dict__.get("grad_checkpointing") for module in model.encoder.modules())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", TINY)
 def test_memory_format_and_bf16(name):
     model, images = make(name, drop_path_rate=0.0).eval(), photos(64, 96, batch=2)
@@ -321,6 +329,7 @@ def test_a_network_inside_a_larger_one_is_not_taken_for_it(tmp_path):
     load_weights_file(create_encoder("resnet34"), tmp_path / "resnet34.safetensors")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_coatnet", "test_maxvit", "test_efficientnet", "mobilenet_v3", "swin"]
 )
@@ -343,6 +352,7 @@ def test_tables_of_another_size_are_refused(tmp_path):
             load_weights_file(create_encoder(name, 64), tmp_path / f"{name}.safetensors")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["swin", "coatnet_nano_rw_224", "maxvit_nano_rw_256", "resnet18"])
 def test_published_weights_come_through_timm(name, monkeypatch):
     torch.manual_seed(1)

@@ -81,6 +81,7 @@ def tiny_run(tmp_path_factory):
 # Through papermill
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_another_folder(tmp_path):
     notebook, failed = execute(tmp_path, outputs="made", **{**TINY, "model": "swinv2_hybrid", "encoder": "swinv2"})
     assert not failed, error_of(notebook)
@@ -141,6 +142,7 @@ def test_a_cell_that_fails_between_two_steps_marks_the_run_failed(tmp_path):
     assert not (folder / "final_results.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_between_two_steps_marks_the_run_failed(tmp_path):
     code = (
         f"from crackseg_nb.runs.config import configure; from crackseg_nb.runs.experiment import Experiment\n"
@@ -359,6 +361,7 @@ def test_outputs_that_cannot_be_written(tmp_path):
 # Real photos
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_photos_run_through(tmp_path, data_folder):
     done = run(

@@ -82,6 +82,7 @@ def check_attention(model, size):
                     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_gives_what_the_block_gives(hybrid, size):
     check_attention(hybrid, size)

@@ -121,6 +121,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_epoch(tmp_path, monk
     assert (folder / "training.log").read_text().count("OUT OF MEMORY") == 1
 
 
+@pytest.mark.slow
 def test_a_single_image_that_does_not_fit_ends_the_run_with_advice(tmp_path, whole):
     def full(image):
         raise MemoryError
@@ -325,6 +326,7 @@ PLACES = {  # the function that is interrupted and at which call, how often, and
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
     with pytest.MonkeyPatch.context() as patch:
@@ -338,6 +340,7 @@ def test_a_signal_writes_a_state_and_says_how_to_go_on(tmp_path, whole, number):
         assert_equals(whole, resume(tmp_path, "asked"))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_step_that_was_interrupted_goes_on_when_it_is_taken_again(tmp_path, whole, place):
     "As in a notebook, whose cell is run again in the same kernel."
@@ -372,6 +375,7 @@ def test_a_step_that_was_interrupted_goes_on_when_it_is_taken_again(tmp_path, wh
     assert_equals(whole, experiment.folder)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("place", ["load_data", "test"])
 def test_what_an_interrupt_leaves_is_resumed_elsewhere(tmp_path, whole, place):
     where, times, _ = PLACES[place]

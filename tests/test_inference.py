@@ -169,6 +169,7 @@ def test_tiled_equals_whole():
     assert across[:, [line - 1 for line in lines]].mean() < 1.5 * across.mean()
 
 
+@pytest.mark.slow
 def test_tiled_equals_whole_over_views():
     model = Views(small("unet", encoder="test_resnet", **NARROW), "flips", (0.75, 1.5))
     halo = -(-receptive_radius(model.model, 256) * 4 // 3)

@@ -24,6 +24,7 @@ def files_of(samples):
     return {str(file) for sample in samples for file in (sample.image, sample.mask) if file}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("preload", ["auto", "disk", "false"])
 def test_a_run_opens_each_file_twice_before_its_first_step(walls, tmp_path, monkeypatch, one_thread, preload):
     with counted_opens(walls, tmp_path / "opens", monkeypatch) as opened:

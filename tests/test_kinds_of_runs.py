@@ -117,7 +117,8 @@ def stopped(tmp_path_factory, conv_norm):
     return outputs
 
 
-@pytest.mark.parametrize("step, lr", [(0, 1e-3), (0, 1e-4), (1, 1e-3), (1, 1e-4)])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step, lr", [(1, 1e-4), (0, 1e-3), (0, 1e-4), (1, 1e-3)])
 def test_the_history_shows_the_rate_that_was_used(tmp_path, monkeypatch, stopped, step, lr):
     shutil.copytree(stopped, tmp_path / "runs")
     used, train = {}, trainer_module.train_window
@@ -140,6 +141,7 @@ def test_the_history_shows_the_rate_that_was_used(tmp_path, monkeypatch, stopped
 # ---- what would fail after training
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_image_too_small_for_the_model_is_named_before_training(tmp_path, split):
     sizes = {"train": [40] * 4, "val": [40] * 2, "test": [40] * 2}

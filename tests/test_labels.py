@@ -446,6 +446,7 @@ def collect(dataset, epoch, num_workers, batch_size=4, **options):
     return list(loader)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", list(LABEL_AUGMENTATIONS))
 def test_an_item_depends_on_seed_epoch_and_index_only(name, samples, one_thread):
     dataset, other = (LabelDataset(samples, create_label_augmentation(name, (40, 48)), seed=seed) for seed in (1, 2))
@@ -557,6 +558,7 @@ def test_a_damaged_image_is_named_from_a_worker(samples, tmp_path):
 # ---------------------------------------------------------------- real images
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_cifar10(data_folder, one_thread):
     root = data_folder / "cifar10"

@@ -84,6 +84,7 @@ def simulated(width, blur, count, black=None, seed=0, noise=2.0):
     return fit_profiles(profiles + generator.normal(0, noise, profiles.shape), black=black)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("black", [None, 24.0])
 def test_grey_intervals_contain_the_width_as_often_as_they_say(black):
     contained = []

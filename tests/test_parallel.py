@@ -133,6 +133,7 @@ def test_running_statistics_are_those_of_one_process(two):
 # Errors
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "kind, message",
     [
@@ -168,6 +169,7 @@ def test_signals_are_passed_on_and_there_is_time_to_save(program, tmp_path):
     assert not list(tmp_path.glob("crackseg-*"))  # the notes
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_work_begins_stops_it(program, tmp_path):
     wait_until(lambda: len(workers(program)) == 2)
     program.send_signal(signal.SIGTERM)
@@ -175,6 +177,7 @@ def test_a_signal_before_the_work_begins_stops_it(program, tmp_path):
     assert not list(tmp_path.glob("?.saved"))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("program, number", [("stuck", signal.SIGKILL), ("", signal.SIGINT)], indirect=["program"])
 def test_nobody_outlives_a_starter_that_is_killed_or_interrupted(program, number, tmp_path):
     wait_until(lambda: len(list(tmp_path.glob("?.started.*"))) == 2)

@@ -146,6 +146,7 @@ def test_lines_first_keeps_thin_cracks_on_wide_damage_whole():
     assert not (shrink_labels(labels, TILE, lines_first=True) == VOID).any()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [(300, 400), (900, 1100)])
 def test_lines_first_keeps_most_of_a_crooked_crack_on_wide_damage(size):
     kept, left = [], []
@@ -166,6 +167,7 @@ def test_cases_of_any_size(size):
         assert axis.images[0].get_array().shape[0] <= TILE[0] and axis.images[0].get_array().shape[1] <= TILE[1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [3, 7, 21])
 def test_case_legend_names_every_class_and_stays_inside(count):
     classes = classes_of(count)

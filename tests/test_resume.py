@@ -98,7 +98,8 @@ def survive(server, whole, tmp_path, model, workers, faults, epochs):
     assert_equal(evidence(whole, epochs), evidence(tmp_path / "torn", epochs))
 
 
-@pytest.mark.parametrize("model, workers", [("hybrid", 0), ("conv_norm", 2)])  # every pair of them: the slow test
+@pytest.mark.few(1)
+@pytest.mark.parametrize("model, workers", [("conv_norm", 2), ("hybrid", 0)])  # every pair of them: the slow test
 def test_a_run_survives_kills(server, whole, tmp_path, model, workers):
     faults = [("checkpoint", 2), ("step", 1), ("time", workers), ("in evaluation", 1)]
     survive(server, whole(model, 4), tmp_path, model, workers, faults, 4)

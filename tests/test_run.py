@@ -72,6 +72,7 @@ def kernel_of(folder):
     return folder.status["pid"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "number, seen, seconds", [("SIGTERM", "SIGTERM", 7), ("SIGUSR1", "SIGUSR1", 0), ("SIGINT", "SIGTERM", 0)]
 )
@@ -155,7 +156,7 @@ def test_a_run_that_another_process_carries_is_refused(launch):
 
 def test_the_command_stops_and_resumes_a_real_run(tmp_path):
     words = (
-        f"-p outputs {tmp_path} -p run_name real -p synthetic_images 12 -p image_size 32 -p epochs 30 -p batch_size 4 "
+        f"-p outputs {tmp_path} -p run_name real -p synthetic_images 12 -p image_size 32 -p epochs 10 -p batch_size 4 "
         "-p device cpu -p amp off -p model unet -p encoder test_resnet"
     )
     process = subprocess.Popen(
@@ -165,19 +166,19 @@ def test_the_command_stops_and_resumes_a_real_run(tmp_path):
     wait_for(lambda: has_trained(folder), "the first epoch", 300)
     process.terminate()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == RESUME_CODE and folder.state == "stopped" and "epoch 1/30" in out, (
+    assert process.returncode == RESUME_CODE and folder.state == "stopped" and "epoch 1/10" in out, (
         out[-2000:] + err[-2000:]
     )
     resume = re.search(r"resume it with: (crackseg_run .*)", out)[1]
     done = subprocess.run(
         [BIN / "crackseg_run", *shlex.split(resume)[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
-    assert done.returncode == 0 and "epoch 30/30" in done.stdout and "epoch 1/30" not in done.stdout, (
+    assert done.returncode == 0 and "epoch 10/10" in done.stdout and "epoch 1/10" not in done.stdout, (
         done.stdout[-2000:] + done.stderr[-2000:]
     )
     assert (
         folder.state == "done"
-        and len((folder / "history.csv").read_text().splitlines()) == 31
+        and len((folder / "history.csv").read_text().splitlines()) == 11
         and (folder / "result.ipynb").is_file()
     )
 

@@ -83,6 +83,7 @@ def test_class_weights_come_from_the_training_images_only(done):
     assert weights and all(np.allclose(found.numpy(), kept["weights"]) for found in weights)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("preload", ["false", "disk"])
 def test_where_images_are_kept_changes_no_number(done, tmp_path, preload):
     other = run(configure(**SMALL, outputs=str(tmp_path), preload=preload))
@@ -90,6 +91,7 @@ def test_where_images_are_kept_changes_no_number(done, tmp_path, preload):
     assert other.results["test"] == done.results["test"]
 
 
+@pytest.mark.slow
 def test_weights_of_the_same_data_can_be_given_and_of_another_not(done, tmp_path):
     file = done.folder / "class_weights.json"
     again = run(configure(**SMALL, outputs=str(tmp_path), class_weights=str(file)))

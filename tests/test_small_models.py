@@ -184,6 +184,7 @@ def test_without_validation_the_threshold_is_a_half(folder):
     assert "test_at_0.5" not in done.results
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_resumes_to_the_same(folder):
     settings = dict(SMALL, train_set="trainval", outputs=str(folder))
     through, stopped = (
@@ -236,6 +237,7 @@ def truncated(path):
     path.with_suffix(".safetensors").write_bytes(b"\x10" * 40)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("parameter", ("fine_tune", "encoder_weights"))
 @pytest.mark.parametrize(
     "make",
@@ -307,6 +309,7 @@ def test_weights_of_a_run_that_learned_test_images_are_refused(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_that_learned_validation_images_are_told(tmp_path):
     write_synthetic(tmp_path / "mini", 20, (32, 32), 1, SyntheticConfig(crack_width=(3, 6)))
     settings = dict(SMALL, data="folder", data_dir=str(tmp_path / "mini"), epochs=1, outputs=str(tmp_path))

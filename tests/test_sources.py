@@ -517,6 +517,7 @@ def test_real_crackforest():
     assert report.problems == [] and report.table["images"].tolist() == [82, 18, 18]
 
 
+@pytest.mark.slow
 def test_real_unified360():
     source = real("unified360")
     splits = make_splits(source)
@@ -527,6 +528,7 @@ def test_real_unified360():
     assert report.problems == [] and report.near_duplicates == []
 
 
+@pytest.mark.slow
 def test_real_neu_seg():
     source = real("NEU_Seg")
     assert (len(source), len(source.classes), source.mask_encoding) == (1600, 4, "class_ids")

@@ -194,6 +194,7 @@ def test_failed_runs_are_tried_again_and_never_ranked(sweep):
     assert list(both.table()["attempts"]) == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_killed_job_is_taken_over(sweep, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     both = sweep("seed=1,2", "epochs=30", parallel=2, cpus=3)
@@ -206,6 +207,7 @@ def test_a_run_of_a_killed_job_is_taken_over(sweep, monkeypatch):
     assert read_yaml(folder(both, 0) / "threads.yaml")["OMP_NUM_THREADS"] == "3"
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_runs_and_the_same_sweep_goes_on(sweep, tmp_path):
     outputs, notebook = str(tmp_path / "outputs"), str(tmp_path / "stand_in.ipynb")
     create = f'Sweep("demo", "seed=1,2", "epochs=40", {outputs!r}, notebook={notebook!r}, parallel=2)'
@@ -227,6 +229,7 @@ def test_an_interrupt_stops_the_runs_and_the_same_sweep_goes_on(sweep, tmp_path)
     assert list(wait_until_done(both)["attempts"]) == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_slurm_warns_cancels_and_goes_on(slurm, sweep):
     "A warned job (SIGUSR1) queues itself again; a cancelled one does not; the same sweep goes on with it."

@@ -308,6 +308,7 @@ def test_a_run_that_changed_on_its_way_is_not_trained_again(copy):
     assert found.code == 0 and not copy.with_name("copy-again").exists()
 
 
+@pytest.mark.slow
 def test_the_source_of_first_weights_may_be_gone(done, folder, photos, tmp_path):
     source = shutil.copytree(done.folder.path, tmp_path / "source")
     tuned = run(
@@ -386,6 +387,7 @@ def test_a_classifier_is_equal(folder):
 # Refusals
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name, pattern, new",
     [
