@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -22,14 +23,18 @@ from crackseg_nb.core import files
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.data.augment import AUGMENTATIONS
+from crackseg_nb.data.label_augment import LABEL_AUGMENTATIONS
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.metrics.curves import HUNDREDTHS
+from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure, known_parameters
 from crackseg_nb.runs.experiment import checkpoint_sizes, prepare, run
 from crackseg_nb.runs.results import prediction_path
 from crackseg_nb.synthetic.cracks import write_synthetic
 from crackseg_nb.training.checkpoint import load_checkpoint
+from crackseg_nb.training.settings import LOSS_SETTINGS, OPTIMIZERS, PRECISIONS, SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "nbs" / "run_experiment.ipynb"
@@ -184,6 +189,11 @@ def test_the_parameters_cell_is_the_whole_manual():
     for line in lines:
         name, comment = line.split(":")[0], line.split("  # ")[1]
         assert f"{name}: " in done.stdout and comment.split(";")[0][:20] in " ".join(done.stdout.split()), name
+    comments = {line.split(":")[0]: line.split("  # ")[1] for line in lines}
+    choices = dict(loss=LOSS_SETTINGS, model=MODEL_SETTINGS, augmentation={**AUGMENTATIONS, **LABEL_AUGMENTATIONS})
+    choices |= dict(optimizer=OPTIMIZERS, scheduler=SCHEDULERS, amp=PRECISIONS)
+    for name, known in choices.items():
+        assert not {*known} - {*re.findall(r"[\w/]+", comments[name])}, name
 
 
 # The same again

@@ -17,7 +17,7 @@ from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.core.files import project_root
 from crackseg_nb.training import losses as losses_module
 from crackseg_nb.training.losses import LOSSES, create_loss
-from crackseg_nb.training.settings import LOSS_LIMITS, LossConfig, loss_settings, losses_for
+from crackseg_nb.training.settings import LOSS_LIMITS, LOSS_SETTINGS, LossConfig, check_loss, loss_settings, losses_for
 
 ALL = [(name, num_channels) for num_channels in (1, 4) for name in losses_for(num_channels)]
 WEIGHTED = [(name, num_channels) for name, num_channels in ALL if "class_weights" in loss_settings(name)]
@@ -596,3 +596,6 @@ def test_the_example_in_contributing_is_a_loss(monkeypatch):
     assert logits.grad.isfinite().all() and not logits.grad.movedim(1, -1)[target == VOID].any()
     with pytest.raises(CrackSegError, match="hard_pixels.limit"):
         names["HardPixels"](2)
+    monkeypatch.setitem(LOSS_SETTINGS, "hard_pixels", {"limit": (float, 0.7)})
+    with pytest.raises(CrackSegError, match="hard_pixels.limit"):  # before anything is built
+        check_loss("hard_pixels", {"limit": 2})

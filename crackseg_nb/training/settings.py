@@ -151,6 +151,8 @@ def check_smooth(smooth: float, count_absent: bool) -> float:
 def check_loss(name: str, settings: dict[str, Any]) -> None:
     "Raise `CrackSegError` for an unknown loss, an unknown setting or an impossible value."
     defaults, parts = loss_settings(name), name.split("_")
+    if not {*parts} <= {*LOSS_SETTINGS}:  # an underscore alone makes no compound
+        parts = [name]
     for key in settings:
         if not defaults:
             raise CrackSegError(f"loss {name}: found setting {key!r}, expected none")
