@@ -79,6 +79,7 @@ d = {
             "crackseg_nb.core.files.write_yaml": ("core/files.html#write_yaml", "crackseg_nb/core/files.py"),
         },
         "crackseg_nb.core.machine": {
+            "crackseg_nb.core.machine.check_gpu": ("core/machine.html#check_gpu", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.cores": ("core/machine.html#cores", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.describe_environment": (
                 "core/machine.html#describe_environment",
@@ -99,6 +100,7 @@ d = {
                 "core/machine.html#processor_name",
                 "crackseg_nb/core/machine.py",
             ),
+            "crackseg_nb.core.machine.promised_gpu": ("core/machine.html#promised_gpu", "crackseg_nb/core/machine.py"),
             "crackseg_nb.core.machine.quiet_loggers": (
                 "core/machine.html#quiet_loggers",
                 "crackseg_nb/core/machine.py",
@@ -5478,8 +5480,8 @@ d = {
                 "training/evaluation.html#evaluate",
                 "crackseg_nb/training/evaluation.py",
             ),
-            "crackseg_nb.training.evaluation.predict": (
-                "training/evaluation.html#predict",
+            "crackseg_nb.training.evaluation.in_parts": (
+                "training/evaluation.html#in_parts",
                 "crackseg_nb/training/evaluation.py",
             ),
             "crackseg_nb.training.evaluation.sum_type": (

@@ -9,6 +9,8 @@ __all__ = [
     "CONTROL_GROUPS",
     "OWN_GROUPS",
     "GROUP_FILES",
+    "promised_gpu",
+    "check_gpu",
     "get_device",
     "package_versions",
     "git_state",
@@ -53,18 +55,54 @@ else:
 
 
 # %% ../../nbs/core/03_machine.ipynb #1148b0c8
+def promised_gpu() -> str:
+    "Return the environment variable by which a job was given a GPU, with its value; empty if none was."
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"):
+        value = os.environ.get(name, "").strip()
+        if value and value not in ("-1", "NoDevFiles", "none", "void"):
+            return f"{name}={value}"
+    return ""
+
+
+def check_gpu() -> None:
+    "Raise CrackSegError if torch was built without kernels for the CUDA device that it would take."
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    built = torch.cuda.get_arch_list()
+    numbers = [(kind, int(number.rstrip("af"))) for kind, _, number in (name.partition("_") for name in built)]
+    runs = any(
+        number // 10 == major and number % 10 <= minor if kind == "sm" else number <= 10 * major + minor
+        for kind, number in numbers
+    )
+    if numbers and not runs:
+        raise CrackSegError(
+            f"device: found {torch.cuda.get_device_name()} of compute capability {major}.{minor}, for which this build "
+            f"of torch has no kernels ({' '.join(built)}); expected a build of torch with them, or device cpu"
+        )
+
+
 def get_device(name: str = "auto") -> "torch.device":
-    "Return the torch device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU."
+    """Return the torch device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises CrackSegError where `auto` would train on the CPU though the job was given a GPU."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, found in available.items() if found))
+        name = next(kind for kind, found in available.items() if found)
+        if name == "cpu" and (promise := promised_gpu()):
+            raise CrackSegError(
+                f"device: found {promise}, but torch {torch.__version__} sees no GPU (nvidia-smi shows the driver, "
+                f"torch.version.cuda is {torch.version.cuda}); expected a build that fits the driver, or device cpu"
+            )
     if not available[choose("device", name, ("auto", *available))]:
         raise CrackSegError(
             f"device: found {name!r}, but this machine has none; expected "
             f"{' or '.join(kind for kind, found in available.items() if found)}"
         )
+    if name == "cuda":
+        check_gpu()
     return torch.device(name)
 
 

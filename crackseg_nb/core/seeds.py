@@ -37,6 +37,10 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if torch.cuda.is_available():  # those of the CPU, which have the same switches, repeat
+        for fused in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Kernels without a deterministic form warn, so that the log names them instead of the run failing late.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -59,7 +63,7 @@ def lent_generator(seed: int) -> Iterator[None]:
 
 # %% ../../nbs/core/04_seeds.ipynb #51c6eaf6
 def capture_rng_state() -> dict:
-    "Return the states of Python's, NumPy's and torch's generators (CPU and every CUDA device)."
+    "Return the states of Python's, NumPy's and torch's generators (CPU, every CUDA device, Apple's MPS)."
     import torch
 
     version, words, gauss = random.getstate()
@@ -69,6 +73,7 @@ def capture_rng_state() -> dict:
         numpy=[kind, keys.tolist(), position, has_gauss, cached],
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **({"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {}),
     )
 
 
@@ -90,3 +95,10 @@ def restore_rng_state(state: dict) -> None:
         )
     for index, cuda_state in enumerate(state["cuda"][:devices]):
         torch.cuda.set_rng_state(cuda_state.cpu(), index)
+    if torch.backends.mps.is_available():
+        if "mps" in state:
+            torch.mps.set_rng_state(state["mps"].cpu())
+        else:
+            logger.warning(
+                "random numbers: found no saved MPS state; the resumed run will differ from one that never stopped"
+            )

@@ -40,7 +40,7 @@ class DeepLab(SegmentationModel):
 
     def segment(self, images: torch.Tensor) -> torch.Tensor:
         _, low, mid, _, deepest = self.encoder(images)
-        return enlarge(self.head(self.decode(low, mid, self.aspp(deepest))), images.shape[-2:])
+        return enlarge(self.head(self.decode(low, mid, self.aspp(deepest))).float(), images.shape[-2:])
 
 
 # %% ../../nbs/models/08_deeplab_lite.ipynb #1fda2b53

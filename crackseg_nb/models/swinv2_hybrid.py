@@ -60,4 +60,4 @@ class SwinV2Hybrid(SegmentationModel):
         features = self.bottleneck(features)
         for block, skip in zip(self.decoder, reversed(skips)):
             features = block(features, skip)
-        return enlarge(self.head(features), images.shape[-2:])
+        return enlarge(self.head(features).float(), images.shape[-2:])

@@ -482,6 +482,7 @@ def make_loaders(
             rank=rank,
             world=world,
             timeout=config.data.loader_timeout,
+            pin_memory=get_device(config.run.device).type == "cuda",  # a run on the CPU leaves the GPU alone
         )
         for split, dataset in datasets.items()
     }

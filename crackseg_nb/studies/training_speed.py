@@ -115,16 +115,21 @@ def options_of(contest: Contest) -> dict[str, dict]:
 def algorithms(repeatable: bool, fill: bool) -> Iterator[None]:
     "Let torch take repeatable algorithms or the fastest ones; repeatable, it also fills new memory with NaN if `fill`."
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    convolutions, attention = torch.backends.cudnn.deterministic, torch.backends.cuda.flash_sdp_enabled()
+    unfused = torch.cuda.is_available() and repeatable  # as `seed_everything` has it
 
-    def choose_algorithms(repeatable, fill):
+    def choose_algorithms(repeatable, fill, convolutions, attention):
         torch.use_deterministic_algorithms(repeatable, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.deterministic = convolutions  # either of the two makes convolutions repeat
+        for fused in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{fused}_sdp")(attention)
 
-    choose_algorithms(repeatable, fill)
+    choose_algorithms(repeatable, fill, repeatable, not unfused)
     try:
         yield
     finally:
-        choose_algorithms(*before)
+        choose_algorithms(*before, convolutions, attention)
 
 
 def enter_with(contest: Contest, **choice) -> Contestant:

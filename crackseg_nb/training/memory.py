@@ -7,6 +7,7 @@ __all__ = [
     "MIB",
     "M_TRIM_THRESHOLD",
     "M_MMAP_MAX",
+    "OUT_OF_MEMORY",
     "cuda_peaks",
     "MemoryMonitor",
     "c_library",
@@ -155,17 +156,24 @@ def clear_cache(device: torch.device | str = "cpu") -> None:
 
 
 # %% ../../nbs/training/04_memory.ipynb #c1a38f4e
+# The last four are what cuDNN and cuBLAS say where they get no memory to work in or for a handle.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "unable to find an engine to execute this computation",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     "Tell whether `error` says that a device's or the machine's memory is used up."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    signs = (
-        "can't allocate memory",
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "MPS backend out of memory",
-    )
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in signs)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 # %% ../../nbs/training/04_memory.ipynb #cb6e9230
@@ -275,6 +283,7 @@ class MemoryEstimate:
     activations: float
     available: float
     advice: tuple[str, ...] = ()
+    shared: float = 0.0  # of the activations: what is kept once, however many images there are
 
     @property
     def total(self) -> float:
@@ -283,8 +292,9 @@ class MemoryEstimate:
 
     def images_that_fit(self, batch_size: int) -> int:
         "Return how many of the `batch_size` images that the estimate was made for fit at once; 0 if not even one does."
-        room = self.available - (self.total - self.activations)
-        return batch_size if room >= self.activations else max(0, int(room // (self.activations / batch_size)))
+        images = self.activations - self.shared
+        room = self.available - (self.total - images)
+        return batch_size if room >= images else max(0, int(room // (images / batch_size)))
 
     def __str__(self):
         parts = ", ".join(
@@ -336,13 +346,22 @@ def activation_bytes(
     image_size: tuple[int, int],  # height and width used in training
     probe_size: tuple[int, int] | None = None,  # measure at this size and scale; None: at `image_size`
     amp_dtype: torch.dtype | None = None,  # as in training
-) -> float:
-    "Return the bytes that one image of `image_size` keeps for the backward pass, from a pass of two images."
+    batch_size: int = 4,  # of the training: nothing larger than needed is tried
+) -> tuple[float, float]:
+    """Return the bytes that a batch keeps for the backward pass, whatever its size, and those of one image in it.
+
+    Under autocast the copies of the weights in half precision are kept once. A pass of two images and one of four tell
+    the two apart; in float32 nothing but images is kept, and a pass of two is enough."""
     height, width = image_size
     probe = probe_size or image_size
     device = next(model.parameters()).device
-    pair = torch.zeros(2, 3, *probe, device=device)  # two: batch normalisation refuses a single value
-    return saved_bytes(model, pair, amp_dtype) / 2 * (height * width) / (probe[0] * probe[1])
+    # Two at least: batch normalisation refuses a single value.
+    two, *four = (
+        saved_bytes(model, torch.zeros(count, 3, *probe, device=device), amp_dtype)
+        for count in ((2, 4) if amp_dtype and batch_size > 2 else (2,))
+    )
+    image = (four[0] - two) / 2 if four else two / 2
+    return two - 2 * image, image * (height * width) / (probe[0] * probe[1])
 
 
 def room_for_training(model: nn.Module, device: torch.device | str) -> int:
@@ -367,12 +386,15 @@ def estimate_memory(
     "Return a lower bound of the memory that training `model` takes, measured on the model's own device."
     batch_size = check_number("batch_size", batch_size, int, low=1)
     image_size = tuple(check_number("image_size", side, int, low=1) for side in image_size)
-    activations = batch_size * activation_bytes(model, image_size, probe_size, amp_dtype)
+    constant, image = activation_bytes(model, image_size, probe_size, amp_dtype, batch_size)
+    activations = constant + batch_size * image
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     states = gradients * optimizer_states
     if available is None:
         available = room_for_training(model, device)
     checkpointed = any(module.__dict__.get("grad_checkpointing") is True for module in model.modules())
-    advice = memory_advice(batch_size, activations, parameters + gradients + states, available, checkpointed)
-    return MemoryEstimate(*(size / MIB for size in (parameters, gradients, states, activations, available)), advice)
+    fixed = parameters + gradients + states + constant
+    advice = memory_advice(batch_size, batch_size * image, fixed, available, checkpointed)
+    sizes = (size / MIB for size in (parameters, gradients, states, activations, available))
+    return MemoryEstimate(*sizes, advice, constant / MIB)
