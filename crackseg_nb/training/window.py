@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "PATIENCE",
     "create_accelerator",
     "split_batch",
     "to_device",
@@ -16,10 +17,12 @@ __all__ = [
 
 # %% ../../nbs/training/12_window.ipynb #f81042ec
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from ..core.checks import CrackSegError
@@ -29,8 +32,12 @@ from .exchange import RunningStatistics, any_process, sum_over_processes
 from .losses import Loss
 from .memory import clear_cache, is_out_of_memory
 
-
 # %% ../../nbs/training/12_window.ipynb #da5165dd
+# How long a process may wait for another, which may be the only one that decodes or downloads a large data set. NCCL
+# would give up after ten minutes. A process that fails ends all the others, whatever they wait for.
+PATIENCE = timedelta(hours=6)
+
+
 def create_accelerator(
     device: torch.device,
     precision: str = "no",  # no, bf16 or fp16, as `choose_precision` returns it
@@ -38,7 +45,8 @@ def create_accelerator(
     "Return a fresh accelerator for `device`; in a launched process, for this process's share of the devices."
     # accelerate remembers its first precision for the whole process; a notebook may train twice.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 
 # %% ../../nbs/training/12_window.ipynb #68c17b51
