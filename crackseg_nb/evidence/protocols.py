@@ -160,7 +160,7 @@ PROTOCOLS = (
     Protocol("threshold 0.5", threshold="0.5", source="most toolkits' default"),
     Protocol("mean over images", average="images", source="medical image segmentation; torchmetrics, MONAI"),
     Protocol(
-        "mean over images, one without a crack counts 0",
+        "mean over images, nothing found where nothing is counts 0",
         average="images",
         empty="0",
         source="code that divides by zero plus a small number",
@@ -228,7 +228,8 @@ def score(counted: Counted, protocol: Protocol) -> dict[str, float]:
     else:
         found = all_scores(counts, pixels)
         if protocol.empty == "0":
-            found = {name: np.where(nothing[:, None], 0, values) for name, values in found.items()}
+            blank = nothing[:, None] & (counts[:, 1] == 0)
+            found = {name: np.where(blank, 0, values) for name, values in found.items()}
         if protocol.empty == "out":
             found = {name: values[~nothing] for name, values in found.items()}
     if protocol.tolerance >= 1:
@@ -253,7 +254,7 @@ def average_precisions(counted: Counted) -> dict[str, float]:
         "65,536 levels, steps": average_precision(reached_counts(counted.levels)),
         "99 thresholds, steps": average_precision(grid),
         "99 thresholds, straight lines": float(
-            -np.trapezoid(curve["precision"], curve["recall"]) if grid[3, 0] else np.nan
+            -np.trapezoid([*curve["precision"], 1], [*curve["recall"], 0]) if grid[3, 0] else np.nan
         ),
     }
 
@@ -311,7 +312,7 @@ def show_translation(
     from crackseg_nb.figures.photos import CURVE_COLOURS
 
     names = list(table.index.unique("protocol"))
-    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.27 * len(names)))
+    figure, axis = plt.subplots(figsize=(9, 1.1 + 0.27 * len(names)), layout="constrained")
     for (run, rows), colour, marker in zip(table.groupby("run", sort=False), CURVE_COLOURS, "osD^vP*X"):
         places = [names.index(protocol) for protocol in rows.index.get_level_values("protocol")]
         axis.scatter(rows["f1_points"], places, color=colour, marker=marker, s=32, label=run, zorder=3)
@@ -319,7 +320,7 @@ def show_translation(
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="points of F1 beside the first protocol", ylim=(len(names) - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 
 
