@@ -1,5 +1,7 @@
 """The model that comes with the package: its weights are whole and small, its results its own, and it finds a crack."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from crackseg_nb import load_model, predict
 from crackseg_nb.core.files import project_root, read_yaml, sha256_file
 from crackseg_nb.core.run_folder import READY, find_run_folder, ready_folder
+from crackseg_nb.inference import export
 from crackseg_nb.inference.commands import predict_main
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import prepare
@@ -80,3 +83,9 @@ def test_a_run_of_that_name_goes_before(tmp_path):
     (tmp_path / READY / "status.yaml").write_text("state: done\n")
     assert find_run_folder("model", READY, str(tmp_path)).path == tmp_path / READY
     assert find_run_folder("model", READY, str(tmp_path / "other")).path == ready_folder()
+
+
+def test_its_export_does_not_go_into_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "export_network", lambda network, target, fixed_size: target)
+    assert export.export_run(READY) == Path("ready.onnx")
+    assert export.export_run(READY, tmp_path / "own.onnx") == tmp_path / "own.onnx"

@@ -33,7 +33,7 @@ from torch import nn
 # %% ../../nbs/inference/08_export.ipynb #f4f6f53d
 from ..core.checks import CrackSegError, check_number, first_line
 from ..core.machine import quiet_loggers
-from ..core.run_folder import locate_weights
+from ..core.run_folder import READY, locate_weights, ready_folder
 from .files import beside
 from .models import TorchNetwork, load_network
 from .networks import Facts, Network, OnnxNetwork, write_facts
@@ -158,7 +158,7 @@ def export_network(
 
 def export_run(
     model,  # a run's folder or name, its checkpoints, or a file of weights inside the run's folder
-    path=None,  # file to write; None: model.onnx in the run's folder
+    path=None,  # file to write; None: model.onnx in the run's folder, ready.onnx here for the ready model
     fixed_size: int = 0,  # side of the only image that the file takes; 0: any size, if parity allows it
     outputs: str = "",
 ) -> dict:
@@ -166,5 +166,8 @@ def export_run(
     check_number("fixed_size", fixed_size, int, 0)
     if fixed_size and (fixed_size < 64 or fixed_size % 32):
         raise CrackSegError(f"fixed_size: found {fixed_size}, expected a multiple of 32 from 64 up")
-    target = Path(path) if path else config_beside(locate_weights("model", str(model), outputs)).with_name("model.onnx")
+    weights = locate_weights("model", str(model), outputs)
+    beside = config_beside(weights).with_name("model.onnx")
+    own = Path(f"{READY}.onnx") if ready_folder() in weights.parents else beside  # a package's folder is not written to
+    target = Path(path) if path else own
     return export_network(load_network(model, "cpu", outputs, "none", (1.0,)), target, fixed_size=fixed_size)
