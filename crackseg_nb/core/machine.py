@@ -96,6 +96,11 @@ def get_device(name: str = "auto") -> "torch.device":
                 f"device: found {promise}, but torch {torch.__version__} sees no GPU (nvidia-smi shows the driver, "
                 f"torch.version.cuda is {torch.version.cuda}); expected a build that fits the driver, or device cpu"
             )
+    if name.startswith("cuda:"):
+        raise CrackSegError(
+            f"device: found {name!r}, expected cuda; "
+            f"which card that is, CUDA_VISIBLE_DEVICES={name[5:]} before the command says"
+        )
     if not available[choose("device", name, ("auto", *available))]:
         raise CrackSegError(
             f"device: found {name!r}, but this machine has none; expected "
