@@ -1,7 +1,9 @@
 """What a GPU would do, shown without one: tensors without numbers say which type and device an operation has."""
 
 import contextlib
+import json
 
+import gpu_day
 import pytest
 import torch
 from torch import nn
@@ -90,3 +92,10 @@ def test_the_benchmark_compares_what_it_says(monkeypatch):
         torch.backends.cudnn.deterministic = before[1]
         for kernel, enabled in zip(("flash", "mem_efficient", "cudnn"), before[2:]):
             getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_card_go_through_without_one(tmp_path):
+    assert gpu_day.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
+    answers = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert list(answers) == [check.__name__ for check in gpu_day.CHECKS] and answers["repeats"]["found"]
