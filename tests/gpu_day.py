@@ -1,6 +1,6 @@
 """What only a card can show, in one command: `python tests/gpu_day.py`, under eight minutes, no data needed.
 
-Each check prints a line and, with --out FOLDER, all answers lie in FOLDER/gpu_day.json. The exit status is the number of
+Each check prints a line; with --out FOLDER, all answers lie in FOLDER/gpu_day.json. The exit status is the number of
 checks that failed. `--device cpu --tiny` goes the same way without a card, as a test does.
 """
 
