@@ -1,5 +1,6 @@
 """The dull cases of configurations: what each rule refuses, and what a recipe is beside another model."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ from crackseg_nb.runs.config import (
     config_to_dict,
     configure,
     differences,
+    known_parameters,
     notebook_settings,
     read_config,
 )
@@ -33,7 +35,7 @@ PHOTOS = dict(data="folder", data_dir="photos", class_names="wall,crack,rust")
         (dict(num_workers=-1), "num_workers: found -1, expected a whole number at least 0"),
         (dict(loader_timeout=-0.5), "loader_timeout: found -0.5, expected a number at least 0"),
         (dict(synthetic_images=3), "synthetic_images: found 3, expected a whole number at least 4"),
-        (dict(synthetic_width=(0, 3)), "crack_width"),
+        (dict(synthetic_width=(0, 3)), "synthetic_width"),
         (dict(fractions=(0.5, 0.5)), "fractions: found (0.5, 0.5)"),
         (dict(preload="never"), "preload: found 'never'"),
         (dict(mask_encoding="0/1"), "mask_encoding: found '0/1'"),
@@ -163,3 +165,73 @@ def test_options_that_the_reader_does_not_take_are_refused_at_once(settings):
     for data in (dict(), dict(data="DeepCrack", data_dir="x")):
         with pytest.raises(CrackSegError, match=f"{next(iter(settings))}: found .* which does not take it"):
             configure(**settings, **data)
+
+
+HOSTILE = [
+    "",
+    " ",
+    "None",
+    "true",
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "-inf",
+    "1,2",
+    "[1, 2]",
+    "{'a': 1}",
+    "1_000",
+    "\u0663",
+    "\u00bd",
+    "0x10",
+    "3.7",
+]
+HOSTILE += [
+    "../x",
+    "/etc/passwd",
+    "~",
+    "a\nb",
+    "a\0b",
+    "\u00e9" * 300,
+    "\U0001f4a5",
+    "1,,2",
+    ",",
+    "auto",
+    "0.7,0.2",
+    "100%",
+    "1 000",
+]
+HOSTILE += [
+    0,
+    -1,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    True,
+    False,
+    [],
+    [1],
+    (1, 2, 3),
+    {},
+    b"x",
+    1j,
+    object(),
+    [None],
+    [[1]],
+]
+
+
+def test_any_value_of_any_parameter_is_taken_or_refused_in_one_line(request, tmp_path, monkeypatch):
+    "As a hunt with 59 values for each parameter did; what is told names the parameter."
+    monkeypatch.chdir(tmp_path)
+    every = 1 if request.config.getoption("--slow") else 6
+    for index, (name, value) in enumerate(itertools.product(known_parameters(), HOSTILE)):
+        if index % every:
+            continue
+        try:
+            configure(**{name: value})
+        except CrackSegError as error:
+            assert len(str(error)) < 700 and len(str(error).splitlines()) == 1, (name, value, str(error))
+            assert name in str(error) or isinstance(value, dict), (name, value, str(error))
+    assert not list(tmp_path.iterdir())

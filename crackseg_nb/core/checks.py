@@ -128,8 +128,9 @@ def nearest(found, choices) -> str | None:
 # %% ../../nbs/core/01_checks.ipynb #a0dcd2be
 def unknown_name(found, choices) -> str:
     "Return `found` in quotes, with the valid name that comes closest, as errors show it."
-    close = nearest(found, choices)
-    return repr(found) + (f" (did you mean {close!r}?)" if close else "")
+    close, shown = nearest(found, choices), repr(found)
+    shown = shown if len(shown) <= 120 else f"{shown[:117]}..."
+    return shown + (f" (did you mean {close!r}?)" if close else "")
 
 
 # %% ../../nbs/core/01_checks.ipynb #a3ccf8ba

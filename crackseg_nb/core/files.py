@@ -200,7 +200,8 @@ def find_path(path) -> Path:
     "Return `path`; a relative one that is not in the working directory is looked for in the project."
     path = Path(path).expanduser()
     inside = (project_root() or Path()) / path
-    return inside if inside.exists() and not path.exists() else path
+    # Unlike Path.exists, it raises for no name, were it too long for a file.
+    return inside if os.path.exists(inside) and not os.path.exists(path) else path
 
 
 # %% ../../nbs/core/02_files.ipynb #a84c07de

@@ -24,6 +24,7 @@ __all__ = [
 import contextlib
 import errno
 import importlib.resources
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,7 +143,7 @@ def find_run_folder(
     if run == READY:
         places.append(ready_folder())  # a run of that name goes before
     for path in places:
-        if (path / "status.yaml").is_file():
+        if os.path.isfile(path / "status.yaml"):
             return RunFolder(path)
     found = unknown_name(run, [path.parent.name for path in sorted(outputs_folder(outputs).glob("*/status.yaml"))])
     raise CrackSegError(
@@ -163,10 +164,10 @@ def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
 def locate_weights(parameter: str, where: str, outputs: str = "") -> Path:
     "Return the file of weights, or the run's folder of checkpoints, that `where` names; raise CrackSegError if absent."
     path = find_path(where)
-    if path.is_file() or (path / "best.json").is_file():
+    if os.path.isfile(path) or os.path.isfile(path / "best.json"):
         return path
     folder = find_run_folder(parameter, str(where), outputs)
-    if (folder / "checkpoints" / "best.json").is_file():
+    if os.path.isfile(folder / "checkpoints" / "best.json"):
         return folder / "checkpoints"
     raise CrackSegError(
         f"{parameter}: found no checkpoint in run {folder.run_id}, which is {folder.state}; "

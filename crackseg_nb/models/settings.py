@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/models/01_settings.ipynb #7eb7f10f
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 # %% ../../nbs/models/01_settings.ipynb #b26aa906
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, check_number, choose, unknown_name
@@ -105,7 +105,7 @@ def check_pretrained(pretrained: str | bool) -> str:
     choice = str(pretrained).strip()
     if choice.lower() in ("auto", "true", "false"):
         return choice.lower()
-    if not Path(choice).expanduser().is_file():
+    if not os.path.isfile(os.path.expanduser(choice)):
         raise CrackSegError(f"pretrained: found no file {choice}, expected auto, true, false or a safetensors file")
     return choice
 

@@ -63,7 +63,6 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,8 +98,8 @@ from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, check_no_mask_options, choose_classes, label_classes, named_classes
 from ..sources.samples import Classes, read_paint
-from ..synthetic.cracks import SyntheticConfig
 from ..synthetic.damage import DAMAGE_CLASSES
+from ..synthetic.drawing import check_range
 from ..synthetic.textures import TEXTURES
 from ..training.settings import LOSS_SETTINGS, LossConfig, OptimConfig, TrainConfig, loss_settings, losses_for
 
@@ -155,7 +154,7 @@ class DataConfig:
         check_settings(self, DATA_CHOICES, DATA_BOUNDS)
         choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
         check_fractions(self.fractions)
-        SyntheticConfig(crack_width=self.synthetic_width)  # raises for a width that cannot be drawn
+        check_range("synthetic_width", self.synthetic_width, 1, 64)  # as they can be drawn
         check_place(self.data, self.data_dir, self.class_names)
         check_reader_options(self)
         named = self.data in SOURCES and SOURCES[self.data].names
@@ -348,7 +347,7 @@ def check_first_weights(self: ExperimentConfig) -> None:
 def check_class_weights(weights: str, classes: Classes, beta: float) -> None:
     "Raise CrackSegError unless `weights` is a rule, a number for each class, or the path of a file."
     if weights.endswith(".json"):
-        if not Path(weights).expanduser().is_file():
+        if not os.path.isfile(os.path.expanduser(weights)):
             raise CrackSegError(f"class_weights: found no file {weights}, expected the class_weights.json of a run")
         return
     counts = np.ones(len(classes), np.int64)
@@ -440,7 +439,11 @@ def coerce_tuple(parameter: str, value, members: tuple) -> tuple:
 
 
 def coerce(parameter: str, value, kind) -> Any:
-    "Return `value` as `kind`; raise CrackSegError if it is not one."
+    "Return `value` as `kind`; raise CrackSegError if it is not one, or text of several lines."
+    if isinstance(value, str) and parameter.endswith("class_colours"):
+        value = "; ".join(value.strip().splitlines())  # a table may be given as it stands
+    if isinstance(value, str) and any(ord(letter) < 32 and letter != "\t" for letter in value.strip()):
+        raise CrackSegError(f"{parameter}: found {value[:80]!r}, expected one line without control characters")
     if isinstance(value, dict):
         raise CrackSegError(f"{parameter}: found a section ({first_few(list(value))}), expected one value")
     if isinstance(kind, types.UnionType):
