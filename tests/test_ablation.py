@@ -87,3 +87,12 @@ def test_the_notebook_runs(tmp_path):
     assert pd.read_csv(tmp_path / "small" / "runs.csv")["state"].tolist() == ["done", "done"]
     [verdict] = pd.read_csv(tmp_path / "small" / "effects.csv")["verdict"]
     assert verdict.endswith("but one seed says nothing of the scatter.")
+
+
+def test_an_arms_mean_is_over_the_seeds_of_the_base():
+    rows = [("base", 1, "done", 0.5), ("base", 2, "done", 0.6), ("base", 3, "failed", np.nan)]
+    rows += [("no cbam", seed, "done", score) for seed, score in ((1, 0.4), (2, 0.5), (3, 0.9))]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "state", "test_iou"]).assign(
+        fingerprint="a", data_fingerprint="a"
+    )
+    assert effects(table).loc["no cbam", "test_iou"] == pytest.approx(0.45)

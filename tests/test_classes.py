@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from PIL import Image
 from test_sources import CRACK, one_line, palette, write_folder
 
 from crackseg_nb.core.checks import VOID, CrackSegError
-from crackseg_nb.data.audit import audit
-from crackseg_nb.data.splits import make_splits
+from crackseg_nb.data.audit import audit, overlapping_names
+from crackseg_nb.data.splits import Splits, make_splits
 from crackseg_nb.sources.artefact import ARTEFACT, unpack
 from crackseg_nb.sources.duplicates import same_photos, shrink, unit_vector
 from crackseg_nb.sources.folders import source_name
@@ -682,3 +683,9 @@ def test_samples_without_folders_are_families_too():
 
     found, published = crossing_families(make_splits(Source("own", own)))
     assert found and published == {} and all(len(names) == 2 for names in found.values())
+
+
+def test_test_images_that_share_a_photo_with_validation_are_named():
+    sample = {name: Sample(name, Path(name), Path(name), group) for name, group in zip("abcd", "xyyz")}
+    splits = Splits([sample["a"]], [sample["b"]], [sample["c"], sample["d"]])
+    assert overlapping_names(splits, []) == ["c"]

@@ -143,6 +143,17 @@ def test_a_killed_process_goes_on_inside_a_photo(trained, photos, tmp_path, monk
     assert kept[1] == 1 and files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
+def test_another_plan_of_tiles_is_predicted_anew(trained, photos, tmp_path, monkeypatch):
+    keep, kept = BandStore.add, []
+    monkeypatch.setattr(BandStore, "add", lambda self, band, *rest: (kept.append(band.index), keep(self, band, *rest)))
+    counts = []
+    for tile, halo in ((192, 16), (192, 16), (256, 16), (256, 32)):
+        options = dict(tile=tile, halo=halo, progress=False, workers=1)
+        predict(str(trained.folder.path), photos / "pier.png", tmp_path / "out", **options)
+        counts.append(len(kept))
+    assert 0 < counts[0] == counts[1] < counts[2] < counts[3]
+
+
 def small(family, **settings):
     torch.manual_seed(3)
     return create_model(family, image_size=64, pretrained="false", **settings).eval()

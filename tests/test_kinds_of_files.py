@@ -1,6 +1,7 @@
 """Pictures and folders of every kind that people have: each is read right, or refused or named in one clear line."""
 
 import os
+import random
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import tifffile
 from messages import one_line
 from PIL import Image
+from test_sources import write_folder
 
-from crackseg_nb.core.checks import VOID
+from crackseg_nb.core.checks import VOID, CrackSegError
 from crackseg_nb.data.audit import audit
 from crackseg_nb.data.splits import make_splits
-from crackseg_nb.data.store import read_pair
-from crackseg_nb.sources.images import read_image, read_mask
+from crackseg_nb.data.store import cache_file, read_pair
+from crackseg_nb.sources.images import image_size, read_image, read_mask
 from crackseg_nb.sources.registry import read_source
 
 # Where the pixel of the first row and column lies in a file of each EXIF orientation: a file is stored by the inverse.
@@ -356,3 +358,49 @@ def test_lists_of_splits_are_named(tmp_path, name):
     assert any(
         "lists of names are not read" in note and Path(name).name in note for note in read_source("folder", root).notes
     )
+
+
+def test_jpeg_masks_without_a_crack_are_black(tmp_path):
+    root = write_folder(tmp_path, [np.zeros((40, 60), np.uint8)] * 2, mask_names=["00.jpg", "01.jpg"])
+    assert read_source("folder", root).mask_encoding == "threshold"
+
+
+def test_another_white_is_another_cache(tmp_path):
+    "A brighter picture of the set changes what its darker ones look like."
+    root = write_folder(tmp_path, [np.zeros((40, 60), np.uint8)] * 2)
+    samples = read_source("folder", root).samples
+    files = [
+        cache_file(tmp_path, [replace(one, white=white) for one in samples], "ids") for white in (1023, 4095, 4095)
+    ]
+    assert files[0] != files[1] == files[2]
+
+
+def hurt(data, case, numbers):
+    "Return a file that was cut off, or of which bytes, bytes of its beginning, or a stretch were changed."
+    data, kind = bytearray(data), case % 4
+    if kind == 0:
+        return bytes(data[: numbers.randrange(len(data))])
+    if kind == 3:
+        first = numbers.randrange(len(data))
+        data[first : first + numbers.randrange(1, 200)] = b"\xff" * numbers.randrange(40)
+    for _ in range(numbers.randrange(1, 8) if kind in (1, 2) else 0):
+        data[numbers.randrange(min(80, len(data)) if kind == 2 else len(data))] = numbers.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "stored", ["png", "jpeg", "tiff", "tiff_lzw", "tiff_adobe_deflate", "bmp", "webp", "gif", "ppm"]
+)
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, stored, num_cases):
+    kind, _, compression = stored.partition("_")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    picture.save(tmp_path / "whole", kind, **({"compression": stored} if compression else {}))
+    data, numbers = (tmp_path / "whole").read_bytes(), random.Random(5)
+    for case in range(num_cases):
+        path = tmp_path / f"{case}.{kind}"
+        path.write_bytes(hurt(data, case, numbers))
+        for read in (read_image, image_size, lambda path: read_mask(path, "threshold")):
+            try:
+                read(path)
+            except CrackSegError as error:
+                assert len(str(error).splitlines()) == 1 and path.name in str(error)

@@ -77,7 +77,10 @@ def test_the_mask_decides_what_is_a_crack_and_the_probability_where_its_edges_ar
     classes = np.where(line >= 0.5, 2, np.where(other >= 0.5, 1, 0)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "wall_mask.png"), classes)
     cv2.imwrite(str(tmp_path / "wall_probability.png"), np.rint(255 * probability).astype(np.uint8))
-    assert measure_folder(tmp_path, class_id=2, out=False).photos.cracks[0] == 1
+    alone = measure_folder(tmp_path, class_id=2, out=False).photos
+    assert alone.cracks[0] == 1 and alone.width_mean_px[0] == pytest.approx(
+        4, abs=0.05
+    )  # below a pixel: by probability
     assert measure_folder(tmp_path, out=False).photos.cracks[0] == 2
 
 

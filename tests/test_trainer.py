@@ -1,20 +1,23 @@
 """Which epoch the trainer keeps, told by scores that are written beforehand; what its steps and its table hold."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
 from crackseg_nb.core.run_folder import create_run_folder
+from crackseg_nb.core.seeds import capture_rng_state, lent_generator
 from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.training.checkpoint import load_checkpoint
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import learning_rate_curve
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
-from crackseg_nb.training.trainer import Trainer, TrainSettings, fit
+from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, restore, training_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,3 +155,19 @@ def test_gradients_are_clipped_to_the_norm_of_the_settings(tmp_path, clip):
     trainer, _ = train(tmp_path, (0.1,), optim=optim, norm=False, loss="bce", clip_norm=clip, accumulation=4)
     after = nn.utils.parameters_to_vector(trainer.model.parameters())
     assert (after - before).norm().item() == pytest.approx(clip, rel=1e-3)
+
+
+def test_each_process_takes_up_its_own_random_numbers(tmp_path, monkeypatch):
+    trainer, _ = train(tmp_path, (0.1, 0.2))
+    states = [torch.Generator().manual_seed(seed).get_state() for seed in (5, 6)]
+    state = {"rng": [capture_rng_state() | {"torch": one} for one in states]}
+    checkpoint = replace(
+        load_checkpoint(trainer.folder / "checkpoints", "best"),
+        training_state=training_state(trainer) | state,
+    )
+    for rank, seed in ((0, 5), (1, 6)):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+        with lent_generator(0):
+            restore(trainer, checkpoint)
+            assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))

@@ -273,6 +273,8 @@ def tiff_pixels(content: Content) -> np.ndarray:
                 raise
             return opencv_pixels(content)
         values = np.moveaxis(values, 0, -1) if planar else values
+        if not values.size or values.ndim not in (2, 3):
+            raise ValueError(f"pixels of the shape {values.shape}")
         if page.photometric == 0 and values.dtype.kind == "u":  # white is zero
             values = np.iinfo(values.dtype).max - values
         return turn(values[..., :3] if values.ndim == 3 else values, page.tags.valueof(274, 1))
