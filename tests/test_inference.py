@@ -147,7 +147,7 @@ def test_another_plan_of_tiles_is_predicted_anew(trained, photos, tmp_path, monk
     keep, kept = BandStore.add, []
     monkeypatch.setattr(BandStore, "add", lambda self, band, *rest: (kept.append(band.index), keep(self, band, *rest)))
     counts = []
-    for tile, halo in ((192, 16), (192, 16), (256, 16), (256, 32)):
+    for tile, halo in ((192, 32), (192, 32), (256, 32), (256, 64)):
         options = dict(tile=tile, halo=halo, progress=False, workers=1)
         predict(str(trained.folder.path), photos / "pier.png", tmp_path / "out", **options)
         counts.append(len(kept))
