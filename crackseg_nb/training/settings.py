@@ -168,8 +168,7 @@ def check_loss(name: str, settings: dict[str, Any]) -> None:
     if "smooth" in values:
         check_smooth(values["smooth"], values["count_absent"])
     if len(parts) > 1 and f"{parts[0]}_weight" in values:
-        weights = {f"{part}_weight": values[f"{part}_weight"] for part in parts}
-        check_factors("weights", [check_number(key, value, float, low=0) for key, value in weights.items()])
+        check_factors("weights", [values[f"{part}_weight"] for part in parts])
 
 
 # %% ../../nbs/training/01_settings.ipynb #58a39f07
