@@ -181,6 +181,10 @@ d = {
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },
         "crackseg_nb.core.seeds": {
+            "crackseg_nb.core.seeds.allow_fused_attention": (
+                "core/seeds.html#allow_fused_attention",
+                "crackseg_nb/core/seeds.py",
+            ),
             "crackseg_nb.core.seeds.capture_rng_state": (
                 "core/seeds.html#capture_rng_state",
                 "crackseg_nb/core/seeds.py",

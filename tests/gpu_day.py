@@ -1,4 +1,4 @@
-"""What only a card can show, in one command: `python tests/gpu_day.py`, under eight minutes, no data needed.
+"""What only a card can show, in one command: `python tests/gpu_day.py`, meant to take under eight minutes.
 
 Each check prints a line; with --out FOLDER, all answers lie in FOLDER/gpu_day.json. The exit status is the number of
 checks that failed. `--device cpu --tiny` goes the same way without a card, as a test does.
@@ -93,7 +93,7 @@ def waits(day) -> dict:
     "How often the host waits for the card in an epoch, by place; between two looks for NaN it should not."
     if day.device != "cuda":
         return {"left out": "only a card can be waited for"}
-    experiment = prepare(configure(**settings_of_waits(day)))
+    experiment = prepare(configure(**small_unet(day)))
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -107,7 +107,7 @@ def waits(day) -> dict:
     return places.value_counts().to_dict()
 
 
-def settings_of_waits(day) -> dict:
+def small_unet(day) -> dict:
     family = FAMILIES["unet, convolutions"]
     return family | dict(
         pretrained="false",
@@ -144,7 +144,7 @@ def halves(day) -> dict:
     "Where the memory is used up in mid-step, the step is repeated with fewer images at once, and the run ends well."
     if day.device != "cuda":
         return {"left out": "only a card's memory can be cut"}
-    settings = settings_of_waits(day) | dict(image_size=256, batch_size=16, amp="off", run_name="halves")
+    settings = small_unet(day) | dict(image_size=256, batch_size=16, amp="off", run_name="halves")
     model = create_model("unet", encoder="resnet18", image_size=256, pretrained="false").cuda()
     needed = estimate_memory(model, 16, (256, 256), "cuda")
     total = torch.cuda.mem_get_info()[1] / 2**20

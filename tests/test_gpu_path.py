@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crackseg_nb.core.seeds import seed_everything
+from crackseg_nb.core.seeds import allow_fused_attention, seed_everything
 from crackseg_nb.models.registry import create_model
+from crackseg_nb.runs import experiment as experiment_module
+from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.experiment import load_splits, make_datasets, make_loaders
 from crackseg_nb.studies.training_speed import algorithms
 from crackseg_nb.training.memory import OUT_OF_MEMORY, is_out_of_memory
 
@@ -90,8 +93,17 @@ def test_the_benchmark_compares_what_it_says(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=True)
         torch.backends.cudnn.deterministic = before[1]
-        for kernel, enabled in zip(("flash", "mem_efficient", "cudnn"), before[2:]):
-            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
+        allow_fused_attention(before[2])
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_only_a_run_on_a_gpu_pins_memory(tmp_path, monkeypatch, device, pinned):
+    "Pinned memory is the driver's: a run on the CPU would take room on a card that is somebody else's."
+    config = configure(synthetic_images=12, image_size=32, device="cpu", outputs=str(tmp_path))
+    datasets = make_datasets(config, load_splits(config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(experiment_module, "get_device", lambda name: torch.device(device))
+    assert {loader.pin_memory for loader in make_loaders(config, datasets).values()} == {pinned}
 
 
 @pytest.mark.slow

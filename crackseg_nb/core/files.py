@@ -200,7 +200,7 @@ def find_path(path) -> Path:
     "Return `path`; a relative one that is not in the working directory is looked for in the project."
     path = Path(path).expanduser()
     inside = (project_root() or Path()) / path
-    # Unlike Path.exists, it raises for no name, were it too long for a file.
+    # Path.exists raises for a name that is too long for a file; this says no.
     return inside if os.path.exists(inside) and not os.path.exists(path) else path
 
 

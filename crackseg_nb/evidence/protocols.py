@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "mpl",
     "PREPARATIONS",
     "WATCHED",
-    "OWN",
     "PROTOCOLS",
-    "SCORES",
     "divided",
     "squeezed",
     "Counted",
@@ -34,15 +31,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05005
-from ..core.checks import VOID, CrackSegError, LateModule, check_folder_name
+from ..core.checks import VOID, CrackSegError, check_folder_name
 from ..core.files import outputs_folder, write_table
 from .scores import TestPredictions, open_predictions
+from ..figures.photos import CURVE_COLOURS, save_figure
 from ..figures.style import styled
+from ..metrics.counts import BinaryMetrics
 from crackseg_nb.metrics.curves import (
     HUNDREDTHS,
     LEVEL_EDGES,
@@ -54,8 +55,9 @@ from crackseg_nb.metrics.curves import (
     reached_counts,
     two_class_miou,
 )
-
-mpl = LateModule("matplotlib")
+from ..metrics.scores import scores_from_counts
+from ..runs.config import notebook_settings
+from ..training.evaluation import evaluate
 
 
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05008
@@ -154,16 +156,15 @@ class Protocol:
     source: str = ""
 
 
-OWN = Protocol("threshold of the validation images, pixels pooled", source="this project's headline figure")
-PROTOCOLS = (
-    OWN,
+PROTOCOLS = (  # the first is what all others are compared with
+    Protocol("threshold of the validation images, pixels pooled", source="this project's headline figure"),
     Protocol("threshold 0.5", threshold="0.5", source="most toolkits' default"),
-    Protocol("mean over images", average="images", source="medical image segmentation; torchmetrics, MONAI"),
+    Protocol("mean over images", average="images", source="usual for medical images"),
     Protocol(
         "mean over images, nothing found where nothing is counts 0",
         average="images",
         empty="0",
-        source="code that divides by zero plus a small number",
+        source="code that adds a small number to the divisor",
     ),
     Protocol(
         "mean over images that have a crack", average="images", empty="out", source="MONAI's ignore_empty, its default"
@@ -173,7 +174,7 @@ PROTOCOLS = (
         "best threshold of the test images, mean over images",
         average="images",
         threshold="best",
-        source="called ODS by the code of SCSegamba, Liu et al. 2025",
+        source="called ODS in public copies of the code of SCSegamba, Liu et al. 2025",
     ),
     Protocol(
         "best threshold of each test image (OIS)", average="images", threshold="each", source="Arbeláez et al. 2011"
@@ -185,36 +186,37 @@ PROTOCOLS = (
         threshold="best",
         source="ODS of the boundary benchmark, with a tolerance",
     ),
-    Protocol("maps divided by their maximum", maps="divided", source="the code of SCSegamba, Liu et al. 2025"),
-    Protocol("squeezed to 512x512", maps="squeezed", source="the code of SCSegamba, Liu et al. 2025"),
+    Protocol(
+        "maps divided by their maximum",
+        maps="divided",
+        source="public copies of the code of SCSegamba, Liu et al. 2025",
+    ),
+    Protocol("squeezed to 512x512", maps="squeezed", source="code that loads images at a fixed square"),
     Protocol(
         "squeezed, divided, best threshold, mean over images",
         maps="squeezed, divided",
         average="images",
         threshold="best",
-        source="all choices of the code of SCSegamba together",
+        source="these choices together",
     ),
     Protocol(
         "squeezed, divided, best threshold of each image",
         maps="squeezed, divided",
         average="images",
         threshold="each",
-        source="the same, called F1 there",
+        source="these choices together, with OIS",
     ),
 )
 
+
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d0500f
-SCORES = {"f1": "F1", "iou": "IoU", "miou": "mIoU"}
-
-
 def all_scores(counts: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
     "Return F1, IoU and two-class mIoU of counts (N, 4, T) with `pixels` (N,), each (N, T)."
-    right, predicted, _, true = np.moveaxis(counts, 1, 0).astype(np.float64)
-    union = predicted + true - right
+    parts = right, predicted, _, true = np.moveaxis(counts, 1, 0)
     return {
-        "f1": curve_scores(np.moveaxis(counts, 1, 0))["f1"],
-        "iou": np.where(union > 0, right / np.maximum(union, 1), 1.0),
-        "miou": two_class_miou(np.moveaxis(counts, 1, 0), pixels[:, None]),
+        "f1": curve_scores(parts)["f1"],
+        "iou": scores_from_counts(right, predicted - right, true - right)["iou"],
+        "miou": two_class_miou(parts, pixels[:, None]),
     }
 
 
@@ -233,15 +235,14 @@ def score(counted: Counted, protocol: Protocol) -> dict[str, float]:
         if protocol.empty == "out":
             found = {name: values[~nothing] for name, values in found.items()}
     if protocol.tolerance >= 1:
-        found |= dict.fromkeys(("iou", "miou"), np.full((1, 1), np.nan))
+        found |= dict.fromkeys(("iou", "miou"), np.full_like(found["f1"], np.nan))
     if protocol.threshold == "each":
         values = {name: values.max(1).mean() for name, values in found.items()}
     elif protocol.threshold == "best":
         values = {name: values.mean(0).max() for name, values in found.items()}
     else:
         fixed = counted.threshold if protocol.threshold == "own" else float(protocol.threshold)
-        position = HUNDREDTHS.index(round(fixed, 2))
-        values = {name: values.mean(0)[min(position, values.shape[1] - 1)] for name, values in found.items()}
+        values = {name: values.mean(0)[HUNDREDTHS.index(round(fixed, 2))] for name, values in found.items()}
     return {name: float(value) for name, value in values.items()}
 
 
@@ -268,9 +269,6 @@ class WatchTest:
 
     def __call__(self, trainer) -> None:
         "Add an epoch's scores at all thresholds; epochs that a resumed run trains again replace the former ones."
-        from crackseg_nb.metrics.counts import BinaryMetrics  # with torch
-        from crackseg_nb.training.evaluation import evaluate
-
         loader, metrics = self.prepared.loaders["test"], BinaryMetrics(HUNDREDTHS)
         metrics, _ = evaluate(trainer.model, loader, trainer.accelerator, progress="test", metrics=metrics)
         known = [pd.read_csv(self.path).query("epoch < @trainer.epoch")] if self.path.is_file() else []
@@ -305,12 +303,8 @@ def translate(counted: Counted) -> pd.DataFrame:
 @styled
 def show_translation(
     table: pd.DataFrame,  # as `translate` returns it, of one or several runs
-) -> "mpl.figure.Figure":
+) -> Figure:
     "Show the points of F1 that each protocol adds to the first, a mark for each run."
-    import matplotlib.pyplot as plt
-
-    from crackseg_nb.figures.photos import CURVE_COLOURS
-
     names = list(table.index.unique("protocol"))
     figure, axis = plt.subplots(figsize=(9, 1.1 + 0.27 * len(names)), layout="constrained")
     for (run, rows), colour, marker in zip(table.groupby("run", sort=False), CURVE_COLOURS, "osD^vP*X"):
@@ -339,8 +333,6 @@ def begin_protocols(
     variables: dict,  # the notebook's `globals()`
 ) -> tuple[list[Counted], Path]:
     "Return the counts of the runs that a notebook's parameters name, and the folder for its tables."
-    from crackseg_nb.runs.config import notebook_settings
-
     config = notebook_settings(ProtocolsConfig, variables)
     folder = outputs_folder(config.outputs) / check_folder_name("name", config.name)
     opened = [open_predictions(run, config.outputs, config.data_dir) for run in config.runs]
@@ -359,8 +351,6 @@ def precision_table(runs: list[Counted]) -> pd.DataFrame:
 
 def finish_protocols(runs: list[Counted], table: pd.DataFrame, folder: Path) -> None:
     "Write the table of protocols, that of average precision, the numbers of images, and the picture."
-    from crackseg_nb.figures.photos import save_figure
-
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(show_translation(table), folder / "protocols.png")
     write_table(folder / "protocols.csv", table, index=True)

@@ -6,6 +6,7 @@
 __all__ = [
     "TABLE_START",
     "TABLE_STEP",
+    "DRAWING",
     "show_class_balance",
     "share_text",
     "write_shares",
@@ -194,16 +195,14 @@ def show_history(
 
 
 # %% ../../nbs/figures/03_charts.ipynb #1510e1c4
+DRAWING = 0.1  # share of the time that live curves may take
+
+
 class LiveCurves:
     "Show a trainer's history in one display, renewed as epochs end; one object serves one training."
 
-    def __init__(
-        self,
-        several_classes: bool = False,  # the scores are means over classes
-        share: float = 0.1,  # of the time that drawing may take
-    ):
-        self.several_classes, self.share = several_classes, share
-        self.handle, self.next_drawing = None, 0.0
+    def __init__(self, several_classes: bool = False):  # whether the scores are means over classes
+        self.several_classes, self.handle, self.next_drawing = several_classes, None, 0.0
 
     def __call__(self, trainer) -> None:  # has `history`, a list of one dict per epoch, and says if it is `over`
         start = time.perf_counter()
@@ -215,7 +214,7 @@ class LiveCurves:
         else:
             self.handle.update(figure)
         end = time.perf_counter()
-        self.next_drawing = end + (end - start) * (1 / self.share - 1)
+        self.next_drawing = end + (end - start) * (1 / DRAWING - 1)
 
 
 # %% ../../nbs/figures/03_charts.ipynb #b753b480

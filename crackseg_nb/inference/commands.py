@@ -90,7 +90,7 @@ def export_parser() -> argparse.ArgumentParser:
               crackseg_export outputs/bridge --out bridge.onnx --fixed-size 512""",
     )
     parser.add_argument("model", help="a run, or its checkpoint")
-    parser.add_argument("--out", help="file to write (default: model.onnx in the run's folder; ready.onnx)")
+    parser.add_argument("--out", help="file to write (default: model.onnx in the run's folder, ready.onnx here)")
     parser.add_argument("--fixed-size", type=int, default=0, help="side of the only image that fits (default: any)")
     take_outputs(parser)
     return parser

@@ -167,7 +167,7 @@ def export_run(
     if fixed_size and (fixed_size < 64 or fixed_size % 32):
         raise CrackSegError(f"fixed_size: found {fixed_size}, expected a multiple of 32 from 64 up")
     weights = locate_weights("model", str(model), outputs)
-    beside = config_beside(weights).with_name("model.onnx")
-    own = Path(f"{READY}.onnx") if ready_folder() in weights.parents else beside  # a package's folder is not written to
-    target = Path(path) if path else own
+    if path is None and ready_folder() in weights.parents:
+        path = f"{READY}.onnx"  # a package's folder is not written to
+    target = Path(path) if path else config_beside(weights).with_name("model.onnx")
     return export_network(load_network(model, "cpu", outputs, "none", (1.0,)), target, fixed_size=fixed_size)

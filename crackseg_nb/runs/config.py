@@ -98,6 +98,7 @@ from .recipes import RECIPES
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES, check_no_mask_options, choose_classes, label_classes, named_classes
 from ..sources.samples import Classes, read_paint
+from ..synthetic.cracks import CRACK_WIDTHS
 from ..synthetic.damage import DAMAGE_CLASSES
 from ..synthetic.drawing import check_range
 from ..synthetic.textures import TEXTURES
@@ -154,7 +155,7 @@ class DataConfig:
         check_settings(self, DATA_CHOICES, DATA_BOUNDS)
         choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
         check_fractions(self.fractions)
-        check_range("synthetic_width", self.synthetic_width, 1, 64)  # as they can be drawn
+        check_range("synthetic_width", self.synthetic_width, *CRACK_WIDTHS)
         check_place(self.data, self.data_dir, self.class_names)
         check_reader_options(self)
         named = self.data in SOURCES and SOURCES[self.data].names

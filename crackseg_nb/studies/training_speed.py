@@ -57,7 +57,7 @@ from matplotlib.figure import Figure
 from ..core.checks import CrackSegError, check_folder_name, check_number, choose
 from ..core.files import display_path, door, outputs_folder, write_table, write_text, write_yaml
 from ..core.machine import describe_environment, get_device, package_versions
-from ..core.seeds import seed_everything
+from ..core.seeds import allow_fused_attention, seed_everything
 from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset
 from ..data.loaders import create_loader
@@ -122,8 +122,7 @@ def algorithms(repeatable: bool, fill: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(repeatable, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.deterministic = convolutions  # either of the two makes convolutions repeat
-        for fused in ("flash", "mem_efficient", "cudnn"):
-            getattr(torch.backends.cuda, f"enable_{fused}_sdp")(attention)
+        allow_fused_attention(attention)
 
     choose_algorithms(repeatable, fill, repeatable, not unfused)
     try:

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "CRACK_WIDTHS",
     "MANIFEST",
     "GENERATOR_VERSION",
     "crack_stroke",
@@ -101,6 +102,9 @@ def grow_crack(
 
 
 # %% ../../nbs/synthetic/02_cracks.ipynb #f02dac65
+CRACK_WIDTHS = (1, 64)  # pixels, as they can be drawn
+
+
 @dataclass(frozen=True)
 class SyntheticConfig:
     "Describe the images to draw; raise CrackSegError for values out of range."
@@ -117,7 +121,7 @@ class SyntheticConfig:
     def __post_init__(self):
         checked = dict(
             surfaces=check_names("surfaces", self.surfaces, SURFACES),
-            crack_width=check_range("crack_width", self.crack_width, 1, 64),
+            crack_width=check_range("crack_width", self.crack_width, *CRACK_WIDTHS),
             crack_fraction=check_range("crack_fraction", self.crack_fraction, 0.001, 0.3),
             distractors=check_names("distractors", self.distractors, DISTRACTOR_NAMES, allow_none=True),
         )

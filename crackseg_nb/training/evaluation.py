@@ -82,7 +82,7 @@ def evaluate(
 
     def score(image, target, index):
         logits = model(image).float()
-        found = criterion and (criterion.sums(logits, target), criterion.normalizers(target))
+        found = None if criterion is None else (criterion.sums(logits, target), criterion.normalizers(target))
         return metrics.observe(logits, target, index), found  # last: what is repeated was not counted before
 
     try:
@@ -94,7 +94,7 @@ def evaluate(
                     interrupt()
                 image, mask = (batch[name].to(device, non_blocking=True) for name in ("image", "mask"))
                 parts, size = in_parts(score, size, image, mask, batch["index"])
-                for _, found in parts if criterion else ():
+                for _, found in () if criterion is None else parts:
                     sums, normalizers = sums + found[0], normalizers + found[1]
                 if on_batch is not None:
                     on_batch(batch, torch.cat([answer.cpu() for answer, _ in parts]))
