@@ -1558,6 +1558,10 @@ d = {
                 "inference/prediction.html#check_places",
                 "crackseg_nb/inference/prediction.py",
             ),
+            "crackseg_nb.inference.prediction.count_workers": (
+                "inference/prediction.html#count_workers",
+                "crackseg_nb/inference/prediction.py",
+            ),
             "crackseg_nb.inference.prediction.describe_model": (
                 "inference/prediction.html#describe_model",
                 "crackseg_nb/inference/prediction.py",
@@ -1605,6 +1609,19 @@ d = {
                 "inference/tiles.html#band.stop",
                 "crackseg_nb/inference/tiles.py",
             ),
+            "crackseg_nb.inference.tiles.Rows": ("inference/tiles.html#rows", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.Rows.__init__": (
+                "inference/tiles.html#rows.__init__",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.Rows.begin_at": (
+                "inference/tiles.html#rows.begin_at",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.Rows.read": (
+                "inference/tiles.html#rows.read",
+                "crackseg_nb/inference/tiles.py",
+            ),
             "crackseg_nb.inference.tiles.Span": ("inference/tiles.html#span", "crackseg_nb/inference/tiles.py"),
             "crackseg_nb.inference.tiles.Span.last": (
                 "inference/tiles.html#span.last",
@@ -1623,14 +1640,6 @@ d = {
                 "inference/tiles.html#tileplan.tile",
                 "crackseg_nb/inference/tiles.py",
             ),
-            "crackseg_nb.inference.tiles.append_rows": (
-                "inference/tiles.html#append_rows",
-                "crackseg_nb/inference/tiles.py",
-            ),
-            "crackseg_nb.inference.tiles.band_bytes": (
-                "inference/tiles.html#band_bytes",
-                "crackseg_nb/inference/tiles.py",
-            ),
             "crackseg_nb.inference.tiles.batches_of": (
                 "inference/tiles.html#batches_of",
                 "crackseg_nb/inference/tiles.py",
@@ -1641,6 +1650,14 @@ d = {
                 "crackseg_nb/inference/tiles.py",
             ),
             "crackseg_nb.inference.tiles.in_turn": ("inference/tiles.html#in_turn", "crackseg_nb/inference/tiles.py"),
+            "crackseg_nb.inference.tiles.largest_step": (
+                "inference/tiles.html#largest_step",
+                "crackseg_nb/inference/tiles.py",
+            ),
+            "crackseg_nb.inference.tiles.needed_bytes": (
+                "inference/tiles.html#needed_bytes",
+                "crackseg_nb/inference/tiles.py",
+            ),
             "crackseg_nb.inference.tiles.plan_axis": (
                 "inference/tiles.html#plan_axis",
                 "crackseg_nb/inference/tiles.py",

@@ -16,6 +16,7 @@ from PIL import Image
 import crackseg_nb
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
+from crackseg_nb.inference import prediction
 from crackseg_nb.inference.commands import export_main, predict_main
 from crackseg_nb.inference.export import export_network
 from crackseg_nb.inference.files import BandStore
@@ -23,7 +24,7 @@ from crackseg_nb.inference.models import TorchNetwork, alignment_of, receptive_r
 from crackseg_nb.inference.networks import Facts, Network
 from crackseg_nb.inference.photos import DecodedPhoto, open_photo
 from crackseg_nb.inference.prediction import predict
-from crackseg_nb.inference.tiles import plan_tiles, predict_bands
+from crackseg_nb.inference.tiles import BUDGET, needed_bytes, plan_tiles, predict_bands
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.models.registry import create_model
 from crackseg_nb.models.views import Views
@@ -267,6 +268,32 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
     with rasterio.open(tmp_path / "found" / "ortho1500_mask.tif") as file:
         assert file.shape == (1500, 2000) and file.transform == place["transform"] and file.crs == place["crs"]
         assert 0 < (file.read(1) == 255).mean() < 1
+
+
+@pytest.mark.parametrize("width", [700, 4000, 20_000, 39_266])
+@pytest.mark.parametrize("halo", [0, 96, 320])
+def test_tiles_are_the_largest_that_the_budget_allows(width, halo):
+    plan = plan_tiles((50_000, width), halo, align=64)
+    assert plan.step % 64 == 0 and plan.step >= max(512, 2 * halo) and plan.halo == halo
+    assert needed_bytes(width, plan.tile, plan.step, plan.blend) <= BUDGET
+    assert needed_bytes(width, plan.tile + 64, plan.step + 64, plan.blend) > BUDGET
+    assert plan_tiles((400, width), halo, align=64).step == plan.step, "the height has a say in the memory"
+
+
+def test_as_many_tiles_at_once_as_memory_and_cores_allow(monkeypatch):
+    plan, network = plan_tiles((9000, 9000), 320), Bright()
+    for cores, room, threads, most, expected in [
+        (16, 2**40, 2, 8, 8),
+        (16, 2**40, 2, 2, 2),
+        (6, 2**40, 2, 8, 3),
+        (1, 2**40, 2, 8, 1),
+        (16, 0, 1, 8, 1),
+        (16, 4 * 600 * plan.tile**2 * 3, 1, 8, 3),
+    ]:
+        monkeypatch.setattr(prediction, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(prediction, "free_memory", lambda room=room: room)
+        network.threads, network.workers = threads, most
+        assert prediction.count_workers(plan, network) == expected
 
 
 class Bright(Network):

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "DEPTHS",
+    "PART",
     "OVERLAY_SIDE",
     "CRACK_COLOUR",
     "TIFF_ROWS",
@@ -59,6 +60,9 @@ class KeptBand:
     empty: int
 
 
+PART = 64  # rows that are packed at once
+
+
 class BandStore:
     "Keep finished bands in a folder."
 
@@ -91,17 +95,25 @@ class BandStore:
 
     def add(self, band: Band, facts: Facts, rules: Rules) -> None:
         "Keep a band."
-        full = np.float32(np.iinfo(self.dtype).max)
-        probability = np.rint(crack_probability(band.probabilities, facts) * full).astype(self.dtype)
-        levels = levels_of(band.probabilities, facts, rules)
-        if band.covered is not None:
-            levels[~band.covered] = 0
-        planes = [levels.tobytes(), probability.tobytes()]
-        if band.covered is not None:
-            planes.append(np.packbits(band.covered).tobytes())
-        head = np.array([band.start, len(levels), band.empty, band.covered is not None], np.int64)
+        full, count = np.float32(np.iinfo(self.dtype).max), band.probabilities.shape[1]
+        parts = [slice(start, min(start + PART, count)) for start in range(0, count, PART)]
+
+        def planes() -> Iterator[np.ndarray]:
+            yield np.array([band.start, count, band.empty, band.covered is not None], np.int64)
+            for part in parts:
+                levels = levels_of(band.probabilities[:, part], facts, rules)
+                yield levels if band.covered is None else levels * band.covered[part]
+            for part in parts:
+                found = crack_probability(band.probabilities[:, part], facts)
+                yield np.rint(found * full).astype(self.dtype)
+            if band.covered is not None:
+                yield np.packbits(band.covered)
+
         with atomic_write(self.path(band.index)) as handle:
-            handle.write(zlib.compress(head.tobytes() + b"".join(planes), 1))
+            packed = zlib.compressobj(1)
+            for plane in planes():
+                handle.write(packed.compress(plane.tobytes()))
+            handle.write(packed.flush())
 
     def read(self, index: int) -> KeptBand:
         "Return a band; raise CrackSegError if its file is damaged."
@@ -226,7 +238,7 @@ def tiff_options(photo: Photo, dtype: str, photometric: str = "minisblack") -> d
 
 # %% ../../nbs/inference/05_files.ipynb #d3b1b614
 def plane_bands(store: BandStore, facts: Facts, rules: Rules) -> Iterator[tuple[np.ndarray, ...]]:
-    "Yield class ids, probability and covered pixels of each band."
+    "Yield class ids, probability and covered pixels, up to `PART` rows at a time."
     parts = None
     if rules.needs_parts:
         parts = Parts()
@@ -234,8 +246,10 @@ def plane_bands(store: BandStore, facts: Facts, rules: Rules) -> Iterator[tuple[
             parts.add(band.levels)
     masks = masks_of((band.levels for band in store.bands()), facts, rules, parts)
     for band, ids in zip(store.bands(), masks):
-        covered = np.ones(ids.shape, bool) if band.covered is None else band.covered
-        yield ids, band.probability, covered
+        for start in range(0, len(ids), PART):
+            part = slice(start, start + PART)
+            covered = np.ones(ids[part].shape, bool) if band.covered is None else band.covered[part]
+            yield ids[part], band.probability[part], covered
 
 
 def write_results(
@@ -256,7 +270,7 @@ def write_results(
         small, small_ids = shrink_rows(photo.read(start, start + len(ids))[0], ids, factor)
         pictures.append(paint(small, small_ids, facts))
 
-    rows = max(TIFF_ROWS // factor, 1) * factor
+    rows = max(PART // factor, 1) * factor
     whole = regroup(plane_bands(store, facts, rules), rows)
     if windows:
         write_tiffs(photo, whole, paths, facts, look)

@@ -23,6 +23,7 @@ from ..models.encoders import WINDOWED
 from ..models.settings import check_scales, describe_views
 from ..models.views import Views, with_views
 from ..runs.trained_model import open_model
+from ..training.memory import clear_cache
 from ..training.precision import choose_precision
 
 
@@ -64,7 +65,9 @@ def alignment_of(model: nn.Module) -> int:
 
 
 class TorchNetwork(Network):
-    "Run a model by PyTorch; on the CPU each thread computes with one core."
+    "Run a model by PyTorch; on the CPU two cores share an image, which needs the memory of one."
+
+    threads = 2  # always, since some kernels round otherwise with another number
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class TorchNetwork(Network):
         precision: str = "no",  # accelerate's name: no, bf16 or fp16
     ):
         self.device, self.precision, self.facts = device or torch.device("cpu"), precision, facts
+        self.workers = 8 if self.device.type == "cpu" else 2  # on a GPU one prepares while the other computes
         self.model, self.measured = model.to(self.device).eval(), 0
         self.views = describe_views(model.tta, model.scales) if isinstance(model, Views) else ""
 
@@ -90,11 +94,12 @@ class TorchNetwork(Network):
             attends = getattr(getattr(one, "encoder", None), "family", "") in ("ViT", "hybrid")
             radius = self.facts.radius or (ATTENTION_HALO if attends else receptive_radius(one))
             self.measured = math.ceil(radius / min(scales))  # half the size shows twice as much
+            clear_cache(self.device)
         return self.measured
 
     def begin_thread(self) -> None:
         if self.device.type == "cpu":
-            torch.set_num_threads(1)
+            torch.set_num_threads(self.threads)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -103,6 +108,7 @@ class TorchNetwork(Network):
             yield
         finally:
             torch.set_num_threads(before)
+            clear_cache(self.device)
 
 
 # %% ../../nbs/inference/06_models.ipynb #12ccbf47

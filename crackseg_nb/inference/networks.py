@@ -65,6 +65,8 @@ class Network:
 
     facts: Facts
     views: str = ""  # of an image, over which it averages
+    threads: int = 1  # that it computes one image with
+    workers: int = 8  # images that it computes at once, at most
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         "Return float32 (B, C, H, W), of cracks or of all classes, for normalised float32 images (B, 3, H, W)."
@@ -103,6 +105,7 @@ class Turned(Network):
     def __init__(self, network: Network, poses: str):
         self.network, self.facts, self.poses = network, network.facts, POSES[choose("tta", poses, POSES)]
         self.views = describe_views(poses, (1.0,))
+        self.threads, self.workers = network.threads, network.workers
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         total, (height, width) = None, images.shape[-2:]
@@ -141,6 +144,8 @@ class Averaged(Network):
         if any(facts.fixed_size != first.fixed_size for facts in others):
             raise CrackSegError("model: found networks of different fixed sizes, expected one size for all")
         self.networks = list(networks)
+        self.threads = max(network.threads for network in networks)
+        self.workers = min(network.workers for network in networks)
         self.views = " + ".join(dict.fromkeys(network.views or "one view" for network in networks))
         several = [first, *others]
         self.facts = Facts(
@@ -179,7 +184,9 @@ class Averaged(Network):
 
 # %% ../../nbs/inference/02_networks.ipynb #5fe848a0
 class OnnxNetwork(Network):
-    "Run a file that `crackseg_export` wrote, by ONNX Runtime on the CPU."
+    "Run a file that `crackseg_export` wrote, by ONNX Runtime on the CPU; two cores share an image."
+
+    threads = 2
 
     def __init__(self, path):
         path = Path(path)
@@ -192,7 +199,8 @@ class OnnxNetwork(Network):
         if not path.is_file():
             raise CrackSegError(f"{path}: no such file; expected what crackseg_export wrote")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 3
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # its memory would grow with every new size
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

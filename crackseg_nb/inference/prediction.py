@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "AT_ONCE",
+    "MOST_TILE_BYTES",
     "PredictSettings",
     "open_network",
     "check_places",
@@ -12,6 +12,7 @@ __all__ = [
     "plan_for",
     "rules_of",
     "describe_model",
+    "count_workers",
     "predict_photo",
     "describe_place",
     "read_record",
@@ -32,7 +33,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/inference/07_prediction.ipynb #911d1850
 from ..core.checks import CrackSegError, check_number, choose
 from ..core.files import check_writable, in_threads, raise_first, sha256_file, write_text
-from ..core.machine import cores, logger, package_versions
+from ..core.machine import cores, free_memory, logger, package_versions
 from ..core.run_folder import claim
 from .files import DEPTHS, BandStore, result_paths, write_results
 from .masks import Rules
@@ -132,13 +133,15 @@ def check_all(paths: list[Path], folder: Path, depth: int) -> int:
 # %% ../../nbs/inference/07_prediction.ipynb #ccd93b16
 def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TilePlan:
     "Return the tiles of a photo; how far the network looks is measured only where it matters."
-    halo, fixed = settings.halo, network.facts.fixed_size
+    halo, fixed, channels = settings.halo, network.facts.fixed_size, network.facts.channels
     side = settings.tile or 1024
     if halo is None:
         halo = 0 if max(photo.height, photo.width) <= side and not fixed else network.radius()
     if fixed:
         halo = min(halo, fixed // 4)
-    return plan_tiles((photo.height, photo.width), halo, network.facts.align, settings.tile, settings.blend, fixed)
+    return plan_tiles(
+        (photo.height, photo.width), halo, network.facts.align, settings.tile, settings.blend, fixed, channels
+    )
 
 
 def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
@@ -167,7 +170,13 @@ def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any
 
 
 # %% ../../nbs/inference/07_prediction.ipynb #0d60badd
-AT_ONCE = 4_000_000  # pixels that threads compute at once, unless `workers` says otherwise
+MOST_TILE_BYTES = 600  # for each pixel of a tile, with the family that takes most
+
+
+def count_workers(plan: TilePlan, network: Network) -> int:
+    "Return how many tiles are computed at once: what cores, network and a quarter of the free memory allow."
+    room = free_memory() // 4 // (MOST_TILE_BYTES * plan.tile**2)
+    return max(1, min(cores() // network.threads, network.workers, room))
 
 
 def predict_photo(
@@ -194,9 +203,10 @@ def predict_photo(
         if done:
             logger.info("%s: going on behind %d of %d bands", path.name, done, len(plan.rows))
         if done < len(plan.rows):
-            workers = settings.workers or max(1, min(cores(), 8, AT_ONCE // plan.tile**2))
+            workers = settings.workers or count_workers(plan, network)
             for band in predict_bands(photo, plan, network, settings.batch, workers, first=done):
                 store.add(band, network.facts, rules)
+                del band  # before the next one is made
                 progress.update(million / len(plan.rows))
         paths = result_paths(folder, path.stem, hasattr(photo, "dataset"))
         counts = write_results(photo, store, paths, network.facts, rules)
@@ -275,7 +285,7 @@ def predict(
     halo: int | None = None,  # pixels around what a tile predicts; None: as far as the network looks
     blend: int = BLEND,  # pixels in which neighbouring tiles share their prediction
     batch: int = 1,  # tiles that go through the network at once; no effect on the result
-    workers: int = 0,  # threads that compute; 0: by cores and the tile's size; no effect on the result
+    workers: int = 0,  # tiles that are computed at once; 0: what cores and memory allow; no effect on the result
     shard: str = "",  # part of the photos for one job of an array, such as 3/16
     device: str = "auto",  # auto, cuda, mps or cpu
     outputs: str = "",  # folder of all runs, where `model` names one of them

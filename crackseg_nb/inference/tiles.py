@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = [
-    "STEP",
     "BLEND",
+    "BUDGET",
+    "TILE_BYTES",
+    "SMALLEST_STEP",
+    "PIECE",
     "Span",
     "plan_axis",
     "TilePlan",
+    "needed_bytes",
+    "largest_step",
     "plan_tiles",
     "Band",
     "cut_tile",
+    "Rows",
     "batches_of",
     "in_turn",
     "predict_bands",
-    "append_rows",
     "finish_band",
-    "band_bytes",
 ]
 
 # %% ../../nbs/inference/03_tiles.ipynb #a2dda2a8
@@ -106,7 +110,24 @@ class TilePlan:
         return {name: int(getattr(self, name)) for name in names}
 
 
-STEP, BLEND = 768, 64  # pixels
+BLEND = 64  # pixels
+BUDGET = 900 * 2**20  # bytes for the bands and one tile
+TILE_BYTES = 250  # for each pixel of a tile while it is computed; networks take 150 to 550
+SMALLEST_STEP = 512
+
+
+def needed_bytes(width: int, tile: int, step: int, blend: int, channels: int = 1) -> int:
+    "Return about how many bytes a photo takes: its rows, the sums of a band, and one tile."
+    return width * (3 * (tile + step) + 4 * channels * (step + blend)) + TILE_BYTES * tile**2
+
+
+def largest_step(width: int, halo: int, blend: int, align: int, channels: int = 1) -> int:
+    "Return the largest step between tiles for which `BUDGET` suffices; two halos at least, whatever they take."
+    step = max(SMALLEST_STEP, 2 * halo)
+    step += -step % align
+    while needed_bytes(width, step + align + 2 * halo + blend, step + align, blend, channels) <= BUDGET:
+        step += align
+    return step
 
 
 def plan_tiles(
@@ -116,6 +137,7 @@ def plan_tiles(
     tile: int = 0,  # pixels on a side; 0: what the halo asks for
     blend: int = BLEND,
     fixed: int = 0,  # side of the only tile that a network takes
+    channels: int = 1,  # of the prediction
 ) -> TilePlan:
     "Return the plan; raise CrackSegError where a tile has no room for its halos."
     halo, tile = check_number("halo", halo, int, 0), fixed or check_number("tile", tile, int, 0)
@@ -130,8 +152,7 @@ def plan_tiles(
         halo = (tile - blend - step) // 2 // 2 * 2  # what is left goes to the halo
         blend = tile - step - 2 * halo
     else:
-        step = max(STEP, 3 * halo)
-        step += -step % align
+        step = largest_step(size[1], halo, blend, align, channels)
     axes = [plan_axis(length, step, halo, blend, fixed) for length in size]
     return TilePlan(*axes, step, halo, blend, align)
 
@@ -165,6 +186,38 @@ def cut_tile(image: np.ndarray, top: int, row: Span, column: Span) -> np.ndarray
 
 
 # %% ../../nbs/inference/03_tiles.ipynb #ee9d1f9d
+PIECE = 256  # rows that are read at once
+
+
+class Rows:
+    "Hold the rows of a photo that a row of tiles sees and, below them, those that the next one adds."
+
+    def __init__(self, photo: Photo, spans: list[Span]):
+        height = max(after.stop - span.start for span, after in zip(spans, [*spans[1:], spans[-1]]))
+        self.photo, self.top, self.stop = photo, spans[0].start, spans[0].start
+        self.image = np.empty((height, photo.width, 3), np.uint8)
+        self.covered = np.empty((height, photo.width), bool) if photo.has_gaps else None
+
+    def read(self, stop: int) -> None:
+        "Read on up to row `stop`."
+        while self.stop < stop:
+            end = min(self.stop + PIECE, stop)
+            image, covered = self.photo.read(self.stop, end)
+            self.image[self.stop - self.top : end - self.top] = image
+            if self.covered is not None:
+                self.covered[self.stop - self.top : end - self.top] = True if covered is None else covered
+            self.stop = end
+
+    def begin_at(self, top: int) -> None:
+        "Forget the rows above `top`; the others move up in their place."
+        gap = top - self.top
+        for plane in (self.image, self.covered):
+            for start in range(0, self.stop - top, gap) if plane is not None else ():
+                end = min(start + gap, self.stop - top)
+                plane[start:end] = plane[start + gap : end + gap]
+        self.top = top
+
+
 def batches_of(row: Span, columns: list[Span], covered: np.ndarray | None, top: int, size: int) -> Iterator[list[Span]]:
     "Yield up to `size` neighbouring tiles of equal width on which something of the photo lies."
     batch: list[Span] = []
@@ -179,12 +232,15 @@ def batches_of(row: Span, columns: list[Span], covered: np.ndarray | None, top: 
         yield batch
 
 
-def in_turn(pool: ThreadPoolExecutor, function, items, ahead: int) -> Iterator:
-    "Yield `function(item)` in order, computed in threads, at most `ahead` of them before they are asked for."
+def in_turn(pool: ThreadPoolExecutor, function, items, workers: int) -> Iterator:
+    "Yield `function(item)` in order, computed by `workers` threads; a single one is this thread, which needs no pool."
+    if workers == 1:
+        yield from map(function, items)
+        return
     waiting: deque = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
+        if len(waiting) > workers:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
@@ -202,28 +258,29 @@ def predict_bands(
     "Yield the bands of a photo from top to bottom; neither `batch` nor `workers` changes a result."
     rows, columns, channels = plan.rows, plan.columns, network.facts.channels
     begin = max(first - 1, 0)  # the band before shares its last rows with the first one that is wanted
-    top, carry = rows[begin].start, np.zeros((channels, 0, photo.width), np.float32)
+    carry, seen = np.zeros((channels, 0, photo.width), np.float32), Rows(photo, rows[begin:])
     with (
         network.computing(),
         ThreadPoolExecutor(1) as reader,
         ThreadPoolExecutor(workers, initializer=network.begin_thread) as pool,
     ):
-        coming = reader.submit(photo.read, top, rows[begin].stop)
-        image, covered = np.zeros((0, photo.width, 3), np.uint8), None
+        network.begin_thread()
+        coming = reader.submit(seen.read, rows[begin].stop)
         for index in range(begin, len(rows)):
             row, following = rows[index], rows[index + 1] if index + 1 < len(rows) else None
-            image, covered = append_rows(image, covered, *coming.result())
+            coming.result()
             if following:
-                coming = reader.submit(photo.read, row.stop, following.stop)
+                coming = reader.submit(seen.read, following.stop)
             sums = np.zeros((channels, len(row.weights), photo.width), np.float32)
             sums[:, : carry.shape[1]] = carry
 
-            def compute(tiles: list[Span], image=image, top=top, row=row):
-                images = np.stack([cut_tile(image, top, row, column) for column in tiles])
+            def compute(tiles: list[Span], row=row):
+                images = np.stack([cut_tile(seen.image, seen.top, row, column) for column in tiles])
                 return tiles, network.probabilities(images)
 
             computed = 0
-            for tiles, found in in_turn(pool, compute, batches_of(row, columns, covered, top, batch), workers):
+            batches = batches_of(row, columns, seen.covered, seen.top, batch)
+            for tiles, found in in_turn(pool, compute, batches, workers):
                 computed += len(tiles)
                 for column, answer in zip(tiles, found):
                     inside = answer[
@@ -235,37 +292,23 @@ def predict_bands(
                         inside * row.weights[:, None] * column.weights if plan.count > 1 else inside
                     )
             done = following.first - row.first if following else len(row.weights)
-            carry = sums[:, done:].copy()
+            carry, sums = sums[:, done:].copy(), sums[:, :done]
             if index >= first:
-                seen = None if covered is None else covered[row.first - top : row.first - top + done]
-                yield finish_band(index, row.first, sums[:, :done], seen, len(columns) - computed)
+                covered = None
+                if seen.covered is not None:
+                    covered = seen.covered[row.first - seen.top : row.first - seen.top + done].copy()
+                yield finish_band(index, row.first, sums, covered, len(columns) - computed)
+            del sums  # before the next ones are made
             if following:
-                image, top = image[following.start - top :].copy(), following.start
-                covered = None if covered is None else covered[len(covered) - len(image) :].copy()
-
-
-def append_rows(image, covered, new_rows, new_covered):
-    "Return rows and their covered pixels with new ones below."
-    if covered is not None or new_covered is not None:
-        planes = [
-            np.ones(rows.shape[:2], bool) if plane is None else plane
-            for rows, plane in ((image, covered), (new_rows, new_covered))
-        ]
-        covered = np.concatenate(planes)
-    return np.concatenate([image, new_rows]) if len(image) else new_rows, covered
+                coming.result()
+                seen.begin_at(following.start)
 
 
 def finish_band(index: int, start: int, sums: np.ndarray, covered: np.ndarray | None, empty: int) -> Band:
     "Return sums as probabilities: nothing above 1 by rounding, and 0 where nothing of the photo lies."
     np.clip(sums, 0, 1, out=sums)
+    if covered is not None and covered.all():
+        covered = None
     if covered is not None:
         sums *= covered
     return Band(index, start, sums, covered, empty)
-
-
-# %% ../../nbs/inference/03_tiles.ipynb #70679da6
-def band_bytes(plan: TilePlan, width: int, channels: int = 1) -> int:
-    "Return about how many bytes the bands of a photo of `width` take, the network aside."
-    row = plan.rows[0]
-    height = row.stop - row.start
-    return width * (2 * 3 * height + 3 * plan.step + 2 * 4 * channels * len(row.weights))
