@@ -14,7 +14,8 @@ from messages import one_line
 from PIL import Image
 
 from crackseg_nb.core.files import project_root, read_yaml, write_yaml
-from crackseg_nb.evidence.comparison import compare
+from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.evidence.comparison import compare, system_of
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
@@ -161,6 +162,24 @@ def test_another_photo_under_the_same_mask_is_another_image(outputs, copied):
     assert list(found.systems) == ["first"] and found.left_out["reason"].iloc[0].startswith(
         "other photos, or another size: 1 of"
     )
+
+
+def test_a_run_from_before_a_setting_existed_is_another_seed_of_the_same_system(outputs, copied):
+    "A setting at its default may be missing; one that is not makes another system, and so does one that differs."
+    first = RunFolder(outputs / "first")
+    own, seed = system_of(first)
+    path = copied / "first" / "config.yaml"
+    for change, same in [
+        (lambda settings: settings["data"].pop("ignore_index"), True),
+        (lambda settings: settings["run"].update(seed=7), True),
+        (lambda settings: settings["optim"].update(weight_decay=0.5), False),
+        (lambda settings: settings["optim"].pop("lr"), False),
+    ]:
+        settings = read_yaml(outputs / "first" / "config.yaml")
+        change(settings)
+        write_yaml(path, settings)
+        assert (system_of(RunFolder(copied / "first"))[0] == own) == same
+    assert seed != 7
 
 
 def test_interrupted_writing_leaves_no_evidence(copied, monkeypatch):

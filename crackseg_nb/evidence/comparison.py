@@ -45,7 +45,7 @@ from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, shorten
 from ..figures.style import styled
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
-from ..runs.config import SAME_NUMBERS
+from ..runs.config import SAME_NUMBERS, known_parameters, read_config
 from ..runs.results import read_training
 
 # %% ../../nbs/evidence/02_comparison.ipynb #4c3da0d7
@@ -108,15 +108,14 @@ class Entry:
 
 def system_of(folder: RunFolder) -> tuple[str, int]:
     "Return the fingerprint of a run's settings without the seed, and the seed."
-    settings = read_yaml(folder / "config.yaml") | {
-        "images": read_yaml(folder / "final_results.yaml")["protocol"]["split"]
-    }
-    seed = settings["run"].pop("seed")
-    for section in settings.values():
-        if isinstance(section, dict):
-            for name in (*SAME_NUMBERS, "run_name", "device", "recipe"):
-                section.pop(name, None)
-    return fingerprint_of([repr(settings)])[:12], seed
+    settings, known = read_config(folder / "config.yaml"), known_parameters()
+    seed = settings.pop("seed")
+    # An older run lacks settings that came later; at their defaults they changed nothing.
+    differing = {name: value for name, value in settings.items() if value != known[name][2]}
+    for name in (*SAME_NUMBERS, "run_name", "device", "recipe"):
+        differing.pop(name, None)
+    images = read_yaml(folder / "final_results.yaml")["protocol"]["split"]
+    return fingerprint_of([repr(sorted(differing.items())), images])[:12], seed
 
 
 def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
