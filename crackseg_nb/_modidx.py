@@ -1318,6 +1318,10 @@ d = {
                 "inference/models.html#torchnetwork.radius",
                 "crackseg_nb/inference/models.py",
             ),
+            "crackseg_nb.inference.models.TorchNetwork.rest": (
+                "inference/models.html#torchnetwork.rest",
+                "crackseg_nb/inference/models.py",
+            ),
             "crackseg_nb.inference.models.alignment_of": (
                 "inference/models.html#alignment_of",
                 "crackseg_nb/inference/models.py",
@@ -1356,6 +1360,10 @@ d = {
                 "inference/networks.html#averaged.radius",
                 "crackseg_nb/inference/networks.py",
             ),
+            "crackseg_nb.inference.networks.Averaged.rest": (
+                "inference/networks.html#averaged.rest",
+                "crackseg_nb/inference/networks.py",
+            ),
             "crackseg_nb.inference.networks.Facts": (
                 "inference/networks.html#facts",
                 "crackseg_nb/inference/networks.py",
@@ -1386,6 +1394,10 @@ d = {
             ),
             "crackseg_nb.inference.networks.Network.radius": (
                 "inference/networks.html#network.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Network.rest": (
+                "inference/networks.html#network.rest",
                 "crackseg_nb/inference/networks.py",
             ),
             "crackseg_nb.inference.networks.OnnxNetwork": (
@@ -1422,6 +1434,10 @@ d = {
             ),
             "crackseg_nb.inference.networks.Turned.radius": (
                 "inference/networks.html#turned.radius",
+                "crackseg_nb/inference/networks.py",
+            ),
+            "crackseg_nb.inference.networks.Turned.rest": (
+                "inference/networks.html#turned.rest",
                 "crackseg_nb/inference/networks.py",
             ),
             "crackseg_nb.inference.networks.normalize_rows": (

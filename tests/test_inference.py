@@ -275,8 +275,8 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
 def test_tiles_are_the_largest_that_the_budget_allows(width, halo):
     plan = plan_tiles((50_000, width), halo, align=64)
     assert plan.step % 64 == 0 and plan.step >= max(512, 2 * halo) and plan.halo == halo
-    assert needed_bytes(width, plan.tile, plan.step, plan.blend) <= BUDGET
-    assert needed_bytes(width, plan.tile + 64, plan.step + 64, plan.blend) > BUDGET
+    assert needed_bytes(width, halo, plan.step, plan.blend) <= BUDGET
+    assert needed_bytes(width, halo, plan.step + 64, plan.blend) > BUDGET
     assert plan_tiles((400, width), halo, align=64).step == plan.step, "the height has a say in the memory"
 
 
@@ -294,6 +294,18 @@ def test_as_many_tiles_at_once_as_memory_and_cores_allow(monkeypatch):
         monkeypatch.setattr(prediction, "free_memory", lambda room=room: room)
         network.threads, network.workers = threads, most
         assert prediction.count_workers(plan, network) == expected
+        assert prediction.count_workers(plan, network, batch=2**20) == 1
+    assert plan_tiles((9000, 9000), 320, enlarged=2.0).tile < plan.tile
+
+
+def test_how_far_a_network_looks_is_measured_only_where_there_are_tiles(tmp_path, monkeypatch):
+    network, asked = Bright(), []
+    monkeypatch.setattr(network, "radius", lambda: asked.append(1) or 40, raising=False)
+    settings = prediction.PredictSettings()
+    for side, measured in [(300, False), (1500, False), (2500, True)]:
+        photo = DecodedPhoto(tmp_path / "photo.png", np.zeros((200, side, 3), np.uint8), None)
+        plan = prediction.plan_for(photo, network, settings)
+        assert (plan.count > 1, bool(asked)) == (measured, measured)
 
 
 class Bright(Network):

@@ -45,7 +45,7 @@ from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, shorten
 from ..figures.style import styled
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
-from ..runs.config import SAME_NUMBERS, known_parameters, read_config
+from ..runs.config import SAME_NUMBERS, known_parameters, loss_parameters, model_settings, read_config
 from ..runs.results import read_training
 
 # %% ../../nbs/evidence/02_comparison.ipynb #4c3da0d7
@@ -108,10 +108,13 @@ class Entry:
 
 def system_of(folder: RunFolder) -> tuple[str, int]:
     "Return the fingerprint of a run's settings without the seed, and the seed."
-    settings, known = read_config(folder / "config.yaml"), known_parameters()
+    settings = read_config(folder / "config.yaml")
     seed = settings.pop("seed")
-    # An older run lacks settings that came later; at their defaults they changed nothing.
-    differing = {name: value for name, value in settings.items() if value != known[name][2]}
+    defaults = {name: default for name, (_, _, default) in known_parameters().items()}
+    for own in (model_settings(settings["model"]), loss_parameters(settings["loss"])):
+        defaults |= {name: default for name, (_, default) in own.items()}
+    # An older run lacks settings that came later, or has None for them; at their defaults they changed nothing.
+    differing = {name: value for name, value in settings.items() if value not in (defaults[name], None)}
     for name in (*SAME_NUMBERS, "run_name", "device", "recipe"):
         differing.pop(name, None)
     images = read_yaml(folder / "final_results.yaml")["protocol"]["split"]
@@ -125,8 +128,8 @@ def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
     if entry.state != "done":
         entry.reason = f"{entry.state}: {folder.status['error']}" if folder.status.get("error") else entry.state
         return entry
-    entry.system, entry.seed = system_of(folder)
     try:
+        entry.system, entry.seed = system_of(folder)
         entry.evidence = evidence_of(run, outputs, data_dir)
     except CrackSegError as error:
         entry.reason = str(error)

@@ -270,7 +270,7 @@ def write_results(
         small, small_ids = shrink_rows(photo.read(start, start + len(ids))[0], ids, factor)
         pictures.append(paint(small, small_ids, facts))
 
-    rows = max(PART // factor, 1) * factor
+    rows = max(TIFF_ROWS // factor, 1) * factor
     whole = regroup(plane_bands(store, facts, rules), rows)
     if windows:
         write_tiffs(photo, whole, paths, facts, look)

@@ -8,8 +8,9 @@ __all__ = ["ATTENTION_HALO", "receptive_radius", "alignment_of", "TorchNetwork",
 # %% ../../nbs/inference/06_models.ipynb #50635281
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
+from threading import Lock
 
 import numpy as np
 import torch
@@ -80,11 +81,13 @@ class TorchNetwork(Network):
         self.workers = 8 if self.device.type == "cpu" else 2  # on a GPU one prepares while the other computes
         self.model, self.measured = model.to(self.device).eval(), 0
         self.views = describe_views(model.tta, model.scales) if isinstance(model, Views) else ""
+        self.enlarged = max(model.scales) if isinstance(model, Views) else 1.0
+        self.turn = nullcontext() if self.device.type == "cpu" else Lock()  # a GPU holds one image's features at once
 
     @torch.inference_mode()
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        with torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
+        with self.turn, torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
             logits = self.model(torch.from_numpy(images).to(self.device)).float()
         return (logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)).cpu().numpy()
 
@@ -108,7 +111,9 @@ class TorchNetwork(Network):
             yield
         finally:
             torch.set_num_threads(before)
-            clear_cache(self.device)
+
+    def rest(self) -> None:
+        clear_cache(self.device)
 
 
 # %% ../../nbs/inference/06_models.ipynb #12ccbf47

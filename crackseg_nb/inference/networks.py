@@ -67,6 +67,7 @@ class Network:
     views: str = ""  # of an image, over which it averages
     threads: int = 1  # that it computes one image with
     workers: int = 8  # images that it computes at once, at most
+    enlarged: float = 1.0  # how many times it enlarges what it looks at
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         "Return float32 (B, C, H, W), of cracks or of all classes, for normalised float32 images (B, 3, H, W)."
@@ -78,6 +79,9 @@ class Network:
 
     def begin_thread(self) -> None:
         "Prepare a thread that is going to compute."
+
+    def rest(self) -> None:
+        "Give back memory that only computing needs."
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -105,7 +109,7 @@ class Turned(Network):
     def __init__(self, network: Network, poses: str):
         self.network, self.facts, self.poses = network, network.facts, POSES[choose("tta", poses, POSES)]
         self.views = describe_views(poses, (1.0,))
-        self.threads, self.workers = network.threads, network.workers
+        self.threads, self.workers, self.enlarged = network.threads, network.workers, network.enlarged
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         total, (height, width) = None, images.shape[-2:]
@@ -124,6 +128,9 @@ class Turned(Network):
 
     def begin_thread(self) -> None:
         self.network.begin_thread()
+
+    def rest(self) -> None:
+        self.network.rest()
 
     def computing(self):
         return self.network.computing()
@@ -146,6 +153,7 @@ class Averaged(Network):
         self.networks = list(networks)
         self.threads = max(network.threads for network in networks)
         self.workers = min(network.workers for network in networks)
+        self.enlarged = max(network.enlarged for network in networks)
         self.views = " + ".join(dict.fromkeys(network.views or "one view" for network in networks))
         several = [first, *others]
         self.facts = Facts(
@@ -174,6 +182,10 @@ class Averaged(Network):
         for network in self.networks:
             network.begin_thread()
 
+    def rest(self) -> None:
+        for network in self.networks:
+            network.rest()
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         with ExitStack() as stack:
@@ -184,9 +196,7 @@ class Averaged(Network):
 
 # %% ../../nbs/inference/02_networks.ipynb #5fe848a0
 class OnnxNetwork(Network):
-    "Run a file that `crackseg_export` wrote, by ONNX Runtime on the CPU; two cores share an image."
-
-    threads = 2
+    "Run a file that `crackseg_export` wrote, by ONNX Runtime on the CPU."
 
     def __init__(self, path):
         path = Path(path)
@@ -199,8 +209,7 @@ class OnnxNetwork(Network):
         if not path.is_file():
             raise CrackSegError(f"{path}: no such file; expected what crackseg_export wrote")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        options.log_severity_level = 3
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = 1, 1, 3
         options.enable_cpu_mem_arena = False  # its memory would grow with every new size
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

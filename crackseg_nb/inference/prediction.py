@@ -133,15 +133,17 @@ def check_all(paths: list[Path], folder: Path, depth: int) -> int:
 # %% ../../nbs/inference/07_prediction.ipynb #ccd93b16
 def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TilePlan:
     "Return the tiles of a photo; how far the network looks is measured only where it matters."
-    halo, fixed, channels = settings.halo, network.facts.fixed_size, network.facts.channels
-    side = settings.tile or 1024
-    if halo is None:
-        halo = 0 if max(photo.height, photo.width) <= side and not fixed else network.radius()
-    if fixed:
-        halo = min(halo, fixed // 4)
-    return plan_tiles(
-        (photo.height, photo.width), halo, network.facts.align, settings.tile, settings.blend, fixed, channels
-    )
+    facts, fixed = network.facts, network.facts.fixed_size
+
+    def plan(halo: int) -> TilePlan:
+        rest = (facts.align, settings.tile, settings.blend, fixed, facts.channels, max(network.enlarged, 1.0))
+        return plan_tiles((photo.height, photo.width), halo, *rest)
+
+    if settings.halo is not None or fixed:
+        halo = network.radius() if settings.halo is None else settings.halo
+        return plan(min(halo, fixed // 4) if fixed else halo)
+    whole = plan(0)
+    return whole if whole.count == 1 else plan(network.radius())
 
 
 def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
@@ -173,10 +175,10 @@ def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any
 MOST_TILE_BYTES = 600  # for each pixel of a tile, with the family that takes most
 
 
-def count_workers(plan: TilePlan, network: Network) -> int:
-    "Return how many tiles are computed at once: what cores, network and a quarter of the free memory allow."
-    room = free_memory() // 4 // (MOST_TILE_BYTES * plan.tile**2)
-    return max(1, min(cores() // network.threads, network.workers, room))
+def count_workers(plan: TilePlan, network: Network, batch: int = 1) -> int:
+    "Return how many batches are computed at once: what cores, network and a quarter of the free memory allow."
+    tile = MOST_TILE_BYTES * (plan.tile * max(network.enlarged, 1.0)) ** 2
+    return max(1, min(cores() // network.threads, network.workers, int(free_memory() / 4 / (tile * batch))))
 
 
 def predict_photo(
@@ -203,11 +205,13 @@ def predict_photo(
         if done:
             logger.info("%s: going on behind %d of %d bands", path.name, done, len(plan.rows))
         if done < len(plan.rows):
-            workers = settings.workers or count_workers(plan, network)
+            workers = settings.workers or count_workers(plan, network, settings.batch)
             for band in predict_bands(photo, plan, network, settings.batch, workers, first=done):
                 store.add(band, network.facts, rules)
                 del band  # before the next one is made
                 progress.update(million / len(plan.rows))
+            if plan.count > 1:
+                network.rest()
         paths = result_paths(folder, path.stem, hasattr(photo, "dataset"))
         counts = write_results(photo, store, paths, network.facts, rules)
         entry = {
@@ -281,7 +285,7 @@ def predict(
     hysteresis: float = 0.0,  # lower threshold for pixels that hang together with a crack; 0: none
     specks: int = 0,  # pixels of the smallest part that is kept; 0: all are
     depth: int = 8,  # bits of the probability's file: 8 or 16
-    tile: int = 0,  # pixels on a side of a tile; 0: what the halo asks for
+    tile: int = 0,  # pixels on a side of a tile; 0: as many as memory allows
     halo: int | None = None,  # pixels around what a tile predicts; None: as far as the network looks
     blend: int = BLEND,  # pixels in which neighbouring tiles share their prediction
     batch: int = 1,  # tiles that go through the network at once; no effect on the result

@@ -116,16 +116,17 @@ TILE_BYTES = 250  # for each pixel of a tile while it is computed; networks take
 SMALLEST_STEP = 512
 
 
-def needed_bytes(width: int, tile: int, step: int, blend: int, channels: int = 1) -> int:
+def needed_bytes(width: int, halo: int, step: int, blend: int, channels: int = 1, enlarged: float = 1.0) -> int:
     "Return about how many bytes a photo takes: its rows, the sums of a band, and one tile."
-    return width * (3 * (tile + step) + 4 * channels * (step + blend)) + TILE_BYTES * tile**2
+    tile, sums = step + 2 * halo + blend, step + halo + blend
+    return int(width * (3 * (tile + step) + 4 * channels * sums) + TILE_BYTES * (tile * enlarged) ** 2)
 
 
-def largest_step(width: int, halo: int, blend: int, align: int, channels: int = 1) -> int:
-    "Return the largest step between tiles for which `BUDGET` suffices; two halos at least, whatever they take."
+def largest_step(width: int, halo: int, blend: int, align: int, channels: int = 1, enlarged: float = 1.0) -> int:
+    "Return the largest step for which `BUDGET` suffices; at least `SMALLEST_STEP` and two halos, whatever they take."
     step = max(SMALLEST_STEP, 2 * halo)
     step += -step % align
-    while needed_bytes(width, step + align + 2 * halo + blend, step + align, blend, channels) <= BUDGET:
+    while needed_bytes(width, halo, step + align, blend, channels, enlarged) <= BUDGET:
         step += align
     return step
 
@@ -134,25 +135,29 @@ def plan_tiles(
     size: tuple[int, int],  # height and width of the photo
     halo: int,  # pixels, at least what a prediction looks far
     align: int = 32,
-    tile: int = 0,  # pixels on a side; 0: what the halo asks for
+    tile: int = 0,  # pixels on a side; 0: as many as memory allows
     blend: int = BLEND,
     fixed: int = 0,  # side of the only tile that a network takes
     channels: int = 1,  # of the prediction
+    enlarged: float = 1.0,  # how many times the network enlarges what it looks at
 ) -> TilePlan:
     "Return the plan; raise CrackSegError where a tile has no room for its halos."
     halo, tile = check_number("halo", halo, int, 0), fixed or check_number("tile", tile, int, 0)
     check_number("blend", blend, int, MIN_SIDE)
     halo += -halo % 32
     if tile:
-        step = (tile - 2 * halo - blend) // align * align
-        if step <= 0:
-            raise CrackSegError(
-                f"tile: found {tile} with a halo of {halo}, expected at least {2 * halo + blend + align}"
-            )
+        room = tile - 2 * halo
+        step = (room - blend) // align * align
+        if step < blend:  # three tiles would overlap
+            step = -(-room // (2 * align)) * align
+            blend = room - step
+        if step <= 0 or 2 * halo + blend < MIN_SIDE:
+            expected = 2 * (halo + max(blend, BLEND, align))
+            raise CrackSegError(f"tile: found {tile} with a halo of {halo}, expected at least {expected}")
         halo = (tile - blend - step) // 2 // 2 * 2  # what is left goes to the halo
         blend = tile - step - 2 * halo
     else:
-        step = largest_step(size[1], halo, blend, align, channels)
+        step = largest_step(size[1], halo, blend, align, channels, enlarged)
     axes = [plan_axis(length, step, halo, blend, fixed) for length in size]
     return TilePlan(*axes, step, halo, blend, align)
 
@@ -252,7 +257,7 @@ def predict_bands(
     plan: TilePlan,
     network: Network,
     batch: int = 1,  # tiles that go through the network at once
-    workers: int = 1,  # threads that compute
+    workers: int = 1,  # tiles, or batches of them, that are computed at once
     first: int = 0,  # index of the first band that is wanted
 ) -> Iterator[Band]:
     "Yield the bands of a photo from top to bottom; neither `batch` nor `workers` changes a result."
