@@ -8,7 +8,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Large tensors get pages of 2 MiB, which the system hands out several times faster than small ones; torch asks once.
+# Large tensors get pages of 2 MiB, which cost the system less time than small ones; torch looks at this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.2.0"

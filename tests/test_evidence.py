@@ -167,10 +167,11 @@ def test_another_photo_under_the_same_mask_is_another_image(outputs, copied):
 def test_a_run_from_before_a_setting_existed_is_another_seed_of_the_same_system(outputs, copied):
     "A setting at its default may be missing; one that is not makes another system, and so does one that differs."
     first = RunFolder(outputs / "first")
-    own, seed = system_of(first)
+    own, _ = system_of(first)
     path = copied / "first" / "config.yaml"
     for change, same in [
         (lambda settings: settings["data"].pop("ignore_index"), True),
+        (lambda settings: settings["loss"].update(class_weights=None), True),
         (lambda settings: settings["run"].update(seed=7), True),
         (lambda settings: settings["optim"].update(weight_decay=0.5), False),
         (lambda settings: settings["optim"].pop("lr"), False),
@@ -179,7 +180,16 @@ def test_a_run_from_before_a_setting_existed_is_another_seed_of_the_same_system(
         change(settings)
         write_yaml(path, settings)
         assert (system_of(RunFolder(copied / "first"))[0] == own) == same
-    assert seed != 7
+
+
+def test_a_run_of_another_version_is_left_out_of_a_comparison(outputs, copied):
+    shutil.copytree(outputs / "second", copied / "second")
+    path = copied / "second" / "config.yaml"
+    settings = read_yaml(path)
+    settings["optim"]["momentum_of_tomorrow"] = 1
+    write_yaml(path, settings)
+    found = compare(["first", "second"], outputs=str(copied))
+    assert list(found.systems) == ["first"] and "momentum_of_tomorrow" in found.left_out["reason"].iloc[0]
 
 
 def test_interrupted_writing_leaves_no_evidence(copied, monkeypatch):

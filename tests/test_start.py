@@ -2,10 +2,13 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIGHT_PARTS = ("core", "synthetic", "sources")
@@ -63,3 +66,11 @@ def test_the_package_itself_loads_at_once():
     code = "import time; start = time.process_time(); import crackseg_nb; print(time.process_time() - start)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < AT_MOST
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_large_tensors_ask_for_large_pages_unless_the_user_says_otherwise(given, found):
+    code = "import os, crackseg_nb; print(os.environ['THP_MEM_ALLOC_ENABLE'])"
+    own = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own | given, capture_output=True, text=True)
+    assert done.stdout.strip() == found

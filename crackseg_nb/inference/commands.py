@@ -45,8 +45,10 @@ def predict_parser() -> argparse.ArgumentParser:
     parser.add_argument("--depth", type=int, default=8, help="bits of the probability's file: 8 or 16")
     parser.add_argument("--tile", type=int, default=0, help="pixels on a side of a tile (default: by memory)")
     parser.add_argument("--halo", type=int, help="pixels around it (default: as far as the network looks)")
-    parser.add_argument("--batch", type=int, default=1, help="tiles at once; no effect on the result")
-    parser.add_argument("--workers", type=int, default=0, help="tiles at once; no effect on the result")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="tiles in one pass through the network; no effect on the result"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="passes at once; no effect on the result")
     parser.add_argument("--shard", default="", help="part of the photos for one job of an array, such as 3/16")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     take_outputs(parser)

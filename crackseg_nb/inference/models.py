@@ -81,7 +81,7 @@ class TorchNetwork(Network):
         self.workers = 8 if self.device.type == "cpu" else 2  # on a GPU one prepares while the other computes
         self.model, self.measured = model.to(self.device).eval(), 0
         self.views = describe_views(model.tta, model.scales) if isinstance(model, Views) else ""
-        self.enlarged = max(model.scales) if isinstance(model, Views) else 1.0
+        self.enlarged = max(1.0, *model.scales) if isinstance(model, Views) else 1.0
         self.turn = nullcontext() if self.device.type == "cpu" else Lock()  # a GPU holds one image's features at once
 
     @torch.inference_mode()

@@ -67,7 +67,7 @@ class Network:
     views: str = ""  # of an image, over which it averages
     threads: int = 1  # that it computes one image with
     workers: int = 8  # images that it computes at once, at most
-    enlarged: float = 1.0  # how many times it enlarges what it looks at
+    enlarged: float = 1.0  # how many times it enlarges an image at most
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         "Return float32 (B, C, H, W), of cracks or of all classes, for normalised float32 images (B, 3, H, W)."

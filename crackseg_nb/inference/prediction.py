@@ -25,6 +25,7 @@ __all__ = [
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,21 @@ def check_all(paths: list[Path], folder: Path, depth: int) -> int:
 def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TilePlan:
     "Return the tiles of a photo; how far the network looks is measured only where it matters."
     facts, fixed = network.facts, network.facts.fixed_size
-
-    def plan(halo: int) -> TilePlan:
-        rest = (facts.align, settings.tile, settings.blend, fixed, facts.channels, max(network.enlarged, 1.0))
-        return plan_tiles((photo.height, photo.width), halo, *rest)
-
+    plan = partial(
+        plan_tiles,
+        (photo.height, photo.width),
+        align=facts.align,
+        tile=settings.tile,
+        blend=settings.blend,
+        fixed=fixed,
+        channels=facts.channels,
+        enlarged=network.enlarged,
+    )
     if settings.halo is not None or fixed:
         halo = network.radius() if settings.halo is None else settings.halo
-        return plan(min(halo, fixed // 4) if fixed else halo)
-    whole = plan(0)
-    return whole if whole.count == 1 else plan(network.radius())
+        return plan(halo=min(halo, fixed // 4) if fixed else halo)
+    whole = plan(halo=0)
+    return whole if whole.count == 1 else plan(halo=network.radius())
 
 
 def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
@@ -172,12 +178,12 @@ def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any
 
 
 # %% ../../nbs/inference/07_prediction.ipynb #0d60badd
-MOST_TILE_BYTES = 600  # for each pixel of a tile, with the family that takes most
+MOST_TILE_BYTES = 600  # assumed for each pixel of a tile, on the safe side
 
 
 def count_workers(plan: TilePlan, network: Network, batch: int = 1) -> int:
     "Return how many batches are computed at once: what cores, network and a quarter of the free memory allow."
-    tile = MOST_TILE_BYTES * (plan.tile * max(network.enlarged, 1.0)) ** 2
+    tile = MOST_TILE_BYTES * (plan.tile * network.enlarged) ** 2
     return max(1, min(cores() // network.threads, network.workers, int(free_memory() / 4 / (tile * batch))))
 
 
@@ -288,8 +294,8 @@ def predict(
     tile: int = 0,  # pixels on a side of a tile; 0: as many as memory allows
     halo: int | None = None,  # pixels around what a tile predicts; None: as far as the network looks
     blend: int = BLEND,  # pixels in which neighbouring tiles share their prediction
-    batch: int = 1,  # tiles that go through the network at once; no effect on the result
-    workers: int = 0,  # tiles that are computed at once; 0: what cores and memory allow; no effect on the result
+    batch: int = 1,  # tiles in one pass through the network; no effect on the result
+    workers: int = 0,  # passes at once; 0: what cores and memory allow; no effect on the result
     shard: str = "",  # part of the photos for one job of an array, such as 3/16
     device: str = "auto",  # auto, cuda, mps or cpu
     outputs: str = "",  # folder of all runs, where `model` names one of them

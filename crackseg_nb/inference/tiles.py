@@ -112,7 +112,7 @@ class TilePlan:
 
 BLEND = 64  # pixels
 BUDGET = 900 * 2**20  # bytes for the bands and one tile
-TILE_BYTES = 250  # for each pixel of a tile while it is computed; networks take 150 to 550
+TILE_BYTES = 250  # assumed for each pixel of a tile; networks differ
 SMALLEST_STEP = 512
 
 
@@ -123,8 +123,8 @@ def needed_bytes(width: int, halo: int, step: int, blend: int, channels: int = 1
 
 
 def largest_step(width: int, halo: int, blend: int, align: int, channels: int = 1, enlarged: float = 1.0) -> int:
-    "Return the largest step for which `BUDGET` suffices; at least `SMALLEST_STEP` and two halos, whatever they take."
-    step = max(SMALLEST_STEP, 2 * halo)
+    "Return the largest step for which `BUDGET` suffices; `SMALLEST_STEP`, two halos and the blend are the least."
+    step = max(SMALLEST_STEP, 2 * halo, blend)
     step += -step % align
     while needed_bytes(width, halo, step + align, blend, channels, enlarged) <= BUDGET:
         step += align
@@ -146,14 +146,13 @@ def plan_tiles(
     check_number("blend", blend, int, MIN_SIDE)
     halo += -halo % 32
     if tile:
-        room = tile - 2 * halo
+        room, expected = tile - 2 * halo, 2 * (halo + max(blend, align))
         step = (room - blend) // align * align
-        if step < blend:  # three tiles would overlap
+        if step < blend + 4:  # three tiles would overlap, with what is left over below
             step = -(-room // (2 * align)) * align
             blend = room - step
-        if step <= 0 or 2 * halo + blend < MIN_SIDE:
-            expected = 2 * (halo + max(blend, BLEND, align))
-            raise CrackSegError(f"tile: found {tile} with a halo of {halo}, expected at least {expected}")
+        if step <= 0 or blend < 0 or 2 * halo + blend < MIN_SIDE:
+            raise CrackSegError(f"tile: found {tile} with a halo of {halo}, expected {expected} or more")
         halo = (tile - blend - step) // 2 // 2 * 2  # what is left goes to the halo
         blend = tile - step - 2 * halo
     else:
