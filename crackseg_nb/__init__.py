@@ -5,11 +5,57 @@ is exported from a notebook.
 """
 
 import os
+import sys
+from functools import wraps
 from importlib import import_module
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 # Large tensors get pages of 2 MiB, which cost the system less time than small ones; torch looks at this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+class _TimmWithoutCompiler:
+    """Loads timm, and torchvision with it, without torch._dynamo, which takes two to three seconds.
+
+    Both only ask it for two functions while they are loaded: these load it when they are called.
+    """
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and not {"torch._dynamo", "torchvision"} & {*sys.modules}:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda timm: _beside_stand_ins(load, timm)
+        return spec
+
+
+def _beside_stand_ins(load, timm: ModuleType) -> None:
+    def disable(function, recursive=True, **settings):
+        @wraps(function)
+        def hidden(*args, **words):
+            return import_module("torch._dynamo").disable(function, recursive, **settings)(*args, **words)
+
+        return hidden
+
+    def is_compile_supported(device_type):
+        return import_module("torch._dynamo.utils").is_compile_supported(device_type)
+
+    stand_ins = {name: ModuleType(name) for name in ("torch._dynamo", "torch._dynamo.utils")}
+    stand_ins["torch._dynamo"].disable = disable
+    stand_ins["torch._dynamo.utils"].is_compile_supported = is_compile_supported
+    sys.modules.update(stand_ins)
+    try:
+        load(timm)
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+sys.meta_path.insert(0, _TimmWithoutCompiler())
 
 __version__ = "0.2.0"
 __all__ = ["compare", "configure", "load_model", "measure_folder", "predict", "run"]

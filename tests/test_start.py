@@ -74,3 +74,47 @@ def test_large_tensors_ask_for_large_pages_unless_the_user_says_otherwise(given,
     own = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own | given, capture_output=True, text=True)
     assert done.stdout.strip() == found
+
+
+def test_models_load_without_the_compiler_and_can_be_compiled_all_the_same():
+    "torch._dynamo takes seconds; timm and torchvision ask it for two functions that then work as ever."
+    code = """
+import sys, crackseg_nb.models.registry, crackseg_nb.inference.models, crackseg_nb.training.weights
+assert "torch._dynamo" not in sys.modules and "torchvision" in sys.modules
+import torch
+from torchvision.ops import roi_align
+pooled = roi_align(torch.ones(1, 1, 8, 8), [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], 2)
+assert pooled.unique().tolist() == [1.0]
+assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu")
+import torch._dynamo.utils
+assert torch._dynamo.utils.__file__
+def doubled(x):
+    return 2 * x
+assert torch.compile(doubled, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+"""
+    assert loaded_by(code) != []
+
+
+def test_who_has_loaded_the_compiler_keeps_it():
+    code = """
+import sys, torch._dynamo, torch._dynamo.utils
+before = sys.modules["torch._dynamo"], sys.modules["torch._dynamo.utils"]
+import crackseg_nb.models.registry
+assert before == (sys.modules["torch._dynamo"], sys.modules["torch._dynamo.utils"])
+"""
+    assert loaded_by(code) != []
+
+
+def test_running_a_notebook_builds_no_grammar_of_addresses(tmp_path):
+    "The optional check takes jsonschema two seconds; whoever wants it afterwards still gets it."
+    (tmp_path / "rfc3987_syntax.py").write_text("print('loaded')\ndef is_valid_syntax(*_): ...\n")
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from contextlib import suppress
+from pathlib import Path
+from crackseg_nb.runs.notebook import execute_notebook
+with suppress(BaseException):
+    execute_notebook(Path("no.ipynb"), Path({str(tmp_path)!r}) / "out.ipynb", dict(), None, 0)
+assert "papermill" in sys.modules and "rfc3987_syntax" not in sys.modules
+"""
+    assert "loaded" not in loaded_by(code)

@@ -11,7 +11,6 @@ from dataclasses import fields
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/models/10_registry.ipynb #0bd5e88f
 from ..core.checks import choose
@@ -64,6 +63,8 @@ def count_flops(
     size: tuple[int, int],  # height and width
 ) -> int:
     "Return the floating point operations of a forward pass over one RGB image of `size`; a multiply-add counts as two."
+    from torch.utils.flop_counter import FlopCounterMode  # loads triton, for one number
+
     modes = [(part, part.training) for part in model.modules()]
     counter = FlopCounterMode(display=False)
     try:
