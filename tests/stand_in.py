@@ -9,7 +9,9 @@ folder = pathlib.Path(resume or f"{outputs}/{run_name}")
 class Stopped(Exception): pass
 class CrackSegError(Exception): pass
 asked = []
-for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+# Its own names: a signal that comes while the kernel ends, on a busy machine, finds the notebook's names gone.
+def hear(number, frame, asked=asked, name=signal.Signals): asked.append(name(number).name)
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, hear)
 def write(name, data):
     (folder/f".{name}").write_text(data if isinstance(data, str) else yaml.dump(data))
     (folder/f".{name}").replace(folder/name)

@@ -157,7 +157,7 @@ def test_a_run_that_another_process_carries_is_refused(launch):
 def test_the_command_stops_and_resumes_a_real_run(tmp_path):
     words = (
         f"-p outputs {tmp_path} -p run_name real -p synthetic_images 12 -p image_size 32 -p epochs 10 -p batch_size 4 "
-        "-p device cpu -p amp off -p model unet -p encoder test_resnet"
+        "-p device cpu -p amp off -p model deeplab_optimized -p pretrained false"
     )
     process = subprocess.Popen(
         [BIN / "crackseg_run", *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path

@@ -20,7 +20,10 @@ from crackseg_nb.runs.sweep import Sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-TINY = "model=unet encoder=test_resnet synthetic_images=12 image_size=32 epochs=30 batch_size=4 device=cpu amp=off"
+TINY = (
+    "model=deeplab_optimized pretrained=false synthetic_images=12 image_size=32 epochs=30 batch_size=4 "
+    "device=cpu amp=off"
+)
 GRID = "lr=0.001,0.002 seed=1,2"
 
 
