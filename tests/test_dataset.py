@@ -67,7 +67,7 @@ def child_processes():
 
 
 def contents(loader):
-    return [tuple(batch[name].numpy().tobytes() for name in ("index", "image", "mask")) for batch in loader]
+    return [tuple(batch[name].numpy().tobytes() for name in ("index", "image", "target")) for batch in loader]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -162,7 +162,7 @@ def test_inputs_are_not_written_to(source):
     before = [tuple(array.copy() for array in dataset.pair(index)) for index in range(NUM_IMAGES)]
     for epoch in range(5):
         for index in range(NUM_IMAGES):
-            dataset[epoch, index]["mask"].fill_(7)
+            dataset[epoch, index]["target"].fill_(7)
     for index, pair in enumerate(before):
         for old, new in zip(pair, dataset.pair(index)):
             np.testing.assert_array_equal(old, new)
@@ -651,7 +651,7 @@ def test_workers_outlive_the_signals_that_a_cluster_sends_to_all(source):
     loader = make_loader(source, num_workers=2)
     found = []
     for batch in loader:
-        found.append(tuple(batch[name].numpy().tobytes() for name in ("index", "image", "mask")))
+        found.append(tuple(batch[name].numpy().tobytes() for name in ("index", "image", "target")))
         if len(found) < 2:
             continue  # the second worker may still be starting
         for worker in loader._iterator._workers:

@@ -493,9 +493,11 @@ def test_a_batch_is_that_of_the_contract(samples):
     assert sorted(int(index) for batch in batches for index in batch["index"]) == list(range(21))
     for batch in batches:
         assert (
-            set(batch) == {"image", "mask", "index"} and batch["mask"].dtype == torch.int64 and batch["mask"].ndim == 1
+            set(batch) == {"image", "target", "index"}
+            and batch["target"].dtype == torch.int64
+            and batch["target"].ndim == 1
         )
-        assert batch["mask"].tolist() == [samples[index].label for index in batch["index"]]
+        assert batch["target"].tolist() == [samples[index].label for index in batch["index"]]
     parts = [collect(dataset, 1, 0, accumulation=2, rank=rank, world=2) for rank in range(2)]
     whole = collect(dataset, 1, 0, accumulation=2)
     images = {int(index): image for batch in whole for index, image in zip(batch["index"], batch["image"])}
@@ -584,7 +586,7 @@ def test_cifar10(data_folder, one_thread):
     assert (report.images["train"] + report.images["val"]).tolist() == [500] * 10
     dataset = LabelDataset(splits.train, create_label_augmentation("advanced", 48), seed=1)
     batch = next(iter(create_loader(dataset, 16, train=True)))
-    assert batch["image"].shape == (16, 3, 48, 48) and batch["mask"].tolist() == [
+    assert batch["image"].shape == (16, 3, 48, 48) and batch["target"].tolist() == [
         splits.train[index].label for index in batch["index"]
     ]
 

@@ -51,7 +51,7 @@ def test_training_images_alone_are_augmented(tmp_path):
     for split, dataset in make_datasets(config, make_splits(source)).items():
         same = torch.equal(dataset[0, 0]["image"], dataset[1, 0]["image"])  # in two epochs
         assert same == (split != "train"), split
-        assert split == "train" or np.array_equal(dataset[0]["mask"], dataset.pair(0)[1])
+        assert split == "train" or np.array_equal(dataset[0]["target"], dataset.pair(0)[1])
 
 
 def test_each_split_is_scored_at_its_threshold():

@@ -33,7 +33,7 @@ class Noise(Dataset):
     def __getitem__(self, key):
         generator = torch.Generator().manual_seed(key[1])
         image = torch.randn(3, 8, 8, generator=generator)
-        return {"image": image, "mask": (image[0] > 1).long(), "index": key[1]}
+        return {"image": image, "target": (image[0] > 1).long(), "index": key[1]}
 
 
 class Scripted(BinaryMetrics):
@@ -141,7 +141,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_images(tmp_path):
     images = [Noise()[0, index] for index in range(7)]
     with torch.no_grad():
         logits = trainer.model(torch.stack([item["image"] for item in images]))
-        expected = create_loss("bce")(logits, torch.stack([item["mask"] for item in images]))
+        expected = create_loss("bce")(logits, torch.stack([item["target"] for item in images]))
     for name in ("train_loss", "val_loss"):
         assert trainer.history[0][name] == pytest.approx(expected.item(), rel=1e-5)
 

@@ -29,7 +29,7 @@ def accumulate(micro_batch):
     torch.manual_seed(0)
     model = Crowded().train()
     image = torch.randn(2, 4, 3, 6, 5)
-    window = [{"image": part, "mask": (part[:, 0] > 0).long()} for part in image]
+    window = [{"image": part, "target": (part[:, 0] > 0).long()} for part in image]
     accelerator = create_accelerator(torch.device("cpu"))
     found, fitted = accumulate_window(
         model, create_loss("focal_dice"), window, accelerator, RunningStatistics(model), micro_batch

@@ -69,7 +69,7 @@ class CrackDataset(Dataset):
         image, mask = self.pair(index)
         if self.augmentation:
             image, mask = self.augmentation(image, mask, seed_for(self.seed, epoch, index))
-        return {"image": normalize(image), "mask": torch.from_numpy(np.array(mask)), "index": int(index)}
+        return {"image": normalize(image), "target": torch.from_numpy(np.array(mask)), "index": int(index)}
 
 
 # %% ../../nbs/data/07_dataset.ipynb #b86c28ff
@@ -134,4 +134,4 @@ class LabelDataset(Dataset):
             raise IndexError(f"index: found {index}, expected 0 to {len(self) - 1}")
         sample = self.samples[index]
         image = self.augmentation(read_image(sample.image, sample.white), seed_for(self.seed, epoch, index))
-        return {"image": image, "mask": torch.tensor(sample.label), "index": int(index)}
+        return {"image": image, "target": torch.tensor(sample.label), "index": int(index)}

@@ -258,7 +258,7 @@ def create_loader(
     world: int = 1,  # which of how many processes this one is
     timeout: float = 0.0,  # seconds to wait for a worker's batch before giving up; 0 waits for ever
 ) -> Loader:
-    "Return a loader of image (B, 3, H, W), mask (B, H, W), index (B,); `batch_sampler` sets epoch and position."
+    "Return a loader of image (B, 3, H, W), target (B, H, W), index (B,); `batch_sampler` sets epoch and position."
     check_number("num_workers", num_workers, int, low=0)
     check_number("timeout", timeout, low=0)
     if train and check_number("batch_size", batch_size, int, low=1) > len(dataset):

@@ -240,7 +240,7 @@ def plain_epoch(
     accumulation, clip_norm = contest.config.accumulation, contest.config.clip_norm
     model.train()
     for number, batch in enumerate(batches, start=1):
-        image, mask = (batch[name].to(contest.device, non_blocking=True) for name in ("image", "mask"))
+        image, mask = (batch[name].to(contest.device, non_blocking=True) for name in ("image", "target"))
         with contest.autocast():
             logits = model(image)
         scaler.scale(contest.criterion(logits, mask) / accumulation).backward()
@@ -335,7 +335,7 @@ def lightning_parts(contest: Contest, model: nn.Module, loader):
             self.model, self.optimizer = model, create_optimizer(model, contest.optim)
 
         def training_step(self, batch, number):
-            return contest.criterion(self.model(batch["image"]), batch["mask"])
+            return contest.criterion(self.model(batch["image"]), batch["target"])
 
         def configure_optimizers(self):
             return self.optimizer

@@ -216,7 +216,7 @@ def batch_finding(watch: Watch, criterion: Loss, batch: dict, number: int, norma
     logits = watch.model(batch["image"])
     if not math.isfinite(largest(logits)):
         return Finding("forward", watch.forward or watch.label(""), number, images, watch.detail)
-    loss = criterion(logits, batch["mask"], normalizers)
+    loss = criterion(logits, batch["target"], normalizers)
     size = f"logits up to {largest(logits):.3g}"
     if not math.isfinite(loss.item()):
         return Finding("loss", f"the loss ({type(criterion).__name__})", number, images, size)
@@ -245,7 +245,7 @@ def gradient_finding(model: nn.Module) -> Finding | None:
 def first_nonfinite(
     model: nn.Module,
     criterion: Loss,
-    batches: list[dict],  # of one window, on the device: image, mask, index
+    batches: list[dict],  # of one window, on the device: image, target, index
     normalizers: torch.Tensor | None = None,  # of the whole window; None: of `batches`
 ) -> Finding:
     """Repeat a window and return what is not finite first.
@@ -258,7 +258,7 @@ def first_nonfinite(
             return Finding("parameter", name)
     modes = {module: module.training for module in model.modules()}
     if normalizers is None:
-        normalizers = sum(criterion.normalizers(batch["mask"]) for batch in batches)
+        normalizers = sum(criterion.normalizers(batch["target"]) for batch in batches)
     try:
         # A compiled model runs as it is written; with new hooks it would be compiled anew, in pieces.
         with torch.compiler.set_stance("force_eager"), untouched(model), torch.enable_grad(), Watch(model) as watch:
@@ -277,7 +277,7 @@ def first_nonfinite(
 # %% ../../nbs/training/10_diagnosis.ipynb #c0c33073
 def keep_batch(
     folder,  # of the run
-    batches: list[dict],  # of one window: image, mask, index
+    batches: list[dict],  # of one window: image, target, index
     details: dict,  # epoch, step, and what else to remember; plain values
 ) -> Path | None:
     "Write a window below `folder/diagnosis` and return its folder; None, with a line in the log, if impossible."

@@ -92,8 +92,8 @@ def evaluate(
             ):
                 if interrupt is not None:
                     interrupt()
-                image, mask = (batch[name].to(device, non_blocking=True) for name in ("image", "mask"))
-                parts, size = in_parts(score, size, image, mask, batch["index"])
+                image, target = (batch[name].to(device, non_blocking=True) for name in ("image", "target"))
+                parts, size = in_parts(score, size, image, target, batch["index"])
                 for _, found in () if criterion is None else parts:
                     sums, normalizers = sums + found[0], normalizers + found[1]
                 if on_batch is not None:

@@ -69,7 +69,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def window_normalizers(criterion: Loss, window: list[dict], accelerator: Accelerator) -> torch.Tensor:
     "Return the normalisers of a window, over all processes; this process may have no batch of it."
     none = torch.zeros_like(criterion.weights, device=accelerator.device)
-    return sum_over_processes(sum((criterion.normalizers(batch["mask"]) for batch in window), none), accelerator)
+    return sum_over_processes(sum((criterion.normalizers(batch["target"]) for batch in window), none), accelerator)
 
 
 # %% ../../nbs/training/12_window.ipynb #6ed5351b
@@ -86,13 +86,13 @@ def backward_window(
     for batch in window:
         for part in split_batch(batch, micro_batch):
             logits = model(part["image"])
-            loss = criterion(logits, part["mask"], normalizers)
+            loss = criterion(logits, part["target"], normalizers)
             # Not earlier: where freed memory is not kept (`keep_freed_memory`), it would go back to the system
             # and be asked for again at once.
             if total is None:
                 model.zero_grad(set_to_none=True)
             accelerator.backward(loss)
-            found = torch.cat([loss.detach().reshape(1), criterion.tally(logits.detach(), part["mask"])])
+            found = torch.cat([loss.detach().reshape(1), criterion.tally(logits.detach(), part["target"])])
             total = found if total is None else total + found
     if total is not None:
         return total
