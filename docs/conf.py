@@ -3,6 +3,7 @@
 The project's root is the source folder, so that links between notebooks, runs and guides are those of the files.
 """
 
+import gc
 import os
 import sys
 import warnings
@@ -78,7 +79,11 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def setup(app):
-    pages.homes()  # imports the package once, before pages are read in processes that are forked from this one
+    # Once, before pages are read in processes that are forked from this one: the first imports the package.
+    pages.homes(), pages.makers()
+    # Each garbage collection would pass over the million objects of the imports and over whole pages: most of the time.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
     app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True  # it only copies files, at the end
     pages.write_reference()
     app.connect("source-read", pages.prepare)
