@@ -44,7 +44,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # %% ../../nbs/core/01_checks.ipynb #9bb6e7e5
 class CrackSegError(ValueError):
-    "Report a user's mistake in one line: where, what was found, what is expected."
+    "Report a user's mistake in one line: where it is, what was found, what is expected."
 
 
 # %% ../../nbs/core/01_checks.ipynb #bab30275
@@ -52,7 +52,7 @@ RESUME_CODE = 75  # exit status of a run that is to be resumed
 
 
 class OneLine:
-    "Let a notebook show an exception as one line, without the way through the code that it came."
+    "Let a notebook show an exception as one line, without a traceback."
 
     again = ""  # the step of an experiment that goes on when it is called once more
 
@@ -66,7 +66,7 @@ class Stopped(OneLine, CrackSegError):
 
 
 class Interrupted(OneLine, KeyboardInterrupt):
-    "Say that a run was ended at once by Ctrl-C, and from where it can be resumed."
+    "Say that a run was killed at once by Ctrl-C, and where it can be resumed from."
 
 
 # %% ../../nbs/core/01_checks.ipynb #05082021
@@ -116,7 +116,7 @@ OTHER_WORDS = {  # words of other toolkits for the names of this one
 
 # %% ../../nbs/core/01_checks.ipynb #7eb1d08d
 def nearest(found, choices) -> str | None:
-    "Return the entry of `choices` that means, or is spelled most like, `found`; None when nothing comes close."
+    "Return the entry of `choices` closest to `found` in meaning or spelling; None when nothing comes close."
     by_lower = {str(choice).lower(): str(choice) for choice in choices}
     word = str(found).lower().replace("-", "_").replace(" ", "_")
     if meant := next((name for name, words in OTHER_WORDS.items() if name in by_lower and word in words.split()), None):
@@ -195,7 +195,7 @@ def check_settings(
 
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326
 def check_folder_name(parameter: str, name: str) -> str:
-    "Return `name`; raise CrackSegError unless it names a folder that is neither hidden nor elsewhere."
+    "Return `name`; raise CrackSegError unless it is the plain name of a folder that is not hidden."
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
         raise CrackSegError(f"{parameter}: found {name!r}, expected a plain folder name")
     if (length := len(name.encode())) > 200:  # file systems take 255 bytes, and numbers and endings are added
@@ -230,13 +230,13 @@ def first_few(items, limit: int = 3) -> str:
 
 # %% ../../nbs/core/01_checks.ipynb #4b235402
 def first_line(error: Exception) -> str:
-    "Return the first line of an error's message, or its type where it says nothing."
+    "Return the first line of an error's message, or its type if the message is empty."
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # %% ../../nbs/core/01_checks.ipynb #acc132cd
 class LateModule:
-    "Stand for a module that is imported when one of its names, or a module inside it, is first asked for."
+    "Stand in for a module that is imported when one of its names, or a submodule, is first accessed."
 
     def __init__(self, name: str):
         self._name = name

@@ -81,7 +81,7 @@ def write_text(path, text: str) -> None:
 
 # %% ../../nbs/core/02_files.ipynb #5cc8b96d
 def remove_unfinished(folder: Path) -> None:
-    "Remove what killed processes left half written in `folder` and below."
+    "Remove the half-written files that killed processes left in `folder` and below."
     for path in Path(folder).rglob(f".*{UNFINISHED}"):
         with suppress(OSError):  # it does no harm
             path.unlink()
@@ -117,7 +117,7 @@ def write_yaml(path, data) -> None:
 
 # %% ../../nbs/core/02_files.ipynb #af9ca6d3
 class OnceLoader(yaml.SafeLoader):
-    "Load plain YAML, in which a key stands once; PyYAML by itself takes the last one without a word."
+    "Load plain YAML and refuse duplicate keys; PyYAML itself silently takes the last one."
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -206,7 +206,7 @@ def find_path(path) -> Path:
 
 # %% ../../nbs/core/02_files.ipynb #a84c07de
 def door(name: str) -> Path:
-    "Return the path of a notebook that is run as it stands: of the checkout, else of the installed package."
+    "Return the path of a notebook that is run as it is: in the checkout, else in the installed package."
     root = project_root()
     folder = root / "nbs" if root else Path(str(importlib.resources.files("crackseg_nb"))) / "doors"
     return folder / choose("notebook", name, sorted(path.name for path in folder.glob("*.ipynb")))

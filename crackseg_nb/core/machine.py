@@ -65,7 +65,7 @@ def promised_gpu() -> str:
 
 
 def check_gpu() -> None:
-    "Raise CrackSegError if torch was built without kernels for the CUDA device that it would take."
+    "Raise CrackSegError if torch was built without kernels for the CUDA device that it would use."
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -151,7 +151,7 @@ def git_state() -> dict:
 
 # %% ../../nbs/core/03_machine.ipynb #8d39bb5a
 def processor_name() -> str:
-    "Return the processor's model name, or its architecture where the system is silent."
+    "Return the processor's model name, or its architecture if the system does not report it."
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -188,7 +188,7 @@ def describe_environment() -> dict:
 
 # %% ../../nbs/core/03_machine.ipynb #75890de7
 def now() -> str:
-    "Return the present time in UTC, ISO 8601 to the second."
+    "Return the current time in UTC, ISO 8601 to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -254,7 +254,7 @@ def quiet_loggers(
 def signal_handlers(
     handlers: dict[int, Callable | signal.Handlers | None],  # by signal; None leaves the present one
 ) -> Iterator[None]:
-    "Set handlers of signals, and put the former ones back in the end; outside the main thread do nothing."
+    "Set signal handlers, and restore the previous ones at the end; outside the main thread do nothing."
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in handlers} if main else {}
     try:

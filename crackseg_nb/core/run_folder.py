@@ -54,7 +54,7 @@ STATES = ("running", "stopped", "done", "failed")
 
 
 def check_status(place: Path, status) -> dict:
-    "Return the content of a `status.yaml`, which users may have edited; raise CrackSegError unless it says a state."
+    "Return the content of a `status.yaml`, which users may have edited; raise CrackSegError without a valid state."
     if not isinstance(status, dict) or "state" not in status:
         raise CrackSegError(f"{place}: found {str(status)[:40]!r}, expected a line such as `state: stopped`")
     choose(f"{place}: state", status["state"], STATES)
@@ -107,7 +107,7 @@ def create_run_folder(
     run_id: str,  # wished name; a number is added when it is taken
     need_bytes: int = 0,  # free space that the run will want
 ) -> RunFolder:
-    "Make the folder of a new run, prove that it can be written, and mark it running."
+    "Make the folder of a new run, check that it can be written, and mark it running."
     check_folder_name("run_id", run_id)
     check_writable(outputs, need_bytes)
     for number in range(1, 1000):
@@ -129,7 +129,7 @@ READY = "ready"  # the name of the trained model that comes with the package
 
 
 def ready_folder() -> Path:
-    "Return what the package keeps of the run of its trained model: settings, results and weights."
+    "Return the folder with the package's trained model: its settings, results and weights."
     return Path(str(importlib.resources.files("crackseg_nb"))) / READY
 
 

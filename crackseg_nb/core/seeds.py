@@ -37,7 +37,7 @@ def seed_for(*keys: int | str) -> int:
 
 # %% ../../nbs/core/04_seeds.ipynb #4c76a7a9
 def allow_fused_attention(allow: bool) -> None:
-    "Let attention take its fused kernels, or only the plain one, whose gradients repeat."
+    "Let attention use its fused kernels, or only the plain one, whose gradients are deterministic."
     import torch
 
     for fused in ("flash", "mem_efficient", "cudnn"):
@@ -45,7 +45,7 @@ def allow_fused_attention(allow: bool) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    "Seed Python, NumPy and torch, and ask torch for kernels that repeat bit for bit."
+    "Seed Python, NumPy and torch, and ask torch for deterministic kernels."
     import torch
 
     random.seed(seed)
@@ -64,7 +64,7 @@ def seed_everything(seed: int) -> None:
 # %% ../../nbs/core/04_seeds.ipynb #1a50595e
 @contextmanager
 def lent_generator(seed: int) -> Iterator[None]:
-    "Seed torch's generator for the CPU, and in the end put its state back."
+    "Seed torch's generator for the CPU, and restore its state at the end."
     import torch
 
     state = torch.get_rng_state()

@@ -41,7 +41,7 @@ def load_torch(
 
 # %% ../../nbs/core/06_tensors.ipynb #a9242b5f
 def read_tensors(path: Path) -> dict:  # tensors by name
-    "Return the tensors of a safetensors or torch file, on the CPU; raise CrackSegError if there is more or less to it."
+    "Return the tensors of a safetensors or torch file, on the CPU; raise CrackSegError if it holds anything else."
     import safetensors.torch
     import torch
 

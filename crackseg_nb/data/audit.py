@@ -54,7 +54,7 @@ from ..sources.samples import LABELS, Classes, Sample
 
 # %% ../../nbs/data/02_audit.ipynb #cdfa4273
 def crossing_groups(splits: Splits) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    "Return groups that cross splits by our own doing and by the authors', each as a mapping of group to sample names."
+    "Return groups that cross our own splits and groups that cross the authors', each as {group: sample names}."
     own, published = {}, {}
     members = {}
     for split, samples in splits:
@@ -73,7 +73,7 @@ def crossing_groups(splits: Splits) -> tuple[dict[str, list[str]], dict[str, lis
 
 # %% ../../nbs/data/02_audit.ipynb #c3812e2b
 def crossing_families(splits: Splits) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    "Return images whose copies, known by their names, cross splits by our own doing and by the authors'."
+    "Return images whose copies, recognised by name, cross our own splits, and those whose copies cross the authors'."
     names = [place_of(sample.name) for _, samples in splits for sample in samples]
     copied = {source_name(name) for name in names if AUGMENTATION.search(name)}
     if len({source_name(name) for name in names}) < 3:
@@ -88,7 +88,7 @@ def crossing_families(splits: Splits) -> tuple[dict[str, list[str]], dict[str, l
 
 # %% ../../nbs/data/02_audit.ipynb #7cf8f9ad
 def proposed_pattern(names: list[str]) -> str:
-    "Return a `group_pattern` that unites the copies among `names` with their source image."
+    "Return a `group_pattern` that groups the copies among `names` with their source image."
     endings = [match.group() for name in names if (match := AUGMENTATION.search(name))]
     words = {word for ending in endings for word in re.findall(rf"(?i)[-_. ]({AUGMENTATION_WORDS})(?![a-z])", ending)}
     words = sorted({r"rf\.\w+" if word.startswith("rf.") else re.escape(word) for word in words})
@@ -123,7 +123,7 @@ def find_near_duplicates(splits: Splits, facts: dict[str, FileFacts]) -> list[Ne
 
 # %% ../../nbs/data/02_audit.ipynb #fe55bd22
 def overlapping_names(splits: Splits, pairs: list[NearDuplicate]) -> list[str]:
-    "Return the test samples that share a group with training or validation, or nearly repeat an image of them."
+    "Return the test samples that share a group with training or validation, or nearly repeat one of their images."
     seen = {sample.group for sample in splits.train + splits.val}
     repeated = {pair.name for pair in pairs}
     return [sample.name for sample in splits.test if sample.group in seen or sample.name in repeated]
@@ -164,7 +164,7 @@ def facts_of(splits: Splits) -> tuple[dict[str, FileFacts], list[str]]:
 
 # %% ../../nbs/data/02_audit.ipynb #91be03d7
 def label_counts(sample: Sample, classes: Classes) -> np.ndarray:
-    "Return 1 for the class of a labelled image, 0 for the others, (C,); raise CrackSegError if it has none of them."
+    "Return the one-hot class of a labelled image, (C,); raise CrackSegError if its label is not one of the classes."
     if sample.label not in range(len(classes)):
         raise CrackSegError(f"{sample.image}: found the label {sample.label}, expected 0 to {len(classes) - 1}")
     return np.eye(len(classes), dtype=np.int64)[sample.label]
@@ -285,7 +285,7 @@ def untold(families: dict[str, list[str]], groups: dict[str, list[str]]) -> dict
 
 # %% ../../nbs/data/02_audit.ipynb #288d203f
 def family_problem(splits: Splits, families: dict[str, list[str]]) -> str:
-    "Return the problem that copies of an image lie in several splits, with the pattern that unites them."
+    "Return the problem that copies of an image are in several splits, with the pattern that groups them."
     pattern = proposed_pattern([sample.name for _, samples in splits for sample in samples])
     copies = "; ".join(first_few(names, 2) for names in list(families.values())[:2])
     return (
@@ -331,7 +331,7 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
 
 # %% ../../nbs/data/02_audit.ipynb #f82ff6d7
 def picture_warnings(splits: Splits, facts: dict[str, FileFacts]) -> list[str]:
-    "Return warnings about images that show nothing: one grey, nearly black, or mostly beyond white."
+    "Return warnings about images that show nothing: uniform grey, nearly black, or mostly overexposed."
     found = {
         "show one grey": lambda grey: np.ptp(grey) < 2,
         "are nearly black": lambda grey: np.percentile(grey, 99) < 16,

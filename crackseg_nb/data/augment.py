@@ -87,7 +87,7 @@ def mild_colours() -> list:
 
 # %% ../../nbs/data/04_augment.ipynb #d373260f
 def strong_colours() -> list:
-    "Return the change of brightness, contrast, saturation and hue that is usual for photos of everyday scenes."
+    "Return the colour jitter (brightness, contrast, saturation, hue) usual for photos of everyday scenes."
     import albumentations as A
 
     return [A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.05, 0.05), p=0.8)]
@@ -222,7 +222,7 @@ def create_augmentation(
     image_size: int | tuple[int, int] | None,  # (height, width); None only for 'none'
     fit: str = "crop",  # 'crop' keeps the scale, 'resize' the whole view
 ) -> Augmentation:
-    "Return the augmentation called `name`; raise CrackSegError on an unknown name or a size that cannot be."
+    "Return the augmentation called `name`; raise CrackSegError on an unknown name or an impossible size."
     recipe = AUGMENTATIONS[choose("augmentation", name, AUGMENTATIONS)]
     choose("fit", fit, ("crop", "resize"))
     if image_size is not None:

@@ -36,7 +36,7 @@ else:
 
 # %% ../../nbs/data/03_class_weights.ipynb #b62ccff3
 def check_counts(pixels, images) -> tuple[np.ndarray, np.ndarray]:
-    "Return both counts as int64 (C,); raise CrackSegError for counts that no data set can have."
+    "Return both counts as int64 (C,); raise CrackSegError for impossible counts."
     counts = {"pixels": np.asarray(pixels), "images": np.asarray(images)}
     for name, found in counts.items():
         if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():

@@ -26,7 +26,7 @@ from ..sources.samples import Sample
 
 # %% ../../nbs/data/07_dataset.ipynb #f9c00999
 class CrackDataset(Dataset):
-    "Give samples as dictionaries of image (3, H, W), mask (H, W) and index, each by seed, epoch and index alone."
+    "Provide samples as dictionaries of image (3, H, W), mask (H, W) and index, a function of seed, epoch and index."
 
     def __init__(
         self,

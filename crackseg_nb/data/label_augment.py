@@ -94,7 +94,7 @@ def create_label_augmentation(
     name: str,  # a key of LABEL_AUGMENTATIONS
     image_size: int | tuple[int, int],  # (height, width); one number means a square
 ) -> LabelAugmentation:
-    "Return the augmentation called `name`; raise CrackSegError on an unknown name or a size that cannot be."
+    "Return the augmentation called `name`; raise CrackSegError on an unknown name or an impossible size."
     return LabelAugmentation(
         LABEL_AUGMENTATIONS[choose("augmentation", name, LABEL_AUGMENTATIONS)], check_image_size(image_size)
     )

@@ -38,7 +38,7 @@ from .dataset import CrackDataset
 
 # %% ../../nbs/data/08_loaders.ipynb #4c2e4098
 class EpochSampler:
-    "Deal batches of `(epoch, index)`, window by window, in an order that is a function of the seed and the epoch."
+    "Yield batches of `(epoch, index)`, window by window, in an order that is a function of the seed and the epoch."
 
     drop_last = False
 
@@ -62,12 +62,12 @@ class EpochSampler:
         self.drawn = None, None  # the epoch whose order was drawn last, and that order
 
     def set_epoch(self, epoch: int) -> None:
-        "Choose the epoch that the next iteration deals; another epoch starts at its first window."
+        "Set the epoch of the next iteration; a different epoch starts at its first window."
         if epoch != self.epoch:
             self.epoch, self.position = check_number("epoch", epoch, int, low=0), 0
 
     def set_position(self, steps_done: int) -> None:
-        "Let the next iteration of this epoch, and only that one, leave out the windows that were done before."
+        "Let the next iteration of this epoch, and only that one, skip the windows that are already done."
         self.position = check_number("steps_done", steps_done, int, low=0, high=self.windows_per_epoch)
 
     def order(self) -> np.ndarray:
@@ -111,13 +111,13 @@ def __iter__(self: EpochSampler) -> Iterator[list[tuple[int, int]]]:
 
 @patch
 def __len__(self: EpochSampler) -> int:
-    "Return the number of batches that this process deals in a whole epoch, wherever an iteration starts."
+    "Return the number of this process's batches in a whole epoch, wherever an iteration starts."
     return sum(len(self.bounds(step)) - 1 for step in range(self.windows_per_epoch))
 
 
 # %% ../../nbs/data/08_loaders.ipynb #468c3f10
 class SameSizeBatches:
-    "Deal batches of `(0, index)` in which all images have one size; every image once, in a fixed order."
+    "Yield batches of `(0, index)` in which all images have the same size; every image once, in a fixed order."
 
     drop_last = False
 
@@ -188,7 +188,7 @@ def describe_fault(
     message: str,  # of the RuntimeError that torch raised
     iterator,  # the loader's; None where it keeps none
 ) -> str | None:
-    "Return one line about a worker that was ended or that stalls; None where the error is about something else."
+    "Return one line about a worker that was killed or that stalls; None if the error is about something else."
     if stalled := re.search(r"DataLoader timed out after (\S+) seconds", message):
         return (
             f"num_workers: no batch came for {float(stalled[1]):g} seconds, expected one sooner; "
@@ -207,7 +207,7 @@ def describe_fault(
 
 # %% ../../nbs/data/08_loaders.ipynb #885a92ef
 class Loader(DataLoader):
-    "Load batches as torch's DataLoader does; what goes wrong in a worker becomes a CrackSegError of one line."
+    "Load batches as torch's DataLoader does; errors in a worker become a CrackSegError of one line."
 
     def __init__(self, dataset: Dataset, **settings):  # settings: of torch's DataLoader
         super().__init__(dataset, **settings)
@@ -224,7 +224,7 @@ class Loader(DataLoader):
 
     @contextmanager
     def named_faults(self) -> Iterator[None]:
-        "Raise CrackSegError for a worker that was ended or that stalls, wherever in the context the news arrives."
+        "Raise CrackSegError for a worker that was killed or that stalls, wherever in the context this is noticed."
         try:
             yield
         except RuntimeError as error:

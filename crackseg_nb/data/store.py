@@ -76,7 +76,7 @@ def read_sizes(samples: list[Sample], progress: bool = True) -> list[tuple[int, 
 
 # %% ../../nbs/data/06_store.ipynb #35f1920e
 def places_of(sizes: list[tuple[int, int]]) -> list[int]:
-    "Return where each decoded image begins, its mask behind it, in one row of them, and where the last one ends."
+    "Return the offset of each decoded image (followed by its mask) in one file, and where the last one ends."
     return [0, *itertools.accumulate(4 * height * width for height, width in sizes)]
 
 
@@ -94,7 +94,7 @@ def amount(number: int) -> str:
 
 # %% ../../nbs/data/06_store.ipynb #7ae38cb1
 class ImageStore:
-    "Give decoded images and masks, one behind the other in `file`, as views into a memory map that processes share."
+    "Provide decoded images and masks, stored one after the other in `file`, as views into a shared memory map."
 
     def __init__(self, file: Path, sizes: list[tuple[int, int]]):
         self.file, self.sizes, self.places = file, sizes, places_of(sizes)
@@ -213,7 +213,7 @@ def cache_file(
 
 # %% ../../nbs/data/06_store.ipynb #121f9abb
 def remove_leftovers(folder: Path) -> None:
-    "Remove what processes left that were killed while they wrote into a cache folder."
+    "Remove what processes left behind that were killed while writing into a cache folder."
     for file in folder.glob(".*.images.*"):
         try:
             if time.time() - file.stat().st_mtime > 3600:
@@ -231,7 +231,7 @@ def hold_on_disk(
     resize: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> ImageStore:
-    "Return a store of the decoded samples that lies in `file`; fill it unless that was done before."
+    "Return a store of the decoded samples that lies in `file`; fill it first unless that was done before."
     if not is_whole(file, sizes):
         file.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(file.parent)
@@ -248,7 +248,7 @@ DISK_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Room:
-    "Hold the bytes that decoded images need, and what memory and disk have."
+    "Hold the bytes that decoded images need, and what memory and disk have available."
 
     images: int
     needed: int
@@ -302,7 +302,7 @@ def create_store(
     progress: bool = True,
     digests: list[tuple[str, str]] | None = None,  # of images and masks, where they are known
 ) -> ImageStore | None:
-    "Return a store of the decoded samples where `preload` wants it, None where they stay in files; log why."
+    "Return a store of the decoded samples where `preload` puts it, None if they stay in files; log why."
     file = cache and cache_file(cache, samples, mask_encoding, resize, digests)
     written = bool(file) and is_whole(file, sizes)
     room = Room(len(samples), bytes_needed(sizes), free_memory(), file and free_disk(file.parent), written)

@@ -95,7 +95,7 @@ def published() -> pd.DataFrame:
 # %% ../../nbs/evidence/02_comparison.ipynb #e7388151
 @dataclass
 class Entry:
-    "Hold one run that was asked for, and why it takes no part, if so."
+    "Hold one requested run and, if it is left out, the reason."
 
     run_id: str
     state: str
@@ -141,7 +141,7 @@ RULES = ("threshold_rule", "epoch_rule", "evaluation", "tolerances")
 
 
 def difference_in_protocol(one: Evidence, other: Evidence) -> str:
-    "Return in what `other` cannot be compared with `one`; empty if it can."
+    "Return why `other` cannot be compared with `one`; empty if it can."
     mine, theirs = one.per_image, other.per_image
     alone = sorted({*mine.index} ^ {*theirs.index})
     if alone:
@@ -244,7 +244,7 @@ def score_table(systems: dict[str, System]) -> pd.DataFrame:
 
 # %% ../../nbs/evidence/02_comparison.ipynb #c4c0f27d
 def precision_notes(entries: list[Entry]) -> list[str]:
-    "Return a sentence for each entry that takes part and whose AP is missing, or not that of all its probabilities."
+    "Return a sentence for each entry in the comparison whose AP is missing, or inexact (8-bit probabilities)."
     notes = []
     for entry in (entry for entry in entries if not entry.reason):
         evidence = entry.evidence

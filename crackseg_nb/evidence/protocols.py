@@ -262,7 +262,7 @@ def average_precisions(counted: Counted) -> dict[str, float]:
 
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05018
 class WatchTest:
-    "Score the test images after each epoch of an experiment, to show what it would give to choose the epoch on them."
+    "Score the test images after each epoch of an experiment, to show what choosing the epoch on them would gain."
 
     def __init__(self, experiment):
         self.prepared, self.path = experiment.prepared, experiment.folder / WATCHED
@@ -324,7 +324,7 @@ class ProtocolsConfig:
     "Hold the parameters of `protocols.ipynb`."
 
     runs: tuple[str, ...] = ("quickstart",)  # finished runs on cracks, by name or folder
-    data_dir: str = ""  # where the images lie now; empty: where they lay
+    data_dir: str = ""  # where the images are now; empty: where the run had them
     name: str = "protocols"  # folder of the tables below outputs
     outputs: str = ""  # folder of all runs
 

@@ -76,7 +76,7 @@ class ComparisonConfig:
 def begin_comparison(
     variables: dict,  # the notebook's `globals()`
 ) -> tuple[Comparison, Path]:
-    "Return the comparison that a notebook's parameters ask for and its folder; raise CrackSegError for wrong ones."
+    "Return the comparison that a notebook's parameters request, and its folder; raise CrackSegError for wrong ones."
     config = notebook_settings(ComparisonConfig, variables)
     if not config.runs:
         raise CrackSegError("runs: found none, expected at least one, such as -p runs first,second")

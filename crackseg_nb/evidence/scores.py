@@ -94,7 +94,7 @@ class TestPredictions:
 def open_predictions(
     run: str,  # folder of a run, or its name in the folder of all runs
     outputs: str = "",
-    data_dir: str = "",  # where the images lie now; empty: where they lay
+    data_dir: str = "",  # where the images are now; empty: where the run had them
 ) -> TestPredictions:
     "Return a binary run's test images with its predictions; raise CrackSegError if they are not those that it saw."
     folder = find_finished_run("run", run, outputs)

@@ -52,7 +52,7 @@ def tta_probabilities(
 
 # %% ../../nbs/evidence/06_uncertainty.ipynb #8930f4c8
 def entropy(probability: Tensor) -> Tensor:
-    "Return the entropy of crack or not, in nats: 0 where sure, ln 2 at one half."
+    "Return the entropy of crack versus background, in nats: 0 where certain, ln 2 at one half."
     return torch.special.entr(probability) + torch.special.entr(1 - probability)
 
 
@@ -84,7 +84,7 @@ def show_uncertainty(
     index: int = 0,  # of the image in the batch
     title: str = "",
 ) -> Figure:
-    "Return a figure with the photo, the mask on it, the mean probability and the maps of doubt."
+    "Return a figure with the photo, the mask on it, the mean probability and the uncertainty maps."
     planes = {name.replace("_", " "): values[index, 0].cpu().numpy() for name, values in maps.items()}
     check_pair(image, mask=mask, **planes)
     small = shrink_image(image, TILE)

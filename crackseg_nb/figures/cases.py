@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class ClassCase:
-    "Hold one image with its annotation and a model's answer, of several classes."
+    "Hold one image with its annotation and a model's prediction, for several classes."
 
     name: str
     image: np.ndarray  # uint8 RGB (H, W, 3)

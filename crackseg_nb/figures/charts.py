@@ -336,7 +336,7 @@ def free_place(
     taken: list[Bbox],
     inside: Bbox,
 ) -> tuple[float, float]:
-    "Return the offset of a label's centre, in pixels, that is nearest to `point`, `inside` and on nothing `taken`."
+    "Return the offset of a label's centre, in pixels, nearest to `point`, `inside` and clear of everything `taken`."
     width, height = size
     for distance, angle in product(
         range(4, 160, 4), np.radians((0, 180, 90, -90, 30, -30, 150, -150, 60, -60, 120, -120))

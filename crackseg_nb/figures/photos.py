@@ -205,7 +205,7 @@ def shrink_image(image: np.ndarray, limit: tuple[int, int]) -> np.ndarray:
 
 # %% ../../nbs/figures/02_photos.ipynb #eb58a29a
 def stress_lines(plane: np.ndarray, width: int) -> np.ndarray:
-    "Return the plane (H, W) of zeros and ones with 2 `width` where it is narrower than `width`."
+    "Return the binary plane (H, W) with 2 `width` at the places where it is narrower than `width`."
     square, larger = np.ones((width, width), np.uint8), np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     areas = cv2.dilate(cv2.erode(plane, square), larger)  # grown back beyond the square: corners are no lines
     return np.where(plane > areas, 2 * width, plane)
@@ -336,7 +336,7 @@ def add_legend(
 
 # %% ../../nbs/figures/02_photos.ipynb #77ece24f
 def number_regions(axis, ids: np.ndarray) -> None:
-    "Write each class's number on its largest region, so that nobody has to tell many colours apart."
+    "Write each class's number on its largest region, so that many colours need not be told apart."
     for number in np.setdiff1d(ids, (0, VOID)):
         _, regions, facts, _ = cv2.connectedComponentsWithStats((ids == number).astype(np.uint8))
         region = regions == 1 + facts[1:, cv2.CC_STAT_AREA].argmax()

@@ -48,7 +48,7 @@ def write_onnx(
     facts: Facts,  # a fixed size in them is the only one that the file will take
     path: Path,
 ) -> None:
-    "Write `model` as ONNX with `facts` as metadata; raise CrackSegError if the exporter cannot."
+    "Write `model` as ONNX with `facts` as metadata; raise CrackSegError if the exporter fails."
     try:
         import onnx
     except ImportError as error:

@@ -34,7 +34,7 @@ def receptive_radius(
     size: int = 640,  # side of the square image on which it is measured
     fraction: float = 0.999,  # of the gradient's magnitude that is to lie within
 ) -> int:
-    "Return how many pixels a prediction looks far, up to half of `size`."
+    "Return the radius in pixels within which the input affects a prediction, up to half of `size`."
     device = next(model.parameters()).device
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     radii, middle = [], size // 2
@@ -55,7 +55,7 @@ ATTENTION_HALO = 128  # pixels, for encoders with attention
 
 
 def alignment_of(model: nn.Module) -> int:
-    "Return of what number tiles must begin at multiples, so that strides and windows lie as in the whole image."
+    "Return the number of which tile positions must be multiples, so that strides and windows match the whole image."
     encoder = getattr(model, "encoder", None)
     align = int(np.lcm(32, getattr(encoder, "multiple", 32)))
     if encoder is None or not is_model_in_modules(encoder.architecture, WINDOWED):
@@ -66,7 +66,7 @@ def alignment_of(model: nn.Module) -> int:
 
 
 class TorchNetwork(Network):
-    "Run a model by PyTorch; on the CPU two cores share an image, which needs the memory of one."
+    "Run a model with PyTorch; on the CPU two cores share an image, which needs the memory of one."
 
     threads = 2  # always, since some kernels round otherwise with another number
 

@@ -74,18 +74,18 @@ class Network:
         raise NotImplementedError
 
     def radius(self) -> int:
-        "Return how many pixels a prediction looks far."
+        "Return how many pixels away an input can affect a prediction."
         return self.facts.radius
 
     def begin_thread(self) -> None:
-        "Prepare a thread that is going to compute."
+        "Prepare a thread for computing."
 
     def rest(self) -> None:
-        "Give back memory that only computing needs."
+        "Release memory that only computing needs."
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        "Hold what a computation in threads needs, and put it back in the end."
+        "Hold what a computation in threads needs, and restore it at the end."
         yield
 
 

@@ -48,7 +48,7 @@ OUTSIDE = np.array([124, 116, 104], np.uint8)  # ImageNet's mean colour, with wh
 
 @dataclass
 class Photo:
-    "Give rows of an upright photo; see `open_photo`."
+    "Provide rows of an upright photo; see `open_photo`."
 
     path: Path
     height: int
@@ -69,7 +69,7 @@ class Photo:
 
 
 def fill_outside(rows: np.ndarray, covered: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    "Give uncovered pixels the colour OUTSIDE; forget a plane that says nothing."
+    "Give uncovered pixels the colour OUTSIDE; drop the plane if every pixel is covered."
     if covered is None or covered.all():
         return rows, None
     return np.where(covered[..., None], rows, OUTSIDE), covered
@@ -252,7 +252,7 @@ def check_side(photo: Photo) -> Photo:
 
 @contextmanager
 def quiet_gdal(rasterio) -> Iterator[None]:
-    "Let GDAL take a photo without a place on the map as it is, and keep few decoded blocks."
+    "Let GDAL accept a photo without a georeference as it is, and keep few decoded blocks."
     import warnings
 
     with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64 * 2**20, GDAL_PAM_ENABLED="NO"):
@@ -272,7 +272,7 @@ def check_photo(path, limit: int = MAX_PIXELS) -> tuple[int, int, bool]:
 def find_photos(
     images,  # a file, a folder, a pattern such as `photos/**/*.jpg`, or a list of these
 ) -> list[Path]:
-    "Return the photos that `images` names, sorted; raise CrackSegError if there are none, or two of one name."
+    "Return the photos that `images` names, sorted; raise CrackSegError if there are none, or two with the same name."
     if isinstance(images, (list, tuple)):
         paths = [path for one in images for path in list_photos(one)]
     else:

@@ -76,7 +76,7 @@ class PredictSettings:
         self.part_of([])
 
     def part_of(self, paths: list[Path]) -> list[Path]:
-        "Return the photos of this shard: each n-th, so that large and small ones mix."
+        "Return the photos of this shard: every n-th, so that large and small ones are mixed."
         if not self.shard:
             return paths
         found = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
@@ -112,7 +112,7 @@ def open_network(
 
 # %% ../../nbs/inference/07_prediction.ipynb #ddf2f250
 def check_places(folder: Path, paths: list[Path]) -> None:
-    "Raise CrackSegError if results would lie among the photos."
+    "Raise CrackSegError if results would be written into the folder of the photos."
     for path in paths:
         if path.parent.resolve() == folder.resolve():
             raise CrackSegError(
@@ -133,7 +133,7 @@ def check_all(paths: list[Path], folder: Path, depth: int) -> int:
 
 # %% ../../nbs/inference/07_prediction.ipynb #ccd93b16
 def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TilePlan:
-    "Return the tiles of a photo; how far the network looks is measured only where it matters."
+    "Return the tiles of a photo; the receptive field is measured only where it matters."
     facts, fixed = network.facts, network.facts.fixed_size
     plan = partial(
         plan_tiles,
@@ -160,7 +160,7 @@ def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
 
 
 def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any]:
-    "Return what a manifest says of the model and of the rules."
+    "Return the manifest's entries about the model and the rules."
     rules, origin = rules_of(network, settings)
     facts = network.facts
     return {
@@ -194,7 +194,7 @@ def predict_photo(
     settings: PredictSettings,
     progress: tqdm,  # counts millions of pixels
 ) -> dict[str, Any]:
-    "Predict one photo, or what is left of it, and return its entry of the manifest."
+    "Predict one photo, or the part not done yet, and return its manifest entry."
     work, digest = folder / ".crackseg" / path.stem, sha256_file(path)
     rules, _ = rules_of(network, settings)
     with claim(work), open_photo(path) as photo:
@@ -236,7 +236,7 @@ def predict_photo(
 
 
 def describe_place(photo: Photo) -> dict[str, Any]:
-    "Return what a manifest says of a photo's place on the map; nothing where it has none."
+    "Return the manifest's entry on a photo's georeference; nothing if it has none."
     described = {}
     if photo.place.get("crs"):
         described["crs"] = photo.place["crs"].to_string()
@@ -276,7 +276,7 @@ def write_manifest(folder: Path, network: Network, settings: PredictSettings) ->
 
 
 def versions() -> dict[str, str]:
-    "Return the versions of what decides a result."
+    "Return the versions of the packages that affect a result."
     return package_versions(("crackseg_nb", "torch", "onnxruntime", "timm", "numpy", "scipy", "pillow", "rasterio"))
 
 
@@ -304,7 +304,7 @@ def predict(
     """Predict photos and return the content of manifest.json.
 
     Raises CrackSegError before work begins for a model without weights, photos that cannot be read, or a folder that
-    cannot take the results. The same call goes on where one was killed."""
+    cannot take the results. The same call resumes where one was killed."""
     settings = PredictSettings(
         threshold, tta, scales, hysteresis, specks, depth, tile, halo, blend, batch, workers, str(shard or "")
     )

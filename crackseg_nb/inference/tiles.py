@@ -42,7 +42,7 @@ from ..models.settings import MIN_SIDE
 # %% ../../nbs/inference/03_tiles.ipynb #6731717b
 @dataclass(frozen=True)
 class Span:
-    "Say which pixels of one axis a tile sees, and which it predicts with what weight."
+    "Say which pixels of one axis a tile sees, and which it predicts, with what weights."
 
     start: int
     stop: int
@@ -123,7 +123,7 @@ def needed_bytes(width: int, halo: int, step: int, blend: int, channels: int = 1
 
 
 def largest_step(width: int, halo: int, blend: int, align: int, channels: int = 1, enlarged: float = 1.0) -> int:
-    "Return the largest step for which `BUDGET` suffices; `SMALLEST_STEP`, two halos and the blend are the least."
+    "Return the largest step that `BUDGET` allows, but at least `SMALLEST_STEP`, two halos and the blend."
     step = max(SMALLEST_STEP, 2 * halo, blend)
     step += -step % align
     while needed_bytes(width, halo, step + align, blend, channels, enlarged) <= BUDGET:

@@ -260,7 +260,7 @@ class _Branch:
 
 
 def _is_crossing(branch, others):
-    "Tell whether a piece between two junctions is where two lines cross: those at either end meet in one place on it."
+    "Tell whether a piece between two junctions is a crossing: the branches at both ends meet at one place on it."
     path, widest = branch.path, branch.radius.max()
     length = _pixel_length(path.pixels)
     if length <= branch.radius[0] + branch.radius[-1]:
@@ -278,7 +278,7 @@ def _is_crossing(branch, others):
 
 
 def _join(branches):
-    "Lead the branches of each junction to one place; return those that are not pieces within a junction."
+    "Extend the branches of each junction to one place; return those that are not pieces within a junction."
     parents = {}
 
     def root(pixel):

@@ -33,7 +33,7 @@ from ..inference.photos import need_rasterio
 # %% ../../nbs/measure/03_scale.ipynb #7c13e9f4
 @dataclass(frozen=True, eq=False)
 class Scale:
-    "Hold how many millimetres a pixel covers, how that is known, and how well."
+    "Hold how many millimetres a pixel covers, the source of that value, and its error."
 
     mm_per_px: float
     source: str = "given"
@@ -83,7 +83,7 @@ def scale_from_camera(
     width_px: int,  # of the photo, along the sensor's width
     distance_error_mm: float = 0.0,  # one standard deviation
 ) -> Scale:
-    "Return the scale of a photo that was taken straight at the surface from a known distance."
+    "Return the scale of a photo that was taken perpendicular to the surface from a known distance."
     for name, value in (("focal_mm", focal_mm), ("sensor_mm", sensor_mm), ("width_px", width_px)):
         check_scale(value, name)
     if not check_number("distance_mm", distance_mm) > focal_mm:
@@ -151,7 +151,7 @@ def _grey(image):
 
 
 def _local(plane, x, y):
-    "Return how a step in pixels at a place becomes one in millimetres, (2, 2)."
+    "Return the Jacobian, (2, 2), of the map from pixels to millimetres at a place."
     u, v, w = plane @ (x, y, 1.0)
     return (plane[:2, :2] - np.outer((u, v), plane[2, :2]) / w) / w
 

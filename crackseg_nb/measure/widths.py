@@ -168,7 +168,7 @@ NEIGHBOURS = 9  # positions along the crack
 
 
 def scatter(widths: np.ndarray) -> np.ndarray:
-    "Return how far the neighbours of each width scatter around a straight line; NaN with fewer than five."
+    "Return the scatter of each width's neighbours around a straight line; NaN with fewer than five."
     widths = np.asarray(widths, float)
     if len(widths) < 5:
         return np.full(len(widths), np.nan)
@@ -309,7 +309,7 @@ def fit_profiles(
     search: float = 4.0,  # how far from the middle of the profile the crack may lie, in pixels
     level: float = 0.95,  # of the interval
 ) -> pd.DataFrame:
-    "Return width, interval and the model of each profile; NaN where nothing is dark or fewer than eight samples known."
+    "Return width, interval and the model of each profile; NaN if nothing is dark or there are under eight samples."
     check_number("level", level, float, 0.5, 0.999)
     profiles = np.atleast_2d(np.asarray(profiles, float))
     if profiles.shape[1] < 8:
@@ -405,7 +405,7 @@ def relative_error(
     readings: np.ndarray,  # (N,) of the same cracks, by hand, in the same unit
     level: float = 0.95,
 ) -> float:
-    "Return the fraction of its width by which a measurement errs at most, with a probability of `level`."
+    "Return the largest relative error of a measured width, with a probability of `level`."
     check_number("level", level, float, 0.5, 0.999)
     widths, readings = np.asarray(widths, float), np.asarray(readings, float)
     if widths.shape != readings.shape:

@@ -80,7 +80,7 @@ def count_keys(keys: Tensor, length: int) -> Tensor:
 
 # %% ../../nbs/metrics/02_counts.ipynb #46ea533d
 def check_batch(values: Tensor, target: Tensor, name: str) -> None:
-    "Refuse values and target that are not both `(B, H, W)`, with `CrackSegError`."
+    "Raise `CrackSegError` for values and target that are not both `(B, H, W)`."
     if values.ndim != 3 or values.shape != target.shape:
         raise CrackSegError(
             f"{name}: found shape {tuple(values.shape)} with target {tuple(target.shape)}, expected (B, H, W) for both"
@@ -121,7 +121,7 @@ def histograms(
 
 # %% ../../nbs/metrics/02_counts.ipynb #efd2ffd8
 class ImageCounts:
-    "Keep a row of counts for each image; a sub-class is built from its `setting`, and `split` says what a row means."
+    "Keep a row of counts for each image; a subclass is built from its `setting`, and `split` says what a row means."
 
     score: str = "iou"  # the pooled score by which epochs are compared
     setting: str  # name of the attribute that decides what is counted; metrics that are merged agree on it
@@ -306,7 +306,7 @@ def curve(self: BinaryMetrics) -> pd.DataFrame:
 def best_threshold(self: BinaryMetrics, criterion: str = "pooled_f1") -> float:
     """Return the threshold with the highest `pooled_…` or `per_image_…` score.
 
-    Of equals it is the nearest to 0.5, then the lower. For validation data only, never for images that are reported."""
+    Ties go to the nearest to 0.5, then to the lower. For validation data only, never for images that are reported."""
     choose("criterion", criterion, [f"{kind}_{score}" for kind in ("pooled", "per_image") for score in SCORES])
     column = criterion.removeprefix("pooled_").replace("dice", "f1")
     values = self.curve()[column].to_numpy()
@@ -326,7 +326,7 @@ def per_image(self: BinaryMetrics, threshold: float = 0.5) -> pd.DataFrame:
 
 # %% ../../nbs/metrics/02_counts.ipynb #4964b1ea
 def check_logits(logits: Tensor, num_channels: int) -> None:
-    "Refuse logits that are not `(B, num_channels, H, W)`, with `CrackSegError`."
+    "Raise `CrackSegError` for logits that are not `(B, num_channels, H, W)`."
     if logits.ndim != 4 or logits.shape[1] != num_channels:
         raise CrackSegError(f"logits: found shape {tuple(logits.shape)}, expected (B, {num_channels}, H, W)")
 
@@ -473,7 +473,7 @@ An image without a label (255) counts nowhere; an image that is given twice coun
 
 
 class LabelMetrics(ImageCounts):
-    "Collect the label, the answer and the rank of the label for each image; see `LABEL_PROTOCOL`."
+    "Collect the label, the prediction and the rank of the label for each image; see `LABEL_PROTOCOL`."
 
     setting, protocol, iou_name, score, num_counts = "class_names", LABEL_PROTOCOL, "accuracy", "accuracy", 3
 

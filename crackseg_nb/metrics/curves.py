@@ -151,7 +151,7 @@ LEVEL_VALUES = LEVEL_VALUES.astype(np.float32)
 
 # %% ../../nbs/metrics/03_curves.ipynb #b7238101
 def disk(tolerance: float) -> np.ndarray:
-    "Return the pixels whose centres lie within `tolerance` of the middle one, uint8 (2R + 1, 2R + 1)."
+    "Return the disk of pixels whose centres lie within `tolerance` of the middle one, uint8 (2R + 1, 2R + 1)."
     steps = np.arange(-int(tolerance), int(tolerance) + 1)
     return (steps[:, None] ** 2 + steps**2 <= tolerance**2 + 1e-9).astype(np.uint8)
 

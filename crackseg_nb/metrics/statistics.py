@@ -294,7 +294,7 @@ def select_pair(
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    "Return `one - other` to ten decimals, so that rounding makes no difference where there is none."
+    "Return `one - other` to ten decimals, so that rounding creates no difference where there is none."
     return np.round(one - other, 10)
 
 
@@ -417,7 +417,7 @@ def least_effect(
     comparisons: int = 1,  # for how many the p-values are corrected
     level: float = LEVEL,
 ) -> float:
-    "Return how many standard deviations of the differences their mean has to reach to count, before any other does."
+    "Return how many standard deviations the mean difference must reach for the first comparison to be significant."
     if pairs < 2:
         return np.inf
     return float(stats.t.ppf(1 - (1 - level) / (2 * max(comparisons, 1)), pairs - 1) / pairs**0.5)
@@ -610,7 +610,7 @@ def show_intervals(
 # %% ../../nbs/metrics/07_statistics.ipynb #a8df0c3f
 @styled
 def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "mpl.figure.Figure":
-    "Return a figure with a point for each image: its score by the first run across, by the second up."
+    "Return a scatter plot with a point per image: its score in the first run on x, in the second on y."
     import matplotlib.pyplot as plt
 
     from crackseg_nb.figures.photos import CURVE_COLOURS

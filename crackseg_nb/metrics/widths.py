@@ -84,7 +84,7 @@ def trace(
 # %% ../../nbs/metrics/05_widths.ipynb #91727569
 @dataclass(frozen=True)
 class Pair:
-    "Hold the outlines of two masks, where pixels are known, and where pixels of lines and boundaries count."
+    "Hold the outlines of two masks, which pixels are known, and which pixels of lines and boundaries count."
 
     true: Outline
     predicted: Outline

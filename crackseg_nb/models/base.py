@@ -39,14 +39,14 @@ def start_at_prior(
     head: nn.Conv2d,
     prior: float,  # fraction of crack pixels; 0 leaves the head as it is
 ) -> None:
-    "Set the bias of a fresh head so that it predicts `prior` where its weights say nothing."
+    "Set the bias of a fresh head so that it predicts `prior` before its weights have learned anything."
     if prior:
         nn.init.constant_(head.bias, math.log(prior / (1 - prior)))
 
 
 # %% ../../nbs/models/05_base.ipynb #8807a132
 class EncoderModel(nn.Module):
-    "Hold an encoder with the weights that the settings ask for; a sub-class adds what lies above it."
+    "Hold an encoder with the weights that the settings ask for; a subclass adds what lies above it."
 
     def __init__(self, config, encoder: Encoder):
         super().__init__()

@@ -18,7 +18,7 @@ from .settings import Architecture, DeepLabOriginalConfig
 
 # %% ../../nbs/models/08_deeplab_lite.ipynb #54349a0c
 class DeepLab(SegmentationModel):
-    "Segment images with MobileNetV3-Small and ASPP; a sub-class says what a decoder is."
+    "Segment images with MobileNetV3-Small and ASPP; a subclass defines the decoder."
 
     def __init__(self, config: DeepLabOriginalConfig):
         options = {} if config.output_stride == 32 else {"output_stride": config.output_stride}

@@ -59,7 +59,7 @@ def pad_to_multiple(images: torch.Tensor, multiple: int = PATCH) -> torch.Tensor
 
 # %% ../../nbs/models/03_encoders.ipynb #4b76c3a8
 def size_options(architecture: str, image_size: int) -> dict:
-    "Return what timm wants to know to build `architecture` for images of `image_size` pixels on a side."
+    "Return the arguments timm needs to build `architecture` for images of `image_size` pixels on a side."
     if is_model_in_modules(architecture, [*WINDOWED, "swin_transformer_v2_cr"]):
         return {"img_size": image_size + -image_size % PATCH, "strict_img_size": False}
     return {"img_size": image_size + -image_size % 32} if is_model_in_modules(architecture, ["maxxvit"]) else {}
@@ -70,7 +70,7 @@ class AnySizeBias(RelPosBias):
     "Bias attention by the offset between two positions, on maps of any size."
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        "Take note of the map's height and width; the table stays as it is."
+        "Record the map's height and width; the table stays as it is."
         self.window_size = window_size
 
     def get_bias(self) -> torch.Tensor:
@@ -88,7 +88,7 @@ class AnySizeBias(RelPosBias):
 
 
 def follow_size(attention: Attention2d, inputs: tuple[torch.Tensor, ...]) -> None:
-    "Tell the position bias of `attention` the size of the map that comes in; a hook that runs ahead of it."
+    "Pass the size of the incoming map to the position bias of `attention`; a forward pre-hook."
     attention.rel_pos.set_window_size(tuple(inputs[0].shape[-2:]))
 
 
@@ -268,7 +268,7 @@ def check_pyramid(architecture: str) -> None:
 
 # %% ../../nbs/models/03_encoders.ipynb #a79a1c48
 def find_encoder(name: str) -> Architecture:
-    "Return what stands behind a friendly or timm name; raise CrackSegError unless a U-Net can take it."
+    "Return the encoder behind a friendly or timm name; raise CrackSegError unless a U-Net can use it."
     if check_encoder(name) in ENCODERS:
         return ENCODERS[name]
     check_pyramid(name)

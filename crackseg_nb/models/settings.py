@@ -112,7 +112,7 @@ def check_pretrained(pretrained: str | bool) -> str:
 
 # %% ../../nbs/models/01_settings.ipynb #712a2dfd
 def check_common(config, whole: dict[str, int], fractions: tuple[str, ...]) -> None:
-    "Check whole numbers of `config` against their least values, its fractions, and where its weights come from."
+    "Check the whole numbers of `config` against their minimum values, its fractions, and the source of its weights."
     for name, low in whole.items():
         setattr(config, name, check_number(name, getattr(config, name), int, low=low))
     for name in fractions:

@@ -19,7 +19,7 @@ from .settings import UnetConfig
 
 # %% ../../nbs/models/07_unet.ipynb #bf0f4608
 class Unet(SegmentationModel):
-    "Segment images with any encoder below the U-Net decoder of segmentation_models_pytorch."
+    "Segment images with any encoder and the U-Net decoder of segmentation_models_pytorch."
 
     def __init__(self, config: UnetConfig):
         super().__init__(config, create_encoder(config.encoder, config.image_size, config.drop_path_rate))

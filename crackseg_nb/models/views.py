@@ -42,7 +42,7 @@ LEAST = 2.0**-24  # of a mean probability and of its distance to 1, so that its 
 
 
 class Views(nn.Module):
-    "Ask a model for several views of an image; return logits (B, C, H, W) of the mean of its probabilities."
+    "Run a model on several views of an image; return the logits (B, C, H, W) of its mean probabilities."
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Views(nn.Module):
 
 
 def resize(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    "Return (B, C, *size): averaged where it shrinks, interpolated where it grows."
+    "Return (B, C, *size): averaged when shrinking, interpolated when enlarging."
     if tuple(size) == tuple(planes.shape[-2:]):
         return planes
     return F.interpolate(planes, size=tuple(size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def with_views(model: nn.Module, tta: str = "none", scales: tuple[float, ...] = (1.0,)) -> nn.Module:
-    "Return `model` itself where one view is all, otherwise `Views` of it."
+    "Return `model` itself if there is only one view, otherwise `Views` of it."
     return Views(model, tta, scales) if describe_views(tta, scales) else model

@@ -49,7 +49,7 @@ def parse_value(name: str, text: str):
 
 
 def new_parser(prog: str, description: str, notes: str = "") -> argparse.ArgumentParser:
-    "Return the parser of a command, whose help ends with `notes` as they are laid out."
+    "Return the parser of a command, whose help ends with `notes` in their own layout."
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -89,7 +89,7 @@ def run_notebook(
 ) -> int:
     """Execute one run, new or resumed, and return 0 (done), RESUME_CODE (to be resumed) or 1 (failed).
 
-    Raises CrackSegError before a kernel is started: for wrong parameters, or a run that another process carries."""
+    Raises CrackSegError before a kernel is started: for wrong parameters, or a run that another process executes."""
     from crackseg_nb.runs.config import configure, default_run_name
 
     parameters = {name: value for name, value in parameters.items() if value is not None}

@@ -114,7 +114,7 @@ def verify_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", help="folder of a finished run, or its name in outputs/")
     parser.add_argument("--train", action="store_true", help="train it again as well, in a new folder RUN-again")
-    parser.add_argument("--data-dir", default="", help="where the images lie now (default: where they lay)")
+    parser.add_argument("--data-dir", default="", help="where the images are now (default: where the run had them)")
     take_outputs(parser)
     parser.add_argument("--json", action="store_true", help="print every difference as JSON")
     return parser

@@ -171,7 +171,7 @@ class DataConfig:
 
 # %% ../../nbs/runs/02_config.ipynb #9d85a7f2
 def check_place(data: str, data_dir: str, class_names: tuple[str, ...]) -> None:
-    "Raise CrackSegError unless `data_dir` and `class_names` belong to this kind of data."
+    "Raise CrackSegError unless `data_dir` and `class_names` apply to this kind of data."
     if data in SYNTHETIC and data_dir:
         raise CrackSegError(
             f"data: found {data} with data_dir {data_dir!r}, expected the layout of that folder: {', '.join(SOURCES)}"
@@ -281,7 +281,7 @@ class ExperimentConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     fine_tune: str = ""  # run, or file of weights, of the same model, with which training begins
     encoder_weights: str = ""  # run, or file of weights, of whatever model, from which the encoder is taken
-    resume: str = ""  # folder of the run that goes on; not a setting of the run itself
+    resume: str = ""  # folder of the run that is resumed; not a setting of the run itself
 
     def __post_init__(self):
         if self.data.labelled and (views := describe_views(self.run.tta, self.run.scales)):
@@ -291,7 +291,7 @@ class ExperimentConfig:
         check_model_of(self.model, self.data.data)
         self.model_config()  # raises for a setting that the model cannot have
         self.check_first_weights()
-        if self.train.amp in ("bf16", "fp16"):  # the others go with every device: torch need not be asked
+        if self.train.amp in ("bf16", "fp16"):  # other values work on every device, so torch is not needed
             from crackseg_nb.training.precision import choose_precision
 
             choose_precision(self.train.amp, get_device(self.run.device))
@@ -304,7 +304,7 @@ class ExperimentConfig:
 
 # %% ../../nbs/runs/02_config.ipynb #f3ecf0df
 def check_model_of(model: str, data: str) -> None:
-    "Raise CrackSegError unless labelled images go with the classifier, and masks with a model that segments."
+    "Raise CrackSegError unless labelled images are used with the classifier, and masks with a segmentation model."
     if is_labelled(data) == (model == CLASSIFIER):
         return
     fitting = f"{CLASSIFIER}, as of -p recipe {CLASSIFIER}" if is_labelled(data) else "a model that segments"
@@ -541,7 +541,7 @@ def differences(
     own: dict[str, Any],  # flat, of a run
     but: tuple[str, ...] = (),  # which do not count
 ) -> list[str]:
-    "Return the names of `settings` that differ from a run's own; `auto` agrees with what it was settled to."
+    "Return the names of `settings` that differ from a run's own; `auto` equals the value that it was resolved to."
 
     def same(name, value):
         return value == own.get(name) or name in SETTLED and value == "auto"
@@ -590,7 +590,7 @@ def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
 
 # %% ../../nbs/runs/02_config.ipynb #3dd51089
 def choose_model(base: dict[str, Any], given: dict[str, Any]) -> str:
-    "Return the given model, the U-Net for an encoder that the SwinV2 hybrid cannot have, else the model of `base`."
+    "Return the given model, the U-Net for an encoder that the SwinV2 hybrid cannot use, else the model of `base`."
     model = given.get("model", base.get("model", "swinv2_hybrid"))
     if "model" not in given and model == "swinv2_hybrid" and given.get("encoder", "swinv2") not in SWINV2_ENCODERS:
         return "unet"
@@ -601,7 +601,7 @@ CARRIED = ("pretrained", "prior", "drop_path_rate")  # what another model takes 
 
 
 def inherit(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    "Return the settings of `base` that hold beside those in `given`."
+    "Return the settings of `base` that still apply alongside those in `given`."
     known, model, loss = known_parameters(), choose_model(base, given), given.get("loss", base.get("loss"))
     other_model = model != base.get("model", "swinv2_hybrid")
     other_loss = loss != base.get("loss", loss)
@@ -633,7 +633,7 @@ def sort_settings(settings: dict[str, Any], model: str, loss: str) -> dict[str, 
 
 
 def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfig:
-    "Return the configuration of flat settings: `given`, and those of `base` that hold beside them."
+    "Return the configuration of flat settings: `given`, and those of `base` that still apply."
     settings = {**inherit(base, given), **given}
     model, loss = settings.pop("model"), choose("loss", settings.pop("loss", "focal_dice"), LOSS_SETTINGS)
     extra = {name: value for name in (*WEIGHTING, *FIRST_WEIGHTS) if (value := settings.pop(name, None)) is not None}
@@ -686,7 +686,7 @@ def declared_parameters(
     source: str,  # of a cell
     untyped: bool = False,  # whether `epochs = 1` declares one, too
 ) -> dict[str, Any]:
-    "Return what a cell gives to parameters, None aside; a value that is computed is returned as its source."
+    "Return the values that a cell assigns to parameters, except None; a computed value is returned as its source."
     try:
         lines = ast.parse(source).body
     except SyntaxError:
@@ -709,7 +709,7 @@ def declared_parameters(
 def notebook_parameters(
     variables: dict[str, Any],  # the notebook's `globals()`
 ) -> dict[str, Any]:
-    "Return the parameters among a notebook's variables; raise CrackSegError for a plain value that is none."
+    "Return the parameters among a notebook's variables; raise CrackSegError for any other plain value."
     sections = {name: value for name, value in variables.items() if name in PARTS and isinstance(value, dict)}
     rest = {name: value for name, value in variables.items() if name not in sections}
     found = plain_variables(rest, [*known_parameters(), "config", "resume"]) | sections
@@ -736,7 +736,7 @@ def notebook_settings(
 
 # %% ../../nbs/runs/02_config.ipynb #ec9121e6
 def describe_config(config: ExperimentConfig) -> str:
-    "Return the configuration as text; a star marks what differs from its recipe."
+    "Return the configuration as text; an asterisk marks what differs from its recipe."
     flat = RECIPES[config.run.recipe].settings
     recipe = config_to_dict(build_config({**flat, "recipe": config.run.recipe}, {}))
     lines = []

@@ -143,7 +143,7 @@ def mark_ended(folder: RunFolder, config: ExperimentConfig, state: str, **why: s
 
 
 def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> None:
-    "Mark a run as failed whose experiment is let go, or whose process ends, before it is finished."
+    "Mark a run as failed if its experiment is deleted, or its process ends, before it is finished."
     if os.getpid() == pid:  # a forked process lets go of its copy
         mark_ended(folder, config, "failed", error="the process ended, or let go of the run, before it was finished")
 
@@ -181,7 +181,7 @@ def states_of(folder: RunFolder) -> list[str]:
 
 
 def interrupted_line(folder: RunFolder) -> str:
-    "Return one line about a run that was ended at once: how to go on with it, and from where."
+    "Return one line about a run that was killed at once: how to resume it, and from where."
     newest = [BEGINNING, *states_of(folder)][-1]
     return f"interrupted at once; -p resume {display_path(folder.path)} goes on from {newest}"
 
@@ -212,7 +212,7 @@ def marking(method):
 
 
 def step(method):
-    "Let a method of Experiment have its turn once; one that was stopped may be taken again, and goes on."
+    "Let a method of Experiment run once, in order; one that was stopped may be called again to continue."
 
     @marking
     @functools.wraps(method)
@@ -240,7 +240,7 @@ SPACE_TO_BEGIN = 50 * 2**20  # bytes for tables, pictures and predictions
 
 
 class Experiment:
-    "Carry one run from its configuration to its results, and hold what each stage left; see the steps below."
+    "Carry one run from its configuration to its results, and hold the result of each stage; see the steps below."
 
     def __init__(self, config: ExperimentConfig):
         self.config, self.device, self.stop = config, get_device(config.run.device), StopRequest(config.run.time_limit)
@@ -271,7 +271,7 @@ class Experiment:
 @patch
 @step
 def begin(self: Experiment) -> None:
-    "Open the log; find the state from which a resumed run goes on; see that each folder can be written."
+    "Open the log; find the state that a resumed run continues from; check that each folder can be written."
     for name in RunFolder.SUBFOLDERS:  # of a run that was copied, empty ones may be missing
         check_writable(self.folder / name)
     log_to(self.folder / "training.log")
@@ -293,7 +293,7 @@ def flat(settings: dict[str, dict]) -> dict:
 
 
 def note_resume(folder: RunFolder, config: ExperimentConfig) -> str | None:
-    "Mark a run as running again, record how, and return the name of its newest whole state."
+    "Mark a run as running again, record how, and return the name of its newest complete state."
     before = folder.state
     folder.mark("running")
     remove_unfinished(folder.path)
@@ -325,7 +325,7 @@ def pause(
     self: Experiment,
     stop: Stopped | Interrupted,  # what says why
 ) -> None:
-    "Mark the run as stopped; from here on this experiment, or another one, may go on with its folder."
+    "Mark the run as stopped; from here on this experiment, or another one, may resume it."
     logger.info("%s", stop)
     self.unfinished.detach()
     # A full disk may refuse the new status; what is there then stands for the pause.
@@ -334,7 +334,7 @@ def pause(
 
 @patch
 def go_on(self: Experiment) -> None:
-    "Take up the run that stopped in this process, with a new time limit; training begins at its newest state."
+    "Resume the run that stopped in this process, with a new time limit; training starts at its newest state."
     self.unfinished = weakref.finalize(self, mark_unfinished, self.folder, self.config, os.getpid())
     self.paused, self.stop = None, StopRequest(self.config.run.time_limit)
     self.resume_from = note_resume(self.folder, self.config)
@@ -349,7 +349,7 @@ def go_on(self: Experiment) -> None:
 
 # %% ../../nbs/runs/05_experiment.ipynb #1aa943ab
 def interrupted_alike(config: ExperimentConfig, own: RunFolder) -> RunFolder | None:
-    "Return the newest run beside `own` that has the settings of `config`, was interrupted and has a state; else None."
+    "Return the newest interrupted run other than `own` with the settings of `config` and a state; else None."
     found = []
     for path in own.path.parent.glob("*/status.yaml"):
         folder = RunFolder(path.parent)
@@ -413,7 +413,7 @@ def load_splits(config: ExperimentConfig) -> Splits:
 
 # %% ../../nbs/runs/05_experiment.ipynb #8813d9b6
 def learned_splits(config: ExperimentConfig, splits: Splits) -> Splits:
-    "Return `splits` as `train_set` wants them."
+    "Return `splits` as `train_set` requires."
     if config.data.train_set == "train":
         return splits
     return replace(splits, train=sorted(splits.train + splits.val, key=lambda sample: sample.name), val=[])
@@ -538,7 +538,7 @@ def load_data(self: Experiment) -> None:
 def run_of_weights(
     path: Path,  # a file of weights, or a folder of checkpoints
 ) -> Path | None:
-    "Return the folder of the run that left these weights; None for weights from elsewhere."
+    "Return the folder of the run that wrote these weights; None for weights from elsewhere."
     run = (path.parent if path.is_file() else path).resolve().parent
     return run if (run / "splits.yaml").is_file() and (run / "config.yaml").is_file() else None
 
@@ -568,7 +568,7 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
 
 # %% ../../nbs/runs/05_experiment.ipynb #a4c7943e
 def warn_of_seen_images(config: ExperimentConfig, splits: Splits) -> list[str]:
-    "Raise CrackSegError if the lending run has learned test images of this one; return warnings of validation images."
+    "Raise CrackSegError if the source run was trained on this run's test images; warn of validation images."
     data, warnings = config.data, []
     for name in FIRST_WEIGHTS:
         if not getattr(config, name) or data.data in SYNTHETIC:
@@ -621,7 +621,7 @@ def make_model(
 
 # %% ../../nbs/runs/05_experiment.ipynb #d6809058
 def check_same_world(old: dict, new: dict, folder: str) -> None:
-    "Raise CrackSegError if a run that goes on has other data; warn of another machine, version or commit."
+    "Raise CrackSegError if a resumed run has different data; warn of a different machine, version or commit."
     if old["data"]["fingerprint"] != new["data"]["fingerprint"]:
         raise CrackSegError(
             f"data: found images or masks that differ from those {folder} began with (fingerprint "
@@ -683,7 +683,7 @@ def lay_out(config: ExperimentConfig, model: nn.Module, device: torch.device) ->
 
 
 def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.device) -> str:
-    "Return the value of `amp` that holds here: `auto` becomes what is fastest; without training it stays."
+    "Return the effective value of `amp`: `auto` becomes the fastest one; without training it stays."
     train, size = config.train, config.data.image_size
     if train.amp != "auto" or not train.epochs:
         return train.amp
@@ -722,7 +722,7 @@ def fitting_batch(config: ExperimentConfig, model: nn.Module, device: torch.devi
 
 # %% ../../nbs/runs/05_experiment.ipynb #0263e4ec
 def checkpoint_sizes(model: nn.Module, optimizer: str) -> tuple[int, int]:
-    "Return the bytes of a model's weights on the disk, and at most those of a state from which training goes on."
+    "Return the bytes of a model's weights on disk, and an upper bound for those of a state to resume from."
     weights = sum(value.nbytes for value in model.state_dict().values())
     learned = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     means = {"adamw": 2, "sgd": 1}[optimizer] * learned
@@ -730,7 +730,7 @@ def checkpoint_sizes(model: nn.Module, optimizer: str) -> tuple[int, int]:
 
 
 def disk_line(model: nn.Module, config: ExperimentConfig) -> str:
-    "Return what the checkpoints of a run will take."
+    "Return the disk space that the checkpoints of a run will take."
     best, state = (size / 2**20 for size in checkpoint_sizes(model, config.optim.optimizer))
     kept = config.train.checkpoint_every
     after = f"up to {best + 2 * state:.0f}" if kept else f"{best:.0f}"
@@ -743,7 +743,7 @@ def disk_line(model: nn.Module, config: ExperimentConfig) -> str:
 @patch
 @step
 def build_model(self: Experiment) -> None:
-    "Build the model, settle what was left open, write it down; raise CrackSegError if weights or space can't be had."
+    "Build the model, settle what was left open, write it down; raise CrackSegError if weights or space are missing."
     config, prepared = self.config, self.prepared
     if self.resume_from is None:
         warnings = warn_of_seen_images(config, prepared.splits)

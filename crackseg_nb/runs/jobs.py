@@ -54,7 +54,7 @@ else:
 
 # %% ../../nbs/runs/10_jobs.ipynb #486a86f6
 def next_parameters(folder: Path, parameters: dict) -> dict | None:
-    "Return what the run notebook is given to begin the run in `folder` or to go on with it; None when it is done."
+    "Return the notebook parameters to start or resume the run in `folder`; None when it is done."
     if folder.is_dir() and not (folder / "config.yaml").is_file():
         shutil.rmtree(folder)  # killed while the folder was made
     if not folder.is_dir():
@@ -78,7 +78,7 @@ def attempts_of(folder: Path) -> list[dict]:
 
 
 def write_attempts(folder: Path, attempts: list[dict]) -> None:
-    "Write down the attempts at the run in `folder`."
+    "Record the attempts at the run in `folder`."
     path = folder.parent / "jobs" / f"{folder.name}.yaml"
     path.parent.mkdir(exist_ok=True)
     write_yaml(path, attempts)
@@ -104,7 +104,7 @@ def attempt(
     patience: float = 0,  # seconds to wait for a process that carries the run
     notebook=None,  # None: the run notebook
 ) -> Outcome | None:
-    "Begin or resume the run in `folder` once; None if it is done. Raise Claimed if another process carries it."
+    "Start or resume the run in `folder` once; None if it is done. Raise Claimed if another process executes it."
     with claim(folder, patience) as lock:
         given = next_parameters(folder, parameters)
         if given is None:
@@ -155,7 +155,7 @@ def job_environment(
 # %% ../../nbs/runs/10_jobs.ipynb #198f131e
 @dataclass
 class SweepJob:
-    "Carry the runs of a sweep, or those that no other job carries; called by submitit."
+    "Execute the runs of a sweep, or those that no other job executes; called by submitit."
 
     folder: str  # of the sweep
     runs: dict[str, dict]  # parameters by name
@@ -180,7 +180,7 @@ class SweepJob:
         return {run: state_of(Path(self.folder) / run) for run in self.runs}
 
     def may_try(self, run: str) -> bool:
-        "Tell whether this submission has attempts left at a run."
+        "Tell whether this submission has attempts left for a run."
         own = [entry for entry in attempts_of(Path(self.folder) / run) if entry["submission"] == self.submission]
         return sum(entry.get("failed", False) for entry in own) <= self.retries
 
@@ -208,7 +208,7 @@ class SweepJob:
 
 # %% ../../nbs/runs/10_jobs.ipynb #d4f5fea7
 def requeue() -> None:
-    "Ask SLURM to queue this job again; what it wrote in its folder is where it goes on."
+    "Ask SLURM to queue this job again; it resumes from what it wrote in its folder."
     job = os.environ.get("SLURM_ARRAY_JOB_ID", ""), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     name = "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID", "")
     if name:

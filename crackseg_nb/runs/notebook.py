@@ -115,7 +115,7 @@ class SignalRelay:
 
 # %% ../../nbs/runs/07_notebook.ipynb #43bda4fe
 def kernel_class(relay: SignalRelay, sockets: Path, lock: int) -> type:
-    "Return a class of kernel managers whose kernel gets the signals of `relay` and inherits `lock`."
+    "Return a kernel manager class whose kernel gets the signals of `relay` and inherits `lock`."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
 
@@ -201,7 +201,7 @@ def resume_line(folder: Path) -> str:
 
 # %% ../../nbs/runs/07_notebook.ipynb #62de73cb
 def judge(folder: Path, before: dict | None, error: str, died: bool, signals) -> tuple[int, str]:
-    "Return exit status and message from what the run folder says now and said `before`."
+    "Return exit status and message from the run folder's status now and `before`."
     status = status_of(folder)
     if status is None:
         if signals:

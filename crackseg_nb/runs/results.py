@@ -105,7 +105,7 @@ def save_prediction(
 
 
 def read_prediction(folder: Path, name: str, classes: Classes = Classes()) -> np.ndarray:
-    "Return what `save_prediction` was given, a probability as that of its level, or to 1/255 if its map has 8 bits."
+    "Return what `save_prediction` wrote: a probability at the precision of its level, or to 1/255 in an 8-bit map."
     with Image.open(prediction_path(folder, name)) as picture:
         values = np.asarray(picture)
     if not classes.binary:
@@ -268,7 +268,7 @@ def class_table(results: dict, split: str = "test") -> pd.DataFrame:
 
 # %% ../../nbs/runs/04_results.ipynb #bb8b25ce
 def read_losses(history: pd.DataFrame) -> str:
-    "Return a sentence on what the two losses say together."
+    "Return a sentence that interprets the two losses together."
     train, val = history["train_loss"].to_numpy(), history["val_loss"].to_numpy()
     lowest, tail = int(val.argmin()), max(1, len(history) // 5)
     if val[-1] > 1.1 * val[lowest] and train[-1] < train[lowest]:
@@ -342,7 +342,7 @@ def score_lines(results: dict) -> list[str]:
 def warn_of_amounts(
     test: dict,  # the results on the test images
 ) -> list[str]:
-    "Return a warning for each class that was never predicted rightly, or predicted far too often or too rarely."
+    "Return a warning for each class that was never predicted correctly, or predicted far too often or too rarely."
     warnings = []
     for name, scores in (test.get("per_class") or {"crack": test["pooled"]}).items():
         precision, recall = scores.get("precision"), scores.get("recall")
@@ -407,7 +407,7 @@ LATER = ("status.yaml", "manifest.yaml", "final_results.yaml")  # written after 
 
 
 def kept_files(folder: RunFolder) -> dict[str, str]:
-    "Return the SHA-256 of each file of a run that holds results, by its place in the folder."
+    "Return the SHA-256 of each file of a run that holds results, by its relative path."
     paths = sorted(
         path
         for pattern in KEPT
@@ -422,7 +422,7 @@ def write_manifest(
     results: dict,
     digests: dict[str, dict[str, tuple[str, str]]],  # of the images and masks, as an `Audit` has them
 ) -> None:
-    "Write images.csv and manifest.yaml; every other file that holds results is there, but for final_results.yaml."
+    "Write images.csv and manifest.yaml, when all other result files except final_results.yaml exist."
     write_table(folder / "images.csv", image_table(digests))
     config = read_yaml(folder / "config.yaml")
     manifest = to_plain({"config": config, "results": results, "files": kept_files(folder)})
@@ -468,7 +468,7 @@ def show_extremes(folder: RunFolder, prepared: Prepared, tested: Tested, worst: 
 
 
 def show_decision(tested: Tested, classes: Classes) -> Figure:
-    "Return the picture of the threshold's choice, or of the confusion between classes."
+    "Return a figure of the choice of the threshold, or of the confusion between classes."
     if tested.threshold is None:
         title = "test: what each class is taken for, in per cent"
         return show_confusion(tested.metrics.matrix, classes.names, title)

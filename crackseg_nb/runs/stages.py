@@ -49,7 +49,7 @@ class Prepared:
 # %% ../../nbs/runs/03_stages.ipynb #6a904c8f
 @dataclass(frozen=True)
 class Built:
-    "Hold the model of a run before its training, on its device and laid out in memory as it trains."
+    "Hold the model of a run before its training, on its device and in the memory layout used for training."
 
     model: nn.Module  # `model.weights` says where its weights come from
     parameters: dict[str, int]  # by part
@@ -59,7 +59,7 @@ class Built:
 # %% ../../nbs/runs/03_stages.ipynb #bf9808ee
 @dataclass(frozen=True)
 class Trained:
-    "Hold a model with the weights of the epoch that is kept, and how it came to them."
+    "Hold a model with the weights of the epoch that is kept, and its training history."
 
     model: nn.Module
     accelerator: Accelerator
@@ -78,7 +78,7 @@ def settle(
     weights: dict,  # of the model: what was requested and what was loaded
     amp: str,  # the precision of the training: bf16, fp16 or off; auto where none follows
 ) -> ExperimentConfig:
-    "Return `config` with the precision and the weights that this machine really gives it."
+    "Return `config` with the precision and the weights that are actually used on this machine."
     settings = dict(config.model_settings)
     if weights["requested"] == "auto":  # a repetition has to begin with the same weights
         settings["pretrained"] = "false" if weights["loaded"] == "from scratch" else "true"

@@ -120,7 +120,7 @@ def path_from_anywhere(path: str) -> str:
 
 
 def check_grid(grid: dict[str, list], fixed: dict) -> None:
-    "Raise CrackSegError for a grid that is none."
+    "Raise CrackSegError for an invalid grid."
     for name in (*grid, *fixed):
         if name in ("run_name", "outputs", "resume"):
             raise CrackSegError(f"{name}: found in a sweep, which sets it for each run; expected other parameters")
@@ -210,7 +210,7 @@ class Sweep:
         return [name for name, values in self.grid.items() if len(values) > 1]
 
     def differences(self, run: str) -> dict[str, str]:
-        "Return what makes a run special, as text."
+        "Return the values that distinguish a run, as text."
         return {name: str(self.runs[run][name]) for name in self.varying}
 
 
@@ -349,7 +349,7 @@ def table(self: Sweep) -> pd.DataFrame:
 
 # %% ../../nbs/runs/11_sweep.ipynb #59446157
 class LiveTable:
-    "Show a table and, from then on, put the next one in its place: in a notebook, in a terminal, or as lines in a log."
+    "Show a table, and then replace it by each next one: in a notebook, in a terminal, or as lines in a log."
 
     def __init__(self):
         self.handle, self.last = None, ""

@@ -27,7 +27,7 @@ from ..training.weights import load_model_weights, read_weights
 # %% ../../nbs/runs/06_trained_model.ipynb #d873e427
 @dataclass(frozen=True)
 class TrainedModel:
-    "Hold a model with the weights that a run learned, and what the use of its logits depends on."
+    "Hold a model with the weights that a run learned, and what is needed to interpret its logits."
 
     model: nn.Module  # in evaluation mode
     classes: Classes
@@ -42,7 +42,7 @@ class TrainedModel:
 
 # %% ../../nbs/runs/06_trained_model.ipynb #80c0403d
 def config_beside(weights: Path) -> Path:
-    "Return the config.yaml of the run that left `weights`; raise CrackSegError for weights that lie in no run."
+    "Return the config.yaml of the run that left `weights`; raise CrackSegError for weights outside a run."
     own = weights.parent if weights.is_file() else weights
     for folder in (own, own.resolve().parent):
         if (folder / "config.yaml").is_file():
@@ -54,7 +54,7 @@ def config_beside(weights: Path) -> Path:
 
 
 def classes_of(config: Path) -> Classes:
-    "Return the classes that the run of a config.yaml told apart, without looking at its data where it wrote them down."
+    "Return the classes of the run of a config.yaml, without reading its data if the run recorded them."
     settings = read_config(config)
     names = read_if_there(config.parent / "environment.yaml").get("data", {}).get("classes")
     if names and is_labelled(settings["data"]):  # labels are the names of folders; the classes of masks are settings
@@ -71,7 +71,7 @@ def open_model(
     outputs: str = "",  # folder of all runs
     device: str = "cpu",
 ) -> TrainedModel:
-    "Return a trained model and what its use depends on; raise CrackSegError unless every tensor has learned weights."
+    "Return a trained model and what is needed to use it; raise CrackSegError unless every tensor has learned weights."
     source = locate_weights("model", str(model), outputs)
     path = find_path(config) if config else config_beside(source)
     settings, classes = read_config(path), classes_of(path)

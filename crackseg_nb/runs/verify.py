@@ -149,7 +149,7 @@ def compare(
     tolerance: float = 0.0,  # largest distance that passes
     otherwise: str = "different",  # the answer where something is further apart
 ) -> Check:
-    "Compare what a run kept with what is found, value by value; the largest difference comes first."
+    "Compare what a run recorded with what is found now, value by value; the largest difference comes first."
     apart = {place: distance(kept.get(place, ABSENT), found.get(place, ABSENT)) for place in {**kept, **found}}
     places = sorted((place for place in apart if apart[place]), key=apart.get, reverse=True)
     if not places:
@@ -203,7 +203,7 @@ class Verification:
         return "\n".join([*rows, f"{self.run}: {self.outcome}"])
 
     def to_dict(self) -> dict:
-        "Return everything, every line of it, as JSON can hold it."
+        "Return all answers with all their lines in a form that JSON can hold."
         return {
             "run": self.run,
             "outcome": self.outcome,
@@ -249,7 +249,7 @@ class KeptRun:
     def compare_table(
         self, check: str, name: str, key: str, found: pd.DataFrame, unit: str = "values", otherwise: str = "different"
     ) -> Check:
-        "Compare one of the run's tables with that table found again."
+        "Compare one of the run's tables with the recomputed table."
         try:
             kept = self.table(name)
             return compare(
@@ -265,7 +265,7 @@ class KeptRun:
 
 # %% ../../nbs/runs/12_verify.ipynb #5be536d5
 def open_manifest(run: KeptRun) -> list[Check]:
-    "Read the manifest of a run into it; return what keeps it from being used."
+    "Read a run's manifest into the run; return what prevents its use."
     path = run.folder / "manifest.yaml"
     if not path.is_file():
         return [
@@ -362,10 +362,10 @@ def check_world(run: KeptRun, device: torch.device) -> list[Check]:
 # %% ../../nbs/runs/12_verify.ipynb #66774ece
 def settled(
     run: KeptRun,
-    data_dir: str = "",  # where the images lie now; empty: where they lay
+    data_dir: str = "",  # where the images are now; empty: where the run had them
     **changes,
 ) -> ExperimentConfig:
-    "Return the configuration of a run, with what `auto` came to."
+    "Return the configuration of a run, with `auto` resolved."
     path, device = run.folder / "config.yaml", str(run.environment["device"]).split(":")[0]
     try:
         get_device(device)
@@ -409,7 +409,7 @@ def threads_of(run: KeptRun) -> Iterator[None]:
 
 # %% ../../nbs/runs/12_verify.ipynb #25187084
 def look_for_changes(run: KeptRun, config: ExperimentConfig, splits: Splits) -> list[str]:
-    "Return lines on what differs between the data and what a run without digests kept of it."
+    "Return lines on how the data differs from what a run without digests recorded about it."
     learned = learned_splits(config, splits)
     check = compare_yaml(
         "splits", {split: [sample.name for sample in samples] for split, samples in learned}, run.folder / "splits.yaml"
@@ -428,7 +428,7 @@ def look_for_changes(run: KeptRun, config: ExperimentConfig, splits: Splits) -> 
 
 
 def check_images(run: KeptRun, config: ExperimentConfig, splits: Splits) -> Check:
-    "Compare the images and masks with those that the run saw."
+    "Compare the images and masks with those that the run used."
     digests = split_digests(splits)
     count = f"images and masks of {sum(splits.lengths.values())} samples"
     if (run.folder / "images.csv").is_file():
@@ -525,7 +525,7 @@ def weights_digest(run: KeptRun) -> str | None:
 
 
 def changed_on_the_way(run: KeptRun) -> dict:
-    "Return the settings that decide about the numbers and were changed when a run was resumed."
+    "Return the settings that affect the numbers and were changed when a run was resumed."
     return {
         name: value
         for entry in resumes(run.folder)
@@ -609,7 +609,7 @@ def repeat(run: KeptRun, train: bool, data_dir: str) -> list[Check]:
 def verify(
     run: str,  # folder of a finished run, or its name in the folder of all runs
     train: bool = False,  # train it again as well
-    data_dir: str = "",  # where the images lie now; empty: where they lay
+    data_dir: str = "",  # where the images are now; empty: where the run had them
     outputs: str = "",  # folder of all runs
 ) -> Verification:
     "Repeat a finished run from its folder and say what is equal; raise CrackSegError unless there is one."

@@ -139,7 +139,7 @@ def fill_line(
 
 
 def finite_points(values) -> np.ndarray:
-    "Return a flat list, or pairs, as points (N, 2); raise ValueError for what is no number."
+    "Return a flat list, or pairs, as points (N, 2); raise ValueError for anything that is not a number."
     points = np.asarray(values, np.float64).reshape(-1, 2)
     if not np.isfinite(points).all():
         raise ValueError("a coordinate is not finite")
@@ -197,7 +197,7 @@ def describe_shapes(
     shapes: list,  # of (class id, kind, values)
     line_width: float = 0,
 ) -> Drawn:
-    "Return the mask that `shapes` describe; raise CrackSegError for a size that is none."
+    "Return the mask that `shapes` describe; raise CrackSegError for an invalid size."
     if not all(isinstance(side, NUMBER) and float(side).is_integer() and side > 0 for side in size):
         raise CrackSegError(f"{path}: found the size {size} for {image.name}, expected width and height in pixels")
     size = [int(side) for side in size]

@@ -164,7 +164,7 @@ def same_photos(
     small: list[np.ndarray],  # thumbnails (32, 32), each a unit vector
     large: list[np.ndarray],  # of the same images (128, 128)
 ) -> list[int]:
-    "Return for each image the index of the first one that shows the same, as it is, turned or mirrored."
+    "Return for each image the index of the first one with the same content: unchanged, rotated or mirrored."
     earlier = list(range(len(small)))
 
     def first(index):

@@ -67,7 +67,7 @@ def of_the_system(name: str) -> bool:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    "Yield the files below `folder`, sorted, those in linked folders too; what the system left there is passed over."
+    "Yield the files below `folder`, sorted, those in linked folders too; files left by the system are skipped."
     above = {str(folder): {os.path.realpath(folder)}}
     for place, names, files in os.walk(folder, followlinks=True):
         seen = above.pop(place)
@@ -275,7 +275,7 @@ def source_name(name: str) -> str:
 
 # %% ../../nbs/sources/03_folders.ipynb #40440075
 def group_notes(samples: list[Sample], pattern: str | None) -> list[str]:
-    "Return what is to be known of groups; raise CrackSegError if `pattern` fits no name."
+    "Return notes on groups; raise CrackSegError if `pattern` matches no name."
     if not pattern:
         return ["each image is its own group: without group_pattern nothing tells which share a photo"]
     if samples and all(group_of(sample.name, pattern) is None for sample in samples):
@@ -316,7 +316,7 @@ def sibling_pairs(root: Path) -> list[tuple[str, Path, Path]]:
 
 
 def left_alone(root: Path, pairs: list[tuple[str, Path, Path]]) -> list[str]:
-    "Return a note on folders of pictures in `root` that stand beside `pairs` and belong to none of them."
+    "Return a note on folders of pictures in `root` that belong to none of `pairs`."
     used = {path for pair in pairs for path in pair[1:]}
     names = [
         name
@@ -366,7 +366,7 @@ LIST_OF_SPLITS = re.compile(rf"(?i)({'|'.join(SPLIT_WORDS)}|splits?|folds?)\.(tx
 
 
 def unread_folders(root: Path) -> list[str]:
-    "Return a note on the folders in `root` that hold images and masks and are read as no split."
+    "Return a note on the folders in `root` that hold images and masks but are not read as a split."
     names = [name for name in subfolders(root) if not split_word(name)]
     names = [name for name in names if subfolder(root / name, IMAGE_FOLDERS) and subfolder(root / name, MASK_FOLDERS)]
     notes = [f"{', '.join(name + '/' for name in names)}: images and masks in it were left out"] if names else []

@@ -158,7 +158,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pi
 
 
 class TooLarge(CrackSegError):
-    "A picture has more pixels than are decoded as a whole."
+    "Raised for a picture with too many pixels to be decoded as a whole."
 
 
 def open_picture(
@@ -232,7 +232,7 @@ def unknown_tiff(path, error: CrackSegError) -> Content | None:
 
 
 def opencv_pixels(content: Content) -> np.ndarray:
-    "Decode a picture with OpenCV, which turns a TIFF and no other; grey (H, W) or RGB (H, W, 3)."
+    "Decode a picture with OpenCV, which rotates only TIFF by EXIF; grey (H, W) or RGB (H, W, 3)."
     import cv2  # here: few files need it
 
     values = cv2.imdecode(np.frombuffer(content.data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -340,7 +340,7 @@ def find_white(
     highest: float,  # of all pictures with more than 8 bits
     whole: bool,  # they hold whole numbers
 ) -> int:
-    "Return the value that is shown as 255; raise CrackSegError where the values are none of an image."
+    "Return the value that is shown as 255; raise CrackSegError if the values are not those of an image."
     if not (lowest >= 0 and highest <= WHITES[-1]):  # not a number counts as neither
         raise CrackSegError(f"found values from {lowest:g} to {highest:g}, expected 0 to 1, 0 to 255 or 0 to 65535")
     return next(white for white in WHITES[whole:] if highest <= white)
@@ -513,12 +513,12 @@ def add_void(
 
 
 def base_of(encoding: str) -> str:
-    "Return an encoding's key in ENCODINGS, or COLOURS, without what the user said of values or colours."
+    "Return an encoding's key in ENCODINGS, or COLOURS, without the user's additions about values or colours."
     return encoding.partition(" ")[0]
 
 
 def void_values(encoding: str) -> list[int]:
-    "Return the values that an encoding takes for void beside 255."
+    "Return the values that an encoding treats as void, in addition to 255."
     if base_of(encoding) == COLOURS:
         return []
     return [int(value) for value in encoding.partition(" void ")[2].split(",") if value]
@@ -535,7 +535,7 @@ def table_of(encoding: str) -> np.ndarray:
 
 
 def expected_of(encoding: str) -> str:
-    "Return the values that an encoding expects, for an error."
+    "Return the values that an encoding expects, for an error message."
     more = "".join(f", {value}" for value in void_values(encoding))
     return EXPECTED[base_of(encoding)].replace("and 255 (void)", f"and 255{more} (void)")
 
@@ -587,7 +587,7 @@ def painted_values(
 
 
 def describe_unknown(codes: np.ndarray, known: dict[tuple[int, int, int], int]) -> str:
-    "Return what is wrong with colours that are none of `known`, the most frequent one first."
+    "Return what is wrong with colours that are not in `known`, the most frequent one first."
     values, counts = np.unique(codes, return_counts=True)
     first = int(values[counts.argmax()])
     colour = (first >> 16, first >> 8 & 255, first & 255)

@@ -62,7 +62,7 @@ from .samples import COLOURS, Classes, Sample
 # %% ../../nbs/sources/05_inspection.ipynb #2354763a
 @dataclass(frozen=True, eq=False)
 class FileFacts:
-    "Hold what one look at a sample's files tells."
+    "Hold what one inspection of a sample's files found."
 
     image_digest: str  # SHA-256 of the file
     mask_digest: str | None  # None: the image has a label
@@ -141,7 +141,7 @@ def inspect_all(samples: list[Sample], encoding: str = "auto", tiles: bool = Fal
 
 # %% ../../nbs/sources/05_inspection.ipynb #cf27d601
 def settle_white(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[list[Sample], list[str]]:
-    "Return the samples with what their images show as white, and notes; raise CrackSegError on values of no image."
+    "Return the samples with the white level of their images, and notes; raise CrackSegError on impossible values."
     notes, whites = [], {}
     for whole, kind in ((True, "whole numbers of more than 8 bits"), (False, "floating-point numbers")):
         found = [(sample, facts[sample.name].deep) for sample in samples if facts[sample.name].deep]
@@ -257,7 +257,7 @@ def settle_encoding(
     encoding: str = "auto",  # or the encoding that they were inspected with
     classes: Classes = Classes(),  # that 'class_ids' may name
 ) -> tuple[str, list[str]]:
-    "Return the encoding of the whole source and notes; raise CrackSegError on the first odd file."
+    "Return the encoding of the whole source and notes; raise CrackSegError on the first file that does not fit."
     check_palettes(samples, facts)
     found = [facts[sample.name] for sample in samples]
     if encoding == "auto":

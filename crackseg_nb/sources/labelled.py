@@ -68,7 +68,7 @@ def image_folder_classes(root: Path) -> list[str]:
 
 # %% ../../nbs/sources/08_labelled.ipynb #46452078
 def read_image_folder(root: Path, group_pattern: str | None = None) -> tuple[list[Sample], list[str]]:
-    "Read images in folders named by their class, with the published split where folders around them name one."
+    "Read images in folders named by their class, with the published split if parent folders name one."
     samples, loose, names = [], 0, image_folder_classes(root)
     for split, place in label_places(root).items():
         loose += sum(path.suffix.lower() in PICTURES for path in place.iterdir())

@@ -113,7 +113,7 @@ def read_neu_seg(root: Path) -> tuple[list[Sample], list[str]]:
 
 
 def group_turned_copies(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[list[Sample], list[str]]:
-    "Group images that show the same, as they are, turned or mirrored."
+    "Group images with the same content: unchanged, rotated or mirrored."
     looks = [facts[sample.name] for sample in samples]
     firsts = same_photos([look.small for look in looks], [look.large for look in looks])
     groups = f"{len(set(firsts))} groups of {len(samples)} images were told from the pictures"

@@ -78,7 +78,7 @@ def ignoring(
     encoding: str,  # 'auto' or a key of ENCODINGS
     classes: Classes,
 ) -> str:
-    "Return the encoding in which `ignore_index` means void; raise CrackSegError where it has a meaning already."
+    "Return the encoding in which `ignore_index` means void; raise CrackSegError if it already has a meaning."
     if not values:
         return encoding
     if encoding not in ("auto", "ids", "class_ids"):
@@ -97,7 +97,7 @@ def ignoring(
 
 
 def check_no_mask_options(data: str, ignore_index: tuple[int, ...], class_colours: str) -> None:
-    "Raise CrackSegError if `ignore_index` or `class_colours` is set for data whose masks are its own, or has none."
+    "Raise CrackSegError if `ignore_index` or `class_colours` is set for data without mask files to apply it to."
     for name, value in (("ignore_index", ignore_index), ("class_colours", class_colours)):
         if value:
             raise CrackSegError(
@@ -168,7 +168,7 @@ def painted_classes(
 # %% ../../nbs/sources/10_registry.ipynb #3702c797
 @contextmanager
 def readable(name: str, root: Path) -> Iterator[None]:
-    "Turn what the disk refuses into a CrackSegError that names the place and the layout."
+    "Turn disk errors into a CrackSegError that names the path and the layout."
     try:
         yield
     except OSError as error:

@@ -208,7 +208,7 @@ def read_paint(
 # %% ../../nbs/sources/01_samples.ipynb #ce02e02e
 @dataclass(frozen=True)
 class Sample:
-    "Name one image with its mask or label, the group that it may not leave, and its published split."
+    "Name one image with its mask or label, its group (never divided between splits), and its published split."
 
     name: str  # unique within its source
     image: Path

@@ -50,7 +50,7 @@ from ..training.window import create_accelerator
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d08
 @dataclass(frozen=True)
 class DataSet:
-    "Name a data set and say where it lies and how it is read."
+    "Hold the name of a data set, its folder, and how it is read."
 
     name: str
     data: str  # a published layout, or folder
@@ -127,7 +127,7 @@ def score_on(trained: TrainedModel, opened: OpenedSet) -> pd.DataFrame:
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d10
 def score_across(models: list[str], sets: list[DataSet], outputs: str = "") -> pd.DataFrame:
-    "Return the scores of every model on each image of every data set; what is missing is told before work begins."
+    "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     trained = [open_crack_model(model, outputs) for model in models]
     opened = [open_set(dataset) for dataset in sets]
     return pd.concat([score_on(model, images) for images in opened for model in trained], ignore_index=True)

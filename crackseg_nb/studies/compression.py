@@ -99,7 +99,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 # %% ../../nbs/studies/06_compression.ipynb #90ec1ac6
 class DistillationLoss(Loss):
-    "Mix a loss with the divergence from a teacher, whose logits lie behind the student's as `taught_by` puts them."
+    "Mix a loss with the divergence from a teacher, whose logits `taught_by` appends to the student's."
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ def prune_weights(
 # %% ../../nbs/studies/06_compression.ipynb #fd94a808
 @contextmanager
 def keep_zeros(model: nn.Module) -> Iterator[nn.Module]:
-    "Let the prunable weights that are zero get no gradient, so that a new optimiser leaves them at zero."
+    "Zero the gradients of prunable weights that are zero, so that a new optimiser leaves them at zero."
 
     def silence(weight: Tensor):
         alive = weight.detach() != 0
@@ -331,7 +331,7 @@ def quantize_int8(
     images: Iterable[Tensor],  # batches (B, 3, H, W) of training images, normalised as for the model
     path: Path | str,  # file to write
 ) -> Int8Model:
-    "Quantise `model` to INT8 by what activations `images` cause, and return it; the last layer's answer is a float."
+    "Quantise `model` to INT8, calibrated on `images`, and return it; the last layer's output stays float."
     need_packages()
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -72,7 +72,7 @@ def file_size(
 # %% ../../nbs/studies/07_efficiency.ipynb #73435771
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    "Let torch compute with `count` threads, and in the end with as many as before."
+    "Let torch compute with `count` threads, and restore their number at the end."
     before = torch.get_num_threads()
     torch.set_num_threads(check_number("threads", count, int, low=1))
     try:
@@ -198,7 +198,7 @@ def pareto(
     x: str,  # column of a cost: less is better
     y: str,  # column of a score: more is better
 ) -> pd.Series:
-    "Return for each row whether no other is at least as good in both and better in one; False for missing numbers."
+    "Return for each row whether it is Pareto-optimal (none as good in both and better in one); False for NaN."
     for name in (x, y):
         choose("column", name, table.columns)
     costs, scores = table[x].to_numpy(float), table[y].to_numpy(float)

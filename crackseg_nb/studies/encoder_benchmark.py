@@ -123,7 +123,7 @@ def read_jobs(given: dict | str) -> dict:
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #887a0bfd
 class EncoderBenchmark:
-    "Train every encoder with every seed and say what the runs tell; all files are in `outputs/<name>`."
+    "Train every encoder with every seed and report the results of the runs; all files are in `outputs/<name>`."
 
     def __init__(self, config: EncoderBenchmarkConfig, notebook=None):  # None: the run notebook
         self.config = config
@@ -176,7 +176,7 @@ def describe(self: EncoderBenchmark) -> None:
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #eb464fce
 def training_speed(folder: Path) -> float:
-    "Return the median images per second of a run's epochs but the first, if there are others; NaN without epochs."
+    "Return the median images per second over a run's epochs, without the first if there are more; NaN without epochs."
     path = folder / "performance.csv"
     if not path.is_file() or not path.stat().st_size:
         return float("nan")
@@ -185,7 +185,7 @@ def training_speed(folder: Path) -> float:
 
 
 def machine_of(environment: dict) -> str:
-    "Return what decides the speed of a run, in words; empty where it is not known."
+    "Return what determines the speed of a run, in words; empty if it is not known."
     if not environment:
         return ""
     threads, torch_version = f"{environment['threads']} threads", f"torch {environment['packages']['torch']}"
@@ -193,7 +193,7 @@ def machine_of(environment: dict) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    "Return what a finished run tells about its encoder; classes without a pixel in the test images are NaN."
+    "Return a finished run's results for its encoder; classes without a pixel in the test images are NaN."
     results, environment = read_yaml(folder / "final_results.yaml"), read_if_there(folder / "environment.yaml")
     protocol, performance = results["protocol"], results["performance"]
     clean = results.get("test_without_overlap") or ({} if results.get("overlapping_test_images") else results["test"])
@@ -283,7 +283,7 @@ def compare_pairs(
     runs: pd.DataFrame,
     order: list[str],  # of the encoders
 ) -> pd.DataFrame:
-    "Return a row per pair of encoders: difference of the test IoU over their common seeds, and what it says."
+    "Return a row per pair of encoders: difference of the test IoU over their common seeds, and the verdict."
     if len(order) < 2:
         return pd.DataFrame(columns=["encoder", "other", "verdict"])
     done = runs[runs["state"] == "done"]
@@ -602,7 +602,7 @@ CAUTIONS = (test_epochs, short_budget, initial_weights, other_machines, shared_m
 def cautions(
     runs: pd.DataFrame,  # of EncoderBenchmark.runs()
 ) -> list[str]:
-    "Return what a reader has to know about these runs, a sentence each."
+    "Return what a reader has to know about these runs, one sentence per item."
     done = runs[runs["state"] == "done"]
     sentences = missing_runs(runs)
     for caution in CAUTIONS if len(done) else ():
@@ -652,7 +652,7 @@ def run_protocol(self: EncoderBenchmark, done: pd.DataFrame) -> dict[str, str]:
 
 @patch
 def protocol(self: EncoderBenchmark) -> dict[str, str]:
-    "Return how the numbers came about: settings, runs, and measurements of speed."
+    "Return how the numbers were obtained: settings, runs, and speed measurements."
     done = self.runs().query("state == 'done'")
     found = self.common() | (self.run_protocol(done) if len(done) else {})
     return found | ({"speed in use": self.conditions} if self.conditions else {})

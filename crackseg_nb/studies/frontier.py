@@ -73,7 +73,7 @@ class FinishedRun:
 
     @property
     def scores(self) -> dict:
-        "The run's own test scores and how they were trained for."
+        "The run's own test scores, with its training settings."
         train, pooled = self.config.train, self.results["test"]["pooled"]
         return {
             "iou": pooled["iou"],
@@ -89,7 +89,7 @@ class FinishedRun:
 def open_run(
     run: str,  # folder of a run, or its name in the folder of all runs
     outputs: str = "",
-    data_dir: str = "",  # where the images lie now; empty: where they lay
+    data_dir: str = "",  # where the images are now; empty: where the run had them
 ) -> FinishedRun:
     "Return a finished run; raise CrackSegError if it is not done or its weights do not fit."
     folder = find_finished_run("runs", run, outputs)
@@ -150,7 +150,7 @@ class Frontier:
         self.loaders = make_loaders(own, make_datasets(own, self.splits))
 
     def check_runs(self) -> None:
-        "Raise CrackSegError unless all runs saw the same images, judged alike, and the compressed one has weights."
+        "Raise CrackSegError unless all runs used the same images and evaluation, and the compressed one has weights."
         for name, opened in self.runs.items():
             if opened.config.data.labelled:
                 raise CrackSegError(f"runs: found {name}, which names whole images; expected runs that segment")
@@ -175,7 +175,7 @@ class Frontier:
                 raise CrackSegError(f"runs: {model} has no checkpoint, expected one of student and teacher")
 
     def costs(self) -> pd.DataFrame:
-        "Return what the models of all runs cost, beside their own test scores."
+        "Return what the models of all runs cost, together with their own test scores."
         table = frontier_table(
             {name: run.model for name, run in self.runs.items()}, self.config.size, rounds=self.config.rounds
         )

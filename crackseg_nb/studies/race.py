@@ -149,7 +149,7 @@ class Contest:
         return time_precisions(self.copy_model(), self.config.batch_size, self.dataset.sizes[0], self.device)
 
     def copy_model(self) -> nn.Module:
-        "Return a copy of the model, laid out in memory as the trainer does it."
+        "Return a copy of the model in the memory layout that the trainer uses."
         model = copy.deepcopy(self.model)
         if self.config.gradient_checkpointing:
             enable_gradient_checkpointing(model)
@@ -177,14 +177,14 @@ class Contest:
 # %% ../../nbs/studies/01_race.ipynb #20becbbd
 @dataclass
 class Contestant:
-    "Hold a model and what takes it through one epoch."
+    "Hold a model and the function that trains it for one epoch."
 
     model: nn.Module
     epoch: Callable[[int], float]  # takes the epoch's number, returns its seconds
 
 
 def wait_for(device: torch.device) -> None:
-    "Return when `device` has done all that it was given."
+    "Return when `device` has finished all its work."
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -192,7 +192,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
-    "Return the seconds that `function()` takes, and what it gives `device` to do."
+    "Return the seconds that `function()` takes, including the work it queues on `device`."
     wait_for(device)
     start = time.perf_counter()
     function()
@@ -308,7 +308,7 @@ def create_trainer(contest: Contest) -> Trainer:
 
 
 def enter_trainer(contest: Contest) -> Contestant:
-    "Return this study's training loop, with all that it does in an epoch."
+    "Return this study's training loop as a contestant, with everything it does in an epoch."
     trainer = create_trainer(contest)
 
     def epoch(number):
@@ -397,7 +397,7 @@ def enter_lightning(contest: Contest) -> Contestant:
 # %% ../../nbs/studies/01_race.ipynb #86e726df
 @contextmanager
 def hidden_bars() -> Iterator[None]:
-    "Draw progress bars as text that nobody sees; a notebook would keep every bar in its file."
+    "Draw progress bars as discarded text; a notebook would keep every bar in its file."
     trainer = sys.modules[train_epoch.__module__]
     before, trainer.tqdm = trainer.tqdm, tqdm
     try:
@@ -408,7 +408,7 @@ def hidden_bars() -> Iterator[None]:
 
 
 def turns(names: list[str], number: int) -> list[str]:
-    "Return the order of round `number`: another one begins every two rounds, and every second round is reversed."
+    "Return the order of round `number`: the starter changes every two rounds, every second round is reversed."
     first = number // 2 % len(names)
     return (names[first:] + names[:first])[:: 1 if number % 2 == 0 else -1]
 
@@ -450,7 +450,7 @@ def torch_settings() -> dict[str, Any]:
 
 @contextmanager
 def unchanged_settings(name: str) -> Iterator[None]:
-    "Raise CrackSegError if contestant `name` leaves other settings of torch behind than it found."
+    "Raise CrackSegError if contestant `name` has changed torch's settings."
     before = torch_settings()
     yield
     changed = [f"{key} {before[key]} to {value}" for key, value in torch_settings().items() if value != before[key]]
@@ -461,7 +461,7 @@ def unchanged_settings(name: str) -> Iterator[None]:
 
 
 def check_equal_work(table: pd.DataFrame) -> None:
-    "Raise CrackSegError unless the contestants of every round saw as many images and took as many steps."
+    "Raise CrackSegError unless all contestants of a round saw equally many images and took equally many steps."
     for number, part in table.groupby("round"):
         for unit in ("images", "steps"):
             if part[unit].nunique() > 1:
@@ -486,7 +486,7 @@ def ratios(
     of: str = "trainer",
     targets: dict[str, float] | None = None,  # by contestant, what the ratio is held against; None: 1
 ) -> pd.DataFrame:
-    "Return the mean ratio of the speed of `of` to each other contestant's, its 95 % interval, and what that says."
+    "Return the mean ratio of the speed of `of` to each other contestant's, its 95 % interval, and the verdict."
     speed = np.log(table.pivot(index="round", columns="contestant", values="images_per_second"))
     targets = {name: 1.0 for name in sorted(speed.columns.drop(of))} | (targets or {})
     found = {name: paired_t(speed[of], speed[name] + np.log(target), "rounds") for name, target in targets.items()}

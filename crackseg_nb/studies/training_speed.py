@@ -87,7 +87,7 @@ TARGETS = {"bare": 0.97, "resident": 0.90, "lightning": 1.0}  # least speed of t
 
 
 def judge(table: pd.DataFrame) -> pd.DataFrame:
-    "Return the trainer's ratios to those with a target that took part, and whether it is reached, where that is known."
+    "Return the trainer's ratios to the contestants with a target, and whether each target is reached, if known."
     present = {*table["contestant"]}
     found = ratios(table, targets={name: target for name, target in TARGETS.items() if name in present})
     reached = {"better": "yes", "worse": "no"}
@@ -113,7 +113,7 @@ def options_of(contest: Contest) -> dict[str, dict]:
 
 @contextmanager
 def algorithms(repeatable: bool, fill: bool) -> Iterator[None]:
-    "Let torch take repeatable algorithms or the fastest ones; repeatable, it also fills new memory with NaN if `fill`."
+    "Let torch use deterministic algorithms (filling new memory with NaN if `fill`) or the fastest ones."
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     convolutions, attention = torch.backends.cudnn.deterministic, torch.backends.cuda.flash_sdp_enabled()
     unfused = torch.cuda.is_available() and repeatable  # as `seed_everything` has it
@@ -199,7 +199,7 @@ def measure_evaluation(contest: Contest, rounds: int) -> pd.DataFrame:
 
 # %% ../../nbs/studies/02_training_speed.ipynb #0994b670
 def measure_cost(contest: Contest, rounds: int) -> pd.DataFrame:
-    "Return the rounds of the trainer alone, with `memory_mib`, the most that training held."
+    "Return the rounds of the trainer alone, with `memory_mib`, its peak memory."
     clear_cache(contest.device)  # what is measured begins from what is really held
     with MemoryMonitor(contest.device, interval=0.02) as monitor:
         peak = "peak_cuda_mib" if contest.device.type == "cuda" else "peak_rss_mib"
@@ -228,7 +228,7 @@ PHASES = {
 
 
 def phase_of(source: str) -> str:
-    "Return what a cell of the run notebook is there for."
+    "Return the purpose of a cell of the run notebook."
     return next((phase for word, phase in PHASES.items() if word in source), "pictures and tables")
 
 
@@ -357,7 +357,7 @@ def create_contest(
     images: int | None = None,  # in an epoch; None: those of one window
     **changes,  # parameters that differ from `settings`
 ) -> Contest:
-    "Return the contest of the model family `name`."
+    "Return the contest for the model family `name`."
     same = {
         key: getattr(settings, key)
         for key in (
@@ -410,7 +410,7 @@ def create_contest(
 
 # %% ../../nbs/studies/02_training_speed.ipynb #d8445f7c
 class Benchmark:
-    "Measure every model family of `config`; keep each round in `rows` and what follows from them in `summary`."
+    "Measure every model family of `config`; keep each round in `rows` and the results in `summary`."
 
     def __init__(self, config: BenchmarkConfig):
         if config.threads:
@@ -470,7 +470,7 @@ def describe(self: Benchmark) -> None:
 
 
 def not_measured(part: str) -> pd.DataFrame:
-    "Return the table in the place of a part that the settings leave out."
+    "Return the placeholder table for a part that the settings leave out."
     return pd.DataFrame({"not measured": [part]})
 
 
@@ -497,7 +497,7 @@ def options(self: Benchmark) -> pd.DataFrame:
 
 
 def relative_to(rows: pd.DataFrame, base: str) -> pd.DataFrame:
-    "Return the speed of each contestant relative to `base`, as `ratios` has it the other way round."
+    "Return the speed of each contestant relative to `base`, the inverse of `ratios`."
     found = ratios(rows, of=base).drop(columns="target")
     turned = {"ratio": "ratio", "low": "high", "high": "low", "median": "median"}
     found = found.assign(**{name: 1 / found[other] for name, other in turned.items()})

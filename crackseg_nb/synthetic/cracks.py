@@ -285,7 +285,7 @@ def folder_settings(
     seed: int,
     config,  # the generator's dataclass
 ) -> dict:
-    "Return what the manifest of a folder says; raise CrackSegError for numbers that make no sense."
+    "Return the content of a folder's manifest; raise CrackSegError for numbers that make no sense."
     return to_plain(
         dict(
             generator=generator,

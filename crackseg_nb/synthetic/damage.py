@@ -118,7 +118,7 @@ def run_down(
     generator: np.random.Generator,
     reach: float,  # pixels over which a usual run loses most of what it carries
 ) -> np.ndarray:
-    "Return how much there is (H, W) when what comes out of `source` has run down."
+    "Return the amount (H, W) after what comes out of `source` has run down."
     width = source.shape[1]
     wet = smooth_noise(generator, (1, width), 5)[0] + 0.6 * smooth_noise(generator, (1, width), 2)[0]
     keep = np.exp(-np.exp(-0.8 * wet) / np.float32(reach))

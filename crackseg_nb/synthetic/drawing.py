@@ -227,7 +227,7 @@ def even_stroke(points: np.ndarray, width: float, strength: float = 1.0) -> Stro
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #5ecedf17
 def worn(generator: np.random.Generator, size: tuple[int, int], wear: float) -> np.ndarray:
-    "Return a patchy factor (H, W) in 0..1 for paint and marks that have worn off; `wear` 0 leaves all."
+    "Return a patchy factor (H, W) in 0..1 for paint and marks that have worn off; `wear` 0 removes nothing."
     noise = 0.6 * smooth_noise(generator, size, 20) + 0.6 * smooth_noise(generator, size, 3)
     return np.clip(1.3 - wear * (1.2 + noise), 0, 1)
 

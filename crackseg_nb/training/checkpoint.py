@@ -223,7 +223,7 @@ def save_checkpoint(
 
 # %% ../../nbs/training/08_checkpoint.ipynb #6b098aed
 def plain_metadata(metadata: Mapping | None) -> dict:
-    "Return metadata as JSON will give it back; raise CrackSegError for what JSON cannot hold."
+    "Return metadata as it will be read back from JSON; raise CrackSegError for what JSON cannot hold."
     try:
         return json.loads(json.dumps(to_storable(metadata or {}, "metadata")))
     except TypeError as error:
@@ -316,7 +316,7 @@ def latest_checkpoint(
     folder,
     resumable: bool = True,  # only checkpoints with a training state
 ) -> str | None:
-    "Return the name of the newest whole checkpoint, None if there is none; raise CrackSegError if all are damaged."
+    "Return the name of the newest complete checkpoint, None if there is none; raise CrackSegError if all are damaged."
     folder = Path(folder)
     manifests, problems = read_manifests(folder)
     for problem in problems:

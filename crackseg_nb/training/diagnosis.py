@@ -38,7 +38,7 @@ from .memory import untouched
 
 # %% ../../nbs/training/10_diagnosis.ipynb #768c6f77
 class FiniteGuard:
-    "Keep `optimizer` from a step with numbers that are not finite, and every later one; remember the first."
+    "Keep `optimizer` from taking a step with non-finite numbers and any later step; remember the first."
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class FiniteGuard:
         step: int,  # counted from 0 or 1
         *tensors: torch.Tensor,  # such as the window's loss and the norm of its gradient
     ) -> None:
-        "Look at `tensors` before optimiser step `step`; the trainer takes the step unless `skip` is set."
+        "Check `tensors` before optimiser step `step`; the trainer takes the step unless `skip` is set."
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         self.first += (~finite & (self.bad == 0)) * step
         self.bad.masked_fill_(~finite, 1.0)
@@ -116,7 +116,7 @@ def largest(value) -> float:
 
 # %% ../../nbs/training/10_diagnosis.ipynb #00eea01a
 class Watch:
-    "Observe a model's modules as a context: `forward` and `backward` are labels of the first culprits, or None."
+    "Observe a model's modules as a context: `forward` and `backward` name the first culprits, or are None."
 
     def __init__(self, model: nn.Module):
         self.model, self.names = model, {module: name for name, module in model.named_modules()}
@@ -186,7 +186,7 @@ def tap(
 
 @patch
 def observer(self: Watch, name: str | None) -> Callable:
-    "Return a hook that blames module `name`, or the next one around it, for the first gradient that is not finite."
+    "Return a hook that blames module `name`, or the one enclosing it, for the first non-finite gradient."
 
     def observe(gradient):
         if self.backward is not None or math.isfinite(largest(gradient)):
@@ -248,7 +248,7 @@ def first_nonfinite(
     batches: list[dict],  # of one window, on the device: image, target, index
     normalizers: torch.Tensor | None = None,  # of the whole window; None: of `batches`
 ) -> Finding:
-    """Repeat a window and return what is not finite first.
+    """Repeat a window and return the first thing that is not finite.
 
     The model keeps its mode, buffers and parameters; its gradients are removed.
 

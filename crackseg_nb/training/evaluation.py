@@ -29,7 +29,7 @@ def in_parts(
     size: int,  # images at once
     *batch: torch.Tensor,  # (B, …) each, the images first
 ) -> tuple[list, int]:
-    "Return what `work` gives for the parts of a batch, and the number of images at once that memory allowed."
+    "Return what `work` returns for the parts of a batch, and how many images at once memory allowed."
     done, start, images, device = [], 0, len(batch[0]), batch[0].device
     while start < images:
         try:

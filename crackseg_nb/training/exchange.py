@@ -102,7 +102,7 @@ def statistics_weights(
     momentum: torch.Tensor,  # (L,); NaN for the plain average of all updates
     before: torch.Tensor,  # (L,): updates before the window
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (L,) each
-    "Return the weights of the common start, of what process `rank` arrived at, and of its own start (subtracted)."
+    "Return the weights of the common start, of process `rank`'s result, and of its own start (subtracted)."
     own, after, total = counts[rank], counts[rank + 1 :].sum(0), counts.sum(0)
     keep, plain = 1 - momentum, momentum.isnan()
     all_updates = (before + total).clamp(min=1).double()
@@ -114,7 +114,7 @@ def statistics_weights(
 
 # %% ../../nbs/training/06_exchange.ipynb #b39fb92e
 class RunningStatistics:
-    "Keep running statistics of normalisation as one process would have them; free for a model that has none."
+    "Keep normalisation's running statistics as a single process would have them; costs nothing for a model without."
 
     def __init__(self, model: nn.Module):
         self.layers = [
@@ -152,7 +152,7 @@ class RunningStatistics:
 
 # %% ../../nbs/training/06_exchange.ipynb #ceb0fb3e
 def check_counted(layers: list[nn.Module]) -> None:
-    "Raise CrackSegError for normalisation whose updates torch does not count."
+    "Raise CrackSegError for normalisation layers whose updates torch does not count."
     for layer in layers:
         if not isinstance(layer, _BatchNorm):
             raise CrackSegError(
@@ -192,7 +192,7 @@ RunningStatistics.combine = combine
 
 # %% ../../nbs/training/06_exchange.ipynb #d0107293
 def close() -> None:
-    "End the exchange between processes, after all have arrived here; nothing without a group of processes."
+    "End the exchange between processes, once all have arrived here; do nothing without a process group."
     if not torch.distributed.is_initialized():
         return
     gc.collect()  # what still holds a tensor of the group

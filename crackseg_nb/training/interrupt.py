@@ -16,7 +16,7 @@ from .processes import PASSED
 
 # %% ../../nbs/training/11_interrupt.ipynb #e3324eea
 class StopRequest:
-    "Notice signals while in use as a context, in the main thread, and the end of the allotted time anywhere."
+    "As a context, notice signals (main thread only) and the end of the allotted time (any thread)."
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class StopRequest:
         self.handlers.__exit__(*error)
 
     def note(self, number: int, frame) -> None:
-        "Remember a signal; the step in hand is finished first, unless a person asks twice."
+        "Remember a signal; the current step is finished first, unless the user asks twice."
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is None:
@@ -49,7 +49,7 @@ class StopRequest:
 
     @property
     def minutes_left(self) -> float:
-        "What is left of the time, at least a moment; 0 where there is no limit."
+        "The remaining time, at least a moment; 0 if there is no limit."
         return max((self.deadline - time.monotonic()) / 60, 0.001) if self.time_limit else 0.0
 
     @property

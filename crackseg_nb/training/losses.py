@@ -58,7 +58,7 @@ def check_shapes(
     logits: Tensor,  # `(B, C, H, W)`, floating
     target: Tensor,  # `(B, H, W)`, integer or bool
 ) -> None:
-    "Refuse logits and target that do not belong together, with `CrackSegError`."
+    "Raise `CrackSegError` for logits and target that do not match."
     if logits.ndim != 4 or not logits.is_floating_point():
         raise CrackSegError(
             f"logits: found {logits.dtype} of shape {tuple(logits.shape)}, expected floating (B, C, H, W)"
@@ -94,7 +94,7 @@ def prepare(logits: Tensor, target: Tensor) -> Pixels:
 
 # %% ../../nbs/training/02_losses.ipynb #8f688a9a
 class Loss(nn.Module):
-    "Divide sums over a batch by normalizers of the target alone; sub-classes give `terms` and, if need be, `counts`."
+    "Divide sums over a batch by normalizers of the target alone; subclasses define `terms` and, if needed, `counts`."
 
     def __init__(self, weights: Sequence[float] = (1.0,)):  # one factor for each of the T terms
         super().__init__()

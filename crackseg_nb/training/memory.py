@@ -86,7 +86,7 @@ class MemoryMonitor:
             self.sample()
 
     def sample(self) -> int:
-        "Return the resident memory in bytes and let it count for the peak."
+        "Return the resident memory in bytes and include it in the peak."
         resident = self.process.memory_info().rss
         self.peak = max(self.peak, resident)
         return resident
@@ -99,7 +99,7 @@ class MemoryMonitor:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> dict[str, float]:
-        "Return the present and the peak memory in MiB; the `cuda` entries exist on CUDA only."
+        "Return the current and the peak memory in MiB; the `cuda` entries exist on CUDA only."
         reading = dict(rss_mib=self.sample() / MIB, peak_rss_mib=self.peak / MIB) | cuda_peaks(self.device)
         return {name: round(value, 1) for name, value in reading.items()}
 
@@ -109,7 +109,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
 
 
 def c_library() -> ctypes.CDLL | None:
-    "Return glibc where this process runs on it, else None."
+    "Return glibc if this process uses it, else None."
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -178,7 +178,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/training/04_memory.ipynb #cb6e9230
 def checkpointing_modules(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    "Return paths and modules whose `grad_checkpointing` switch saves most: stages before the wrapper around them."
+    "Return paths and modules whose `grad_checkpointing` switch saves most: stages rather than their wrapper."
     found = [
         (path, module)
         for path, module in encoder.named_modules()
@@ -228,7 +228,7 @@ def unsupported(model: nn.Module) -> CrackSegError:
 # %% ../../nbs/training/04_memory.ipynb #bd4a1127
 @contextmanager
 def untouched(model: nn.Module):
-    "Run a trial in training mode and give the model back as it was: mode, buffers, random numbers."
+    "Run a trial in training mode and restore the model afterwards: mode, buffers, random numbers."
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -365,7 +365,7 @@ def activation_bytes(
 
 
 def room_for_training(model: nn.Module, device: torch.device | str) -> int:
-    "Return the bytes that training `model` may take on `device`, those of its own parameters there included."
+    "Return the bytes that training `model` may take on `device`, including those of its own parameters there."
     clear_cache(device)  # the memory of trials counts as free
     parameters = list(model.parameters())
     there = torch.device(device).type == "cuda" and parameters[0].is_cuda

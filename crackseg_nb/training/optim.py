@@ -79,7 +79,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 # %% ../../nbs/training/03_optim.ipynb #c06684e0
 def fused_available(parameters: list[nn.Parameter]) -> bool:
-    "Tell whether torch's fused AdamW really runs on the devices and number types of `parameters`."
+    "Tell whether torch's fused AdamW actually runs on the devices and dtypes of `parameters`."
     try:
         for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters}:
             probe = nn.Parameter(torch.zeros(4, device=device, dtype=dtype))

@@ -82,7 +82,7 @@ def time_precisions(
     device: torch.device,
     budget: float = 8.0,  # seconds after which no further repeat begins; one of each is always taken, ten at most
 ) -> PrecisionTiming:
-    "Measure a training step in bf16 and in full precision; the model and the random numbers stay as they were."
+    "Measure a training step in bf16 and in full precision; the model and the random state stay as they were."
     start, step = time.perf_counter(), make_step(model, batch_size, image_size, device)
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)

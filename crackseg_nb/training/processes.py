@@ -52,7 +52,7 @@ from .exchange import close
 
 # %% ../../nbs/training/07_processes.ipynb #d146c8c8
 def watch_parent() -> None:
-    "End this process as soon as the one that started it is gone, were it killed."
+    "End this process as soon as its parent is gone, even if that was killed."
     parent = multiprocessing.parent_process()
 
     def watch():
@@ -68,7 +68,7 @@ def stop_early(number: int, frame) -> None:
 
 
 def receive_signals(folder: Path) -> None:
-    "Take the signals that `passing_signals` sends, beginning with those that were sent before this process was ready."
+    "Handle the signals that `passing_signals` sends, including those sent before this process was ready."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the starting process passes it on
     for number in PASSED:
         signal.signal(number, stop_early)
@@ -125,7 +125,7 @@ def note_error(error: Exception, folder: Path) -> None:
 
 # %% ../../nbs/training/07_processes.ipynb #b60b7b60
 def was_stopped(error: ChildFailedError, folder: Path) -> bool:
-    "Tell whether the processes ended on a signal that was passed on to them, before or after their work."
+    "Tell whether the processes were ended by a signal passed on to them, before or after their work."
     codes = {failure.exitcode for failure in error.failures.values()}
     return (
         any(folder.glob("signal.*"))
@@ -167,7 +167,7 @@ def launch_error(
 def passing_signals(folder: Path):
     """Pass signals on to the processes that left `ready` notes in `folder`; restore handlers at the end.
 
-    SIGTERM and SIGUSR1 go as they are, Ctrl-C as SIGTERM; a second one ends all at once."""
+    SIGTERM and SIGUSR1 are passed on as they are, Ctrl-C as SIGTERM; a second Ctrl-C kills all at once."""
     interrupts = []
 
     def pass_on(number, frame):

@@ -140,7 +140,7 @@ def check_factors(name: str, values: Sequence[float]) -> list[float]:
 
 
 def check_smooth(smooth: float, count_absent: bool) -> float:
-    "Return `smooth`; raise `CrackSegError` where an absent class would be divided by nothing."
+    "Return `smooth`; raise `CrackSegError` where an absent class would cause a division by zero."
     smooth = check_loss_number("smooth", smooth)
     if count_absent and not smooth:
         raise CrackSegError("smooth: found 0, expected more than 0 where count_absent is true")

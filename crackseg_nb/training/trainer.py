@@ -95,7 +95,7 @@ from crackseg_nb.training.window import (
 # %% ../../nbs/training/14_trainer.ipynb #438eaf71
 @dataclass
 class BestSoFar:
-    "Remember the best epoch; say when there was none for `patience` epochs."
+    "Remember the best epoch; say when there has been no better one for `patience` epochs."
 
     patience: int = 20  # 0 never stops
     value: float = -1.0
@@ -115,7 +115,7 @@ class BestSoFar:
 # %% ../../nbs/training/14_trainer.ipynb #3f655535
 @dataclass
 class TrainSettings:
-    "Say how a trainer trains, where it writes, and who is asked or told on the way."
+    "Hold how a trainer trains, where it writes, and its callbacks."
 
     config: TrainConfig
     optim: OptimConfig
@@ -152,7 +152,7 @@ class Trainer:
 
     @property
     def position(self) -> tuple[int, int]:
-        "Finished epochs, and optimiser steps of the present one."
+        "Finished epochs, and optimiser steps of the current one."
         return self.epoch, self.step
 
     @property
@@ -241,7 +241,7 @@ def train_window(trainer: Trainer, window: list[dict]) -> None:
     sum_gradients(trainer.model.parameters(), accelerator)
     trainer.guard.check(trainer.step + 1, loss, *gradient_norm(trainer))
     if trainer.guard.skip:
-        look_for_nan(trainer)  # an optimiser that the guard cannot hold back on the device; the host knows already
+        look_for_nan(trainer)  # the guard cannot stop this optimiser on the device; the host already has the result
     trainer.optimizer.step()
     trainer.scheduler.step()
     trainer.cleaner.step()
@@ -258,7 +258,7 @@ LOOK_EVERY = 10  # optimiser steps between looks at the guard
 
 
 def look_for_nan(trainer: Trainer) -> None:
-    "Raise CrackSegError with module, images and advice if a step since the last look had a NaN or an infinity."
+    "Raise CrackSegError with module, images and advice if a step since the last check had a NaN or an infinity."
     step = trainer.guard.first_bad_step()
     if step is None:
         check_loss_scale(trainer)
@@ -351,7 +351,7 @@ def nan_message(trainer: Trainer, step: int, finding: Finding | None, names: lis
 
 # %% ../../nbs/training/14_trainer.ipynb #4dbd03e2
 def pause_if_asked(trainer: Trainer) -> None:
-    "Write a state when it is due; raise Stopped, after writing one, when somebody asked for it."
+    "Write a state when it is due; raise Stopped, after writing one, when a stop was requested."
     reason, minutes = trainer.stop.reason, trainer.config.checkpoint_minutes
     due = 0 < 60 * minutes <= time.monotonic() - trainer.saved_time
     if not any_process(reason is not None or due, trainer.accelerator):
@@ -406,7 +406,7 @@ def train_epoch(trainer: Trainer) -> float:
 
 # %% ../../nbs/training/14_trainer.ipynb #239d7c54
 def training_state(trainer: Trainer) -> dict:
-    "Return all that resuming needs beside the weights; every process has to call this."
+    "Return everything that resuming needs apart from the weights; every process has to call this."
     scaler, best = trainer.accelerator.scaler, trainer.best
     own = best.epoch == trainer.epoch and trainer.step == 0  # the best weights are those of this very state
     return {
@@ -458,7 +458,7 @@ def save_state(trainer: Trainer) -> None:
 
 # %% ../../nbs/training/14_trainer.ipynb #e3c6b5ba
 def save_tables(trainer: Trainer) -> None:
-    "Write both tables anew; before the first epoch there are none."
+    "Rewrite both tables; before the first epoch there are none."
     for name, rows in (("history.csv", trainer.history), ("performance.csv", trainer.performance)):
         if not rows:
             (trainer.folder / name).unlink(missing_ok=True)
@@ -541,7 +541,7 @@ def restore_schedule(trainer: Trainer, state: dict) -> None:
 
 
 def restore_files(trainer: Trainer) -> None:
-    "Bring the tables and `best`, which may be from epochs that the state does not know, back to the state."
+    "Roll the tables and `best`, which may be from epochs after the state, back to the state."
     save_tables(trainer)
     if not trainer.best.epoch:
         return

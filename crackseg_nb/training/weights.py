@@ -130,7 +130,7 @@ def load_weights(
 
 # %% ../../nbs/training/09_weights.ipynb #33c8be3b
 def split_source(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    "Return the tensors that may be an encoder's by plain name, and the names of those that are certainly not."
+    "Return, by plain name, the tensors that may belong to an encoder, and the names of those that do not."
     prefix = next(
         prefix
         for prefix in ("encoder.body.", "body.", "")
@@ -177,7 +177,7 @@ class Fate:
 
 
 def fit_tensor(name: str, wanted: torch.Tensor, found: torch.Tensor | None) -> tuple[Fate, torch.Tensor | None]:
-    "Return what becomes of the encoder's tensor `wanted`, and its value unless it is left."
+    "Return what happens to the encoder's tensor `wanted`, and its value unless it is left as it is."
     shape = tuple(wanted.shape)
     if found is None:
         return Fate(name, "left", "missing", shape), None
@@ -197,7 +197,7 @@ HOMELESS = "no place for it"  # why a tensor of a larger encoder is ignored
 
 @dataclass(frozen=True)
 class TransferReport:
-    "Say what became of every tensor of an encoder, and of every one of the source."
+    "Say what happened to every tensor of an encoder and of the source."
 
     source: str
     architecture: str
@@ -208,7 +208,7 @@ class TransferReport:
         return [fate for fate in self.fates if fate.fate in kinds]
 
     def values(self, *kinds: str) -> int:
-        "Return how many values the encoder's tensors of these fates hold."
+        "Return how many values the encoder's tensors with these outcomes hold."
         return sum(math.prod(fate.expected) for fate in self.of(*kinds))
 
     @property
@@ -279,7 +279,7 @@ def kind_of(name: str) -> str:
 
 
 def check_transfer(report: TransferReport) -> None:
-    "Raise CrackSegError if the source's encoder is another network."
+    "Raise CrackSegError if the source's encoder is a different network."
     taken, left = report.of("loaded", "resized"), report.of("left")
     kinds = {kind_of(fate.name) for fate in taken}
     foreign = next((kind_of(fate.name) for fate in left if kind_of(fate.name) not in kinds), None)
@@ -299,7 +299,7 @@ def check_transfer(report: TransferReport) -> None:
 
 # %% ../../nbs/training/09_weights.ipynb #78afc952
 def check_finite(tensors: dict[str, torch.Tensor], source: str) -> None:
-    "Raise CrackSegError naming the first tensor with a value that is no number."
+    "Raise CrackSegError naming the first tensor with a NaN or infinite value."
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CrackSegError(f"{source}: found NaN or infinite values in {name!r}, expected finite weights")

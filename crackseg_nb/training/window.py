@@ -132,7 +132,7 @@ def accumulate_window(
     statistics: RunningStatistics,
     micro_batch: int,  # images that go through the model at once
 ) -> tuple[torch.Tensor, int]:
-    "Do as `backward_window`, in smaller parts if memory runs out; return also the micro-batch that fitted."
+    "Do the same as `backward_window`, in smaller parts if memory runs out; return also the micro-batch that fitted."
     window = [to_device(batch, accelerator.device) for batch in window]
     normalizers = window_normalizers(criterion, window, accelerator)
     statistics.snapshot()
