@@ -1428,6 +1428,10 @@ d = {
                 "inference/networks.html#turned.computing",
                 "crackseg_nb/inference/networks.py",
             ),
+            "crackseg_nb.inference.networks.Turned.in_pose": (
+                "inference/networks.html#turned.in_pose",
+                "crackseg_nb/inference/networks.py",
+            ),
             "crackseg_nb.inference.networks.Turned.probabilities": (
                 "inference/networks.html#turned.probabilities",
                 "crackseg_nb/inference/networks.py",
@@ -2147,6 +2151,10 @@ d = {
                 "metrics/counts.html#imagecounts",
                 "crackseg_nb/metrics/counts.py",
             ),
+            "crackseg_nb.metrics.counts.ImageCounts.__init__": (
+                "metrics/counts.html#imagecounts.__init__",
+                "crackseg_nb/metrics/counts.py",
+            ),
             "crackseg_nb.metrics.counts.ImageCounts.add_state": (
                 "metrics/counts.html#imagecounts.add_state",
                 "crackseg_nb/metrics/counts.py",
@@ -2371,8 +2379,8 @@ d = {
                 "metrics/geometry.html#matches",
                 "crackseg_nb/metrics/geometry.py",
             ),
-            "crackseg_nb.metrics.geometry.Matches.count": (
-                "metrics/geometry.html#matches.count",
+            "crackseg_nb.metrics.geometry.Matches.between": (
+                "metrics/geometry.html#matches.between",
                 "crackseg_nb/metrics/geometry.py",
             ),
             "crackseg_nb.metrics.geometry.Matches.scores": (

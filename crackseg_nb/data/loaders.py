@@ -212,7 +212,8 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, **settings):  # settings: of torch's DataLoader
         super().__init__(dataset, **settings)
 
-    def __iter__(self) -> Iterator[dict]:
+    # torch promises its own iterator; the code around it needs no more than any iterator gives.
+    def __iter__(self) -> Iterator[dict]:  # ty: ignore[incompatible-method-override]
         if ended_workers(self._iterator):
             self.stop_workers()  # they ended between two iterations
         with self.named_faults():

@@ -224,17 +224,20 @@ def cbam_maps(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
 ) -> dict[str, Gates]:
     "Return CBAM's gates in each decoder block, coarsest first; raise CrackSegError if the model has none."
-    blocks = [part for part in model.modules() if isinstance(part, DecoderBlock) and isinstance(part.attention, CBAM)]
+    blocks = [
+        (part.narrow, part.attention)
+        for part in model.modules()
+        if isinstance(part, DecoderBlock) and isinstance(part.attention, CBAM)
+    ]
     if not blocks:
         raise refusal(model, "CBAM", "swinv2_hybrid with cbam=true")
-    strides, gates = model.encoder.strides[-2::-1], {}
-    with watched(model, image, dict(enumerate(part for block in blocks for part in block.attention))) as seen:
-        for number, (block, stride) in enumerate(zip(blocks, strides)):
-            by_channel, by_place = (
-                part.gate(seen[2 * number + order].inputs[0])[0] for order, part in enumerate(block.attention)
-            )
+    strides: tuple[int, ...] = model.encoder.strides
+    gates = {}
+    with watched(model, image, dict(enumerate(part for _, cbam in blocks for part in cbam))) as seen:
+        for number, ((narrow, cbam), stride) in enumerate(zip(blocks, strides[-2::-1])):
+            by_channel, by_place = (part.gate(seen[2 * number + order].inputs[0])[0] for order, part in enumerate(cbam))
             weights = by_channel.flatten().float().cpu().numpy()
-            deep, skip = np.split(weights, [block.narrow.out_channels])
+            deep, skip = np.split(weights, [narrow.out_channels])
             gates[f"decoder {number}, stride {stride}"] = Gates(
                 deep, skip, spread(by_place[0], image.shape[:2], stride)
             )
@@ -273,11 +276,10 @@ def aspp_maps(
     aspp = next((part for part in model.modules() if isinstance(part, ASPP)), None)
     if aspp is None:
         raise refusal(model, "ASPP", "swinv2_hybrid with aspp=true")
-    names = [*(f"rate {branch[0].dilation[0]}" for branch in aspp.branches[:-1]), "whole image"]
+    names = [*(f"rate {rate}" for rate in aspp.rates), "whole image"]
+    strides: tuple[int, ...] = model.encoder.strides
     with watched(model, image, dict(zip(names, aspp.branches))) as seen:
         return {
-            name: spread(
-                seen[name].output[0].float().square().mean(0).sqrt(), image.shape[:2], model.encoder.strides[-1]
-            )
+            name: spread(seen[name].output[0].float().square().mean(0).sqrt(), image.shape[:2], strides[-1])
             for name in names
         }

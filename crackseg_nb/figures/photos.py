@@ -259,7 +259,7 @@ def tiles(rows: int, columns: int, tile: tuple[int, int], margin: int = 18) -> t
     "Return a closed figure and its axes (rows, columns), each of `tile` (height, width) pixels with `margin` above."
     size = (columns * (tile[1] + 8) / DPI, rows * (tile[0] + margin) / DPI)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    figure.get_layout_engine().set(w_pad=2 / DPI, h_pad=2 / DPI, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=2 / DPI, h_pad=2 / DPI, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
@@ -415,14 +415,17 @@ def show_augmentations(
     "Return a figure with the photo under its mask, if it has one, then `count - 1` augmented versions."
     seeds = [seed_for(seed, "show_augmentations", number) for number in range(1, count)]
     titles = [f"version {number}" for number in range(1, count)]
+    # `mask_encoding` decides which kind of augmentation it is, and with it how it is called.
     if mask_encoding == LABELS:
         image = read_image(sample.image, sample.white)
+        versions = [augmentation(image, seed) for seed in seeds]  # ty: ignore[missing-argument]
         return show_grid(
-            [as_tile(picture) for picture in (image, *(denormalize(augmentation(image, seed)) for seed in seeds))],
+            [as_tile(picture) for picture in (image, *map(denormalize, versions))],
             [classes.names[sample.label], *titles],
         )
     pair = read_image(sample.image, sample.white), read_mask(sample.mask, mask_encoding)
-    return show_pairs([pair, *(augmentation(*pair, seed) for seed in seeds)], [sample.name, *titles], classes)
+    versions = [augmentation(*pair, seed) for seed in seeds]  # ty: ignore[too-many-positional-arguments]
+    return show_pairs([pair, *versions], [sample.name, *titles], classes)
 
 
 # %% ../../nbs/figures/02_photos.ipynb #e84896dd

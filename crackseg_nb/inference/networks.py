@@ -111,16 +111,21 @@ class Turned(Network):
         self.views = describe_views(poses, (1.0,))
         self.threads, self.workers, self.enlarged = network.threads, network.workers, network.enlarged
 
+    def in_pose(self, images: np.ndarray, pose: int) -> np.ndarray:
+        "Return the probabilities of the images in a pose, turned back."
+        posed = np.rot90(images, pose % 4, (2, 3))
+        found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if pose >= 4 else posed))
+        return np.rot90(found[..., ::-1] if pose >= 4 else found, -(pose % 4), (2, 3))
+
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        total, (height, width) = None, images.shape[-2:]
+        height, width = images.shape[-2:]
         if not self.facts.fixed_size:  # strides lie alike from either side
             edges = ((0, -side % self.facts.multiple) for side in (height, width))
             images = np.pad(images, ((0, 0), (0, 0), *edges), mode="edge")
-        for pose in self.poses:
-            posed = np.rot90(images, pose % 4, (2, 3))
-            found = self.network.probabilities(np.ascontiguousarray(posed[..., ::-1] if pose >= 4 else posed))
-            found = np.rot90(found[..., ::-1] if pose >= 4 else found, -(pose % 4), (2, 3))
-            total = found.copy() if total is None else total + found
+        first, *others = self.poses
+        total = self.in_pose(images, first).copy()
+        for pose in others:
+            total = total + self.in_pose(images, pose)
         return total[..., :height, :width] / np.float32(len(self.poses))
 
     def radius(self) -> int:
@@ -225,7 +230,7 @@ class OnnxNetwork(Network):
         multiple = 1 if self.facts.fixed_size else self.facts.multiple
         edges = ((0, 0), (0, 0), (0, -height % multiple), (0, -width % multiple))
         padded = np.pad(images, edges, mode="edge") if any(map(any, edges)) else images
-        logits = self.session.run(None, {self.input: padded})[0]
+        logits: np.ndarray = self.session.run(None, {self.input: padded})[0]
         return to_probabilities(logits[..., :height, :width])
 
 

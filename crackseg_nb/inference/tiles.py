@@ -215,8 +215,8 @@ class Rows:
     def begin_at(self, top: int) -> None:
         "Forget the rows above `top`; the others move up in their place."
         gap = top - self.top
-        for plane in (self.image, self.covered):
-            for start in range(0, self.stop - top, gap) if plane is not None else ():
+        for plane in (self.image,) if self.covered is None else (self.image, self.covered):
+            for start in range(0, self.stop - top, gap):
                 end = min(start + gap, self.stop - top)
                 plane[start:end] = plane[start + gap : end + gap]
         self.top = top

@@ -315,7 +315,7 @@ def fit_profiles(
     if profiles.shape[1] < 8:
         raise CrackSegError(f"profiles: found {profiles.shape[1]} samples, expected at least 8")
     places = (np.arange(profiles.shape[1]) - (profiles.shape[1] - 1) / 2) * step
-    base = np.nan_to_num(np.nanmedian(np.where(np.isfinite(profiles).any(1)[:, None], profiles, 0), axis=1))
+    base = np.nan_to_num(np.nanmedian(np.where(np.isfinite(profiles).any(1, keepdims=True), profiles, 0), axis=1))
     near = np.where((abs(places) <= search) & np.isfinite(profiles), profiles, np.inf)
     middle = near.argmin(1)
     usable = np.flatnonzero((near.min(1) < base) & (base > (black or 0)) & (np.isfinite(profiles).sum(1) >= 8))

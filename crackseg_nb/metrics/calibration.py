@@ -28,9 +28,9 @@ from ..figures.style import styled
 from .curves import Sums, check_planes, highest_within, levels
 
 if TYPE_CHECKING:
-    import matplotlib as mpl
+    import matplotlib.figure
 else:
-    mpl = LateModule("matplotlib")
+    matplotlib = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/04_calibration.ipynb #8eb31be2
 CALIBRATION_PROTOCOL = """\
@@ -182,7 +182,7 @@ def draw_reliability(
 def show_reliability(
     metrics: Mapping[str, Calibration],  # name -> metric
     title: str = "",
-) -> "mpl.figure.Figure":
+) -> "matplotlib.figure.Figure":
     "Draw the fraction of crack pixels against the probability, over all pixels and near cracks, and pixels per bin."
     import matplotlib.pyplot as plt
 

@@ -129,6 +129,9 @@ class ImageCounts:
     mistake: str  # what invalid pixels are, and what is expected instead
     protocol: str  # the rules in words
 
+    def __init__(self, setting: Sequence):  # the value of the attribute that `setting` names
+        raise NotImplementedError
+
     def split(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Split rows `(N, num_counts)` into counts `(N, C, K)`, true classes first, and invalid pixels `(N,)`."
         raise NotImplementedError

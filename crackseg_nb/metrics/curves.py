@@ -44,9 +44,9 @@ from ..core.checks import VOID, CrackSegError, LateModule, check_number
 from ..figures.style import styled
 
 if TYPE_CHECKING:
-    import matplotlib as mpl
+    import matplotlib.figure
 else:
-    mpl = LateModule("matplotlib")
+    matplotlib = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/03_curves.ipynb #d6480a2f
 CURVE_PROTOCOL = """\
@@ -407,7 +407,7 @@ def draw_iso_f1(axis) -> None:
 def show_curves(
     curves: Mapping[str, ThresholdCurves],  # name -> metric
     title: str = "",
-) -> "mpl.figure.Figure":
+) -> "matplotlib.figure.Figure":
     "Draw precision against recall, and pooled F1 (strong) and mean F1 (faint) against the threshold."
     import matplotlib.pyplot as plt
 

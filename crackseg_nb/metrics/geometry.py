@@ -39,9 +39,9 @@ from crackseg_nb.metrics.widths import (
 )
 
 if TYPE_CHECKING:
-    import matplotlib as mpl
+    import matplotlib.figure
 else:
-    mpl = LateModule("matplotlib")
+    matplotlib = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/06_geometry.ipynb #1eacf2b9
 GEOMETRY_PROTOCOL = """\
@@ -78,7 +78,7 @@ class Matches(NamedTuple):
     found: int  # of the true ones
 
     @classmethod
-    def count(cls, predicted, predicted_partners, true, true_partners, counted) -> "Matches":  # boolean (H, W) each
+    def between(cls, predicted, predicted_partners, true, true_partners, counted) -> "Matches":  # boolean (H, W) each
         "Count where `predicted` meets `true_partners`, and `true` meets `predicted_partners`."
         predicted, true = predicted & counted, true & counted
         return cls(
@@ -110,10 +110,10 @@ def match_pair(pair: Pair, tolerance: float) -> dict[str, Matches]:
     true, predicted, counted = pair.true, pair.predicted, pair.counted
 
     def tolerant(found, wanted):
-        return Matches.count(found, near(found, tolerance), wanted, near(wanted, tolerance), counted)
+        return Matches.between(found, near(found, tolerance), wanted, near(wanted, tolerance), counted)
 
     return dict(
-        topology=Matches.count(predicted.line, predicted.area, true.line, true.area, counted),
+        topology=Matches.between(predicted.line, predicted.area, true.line, true.area, counted),
         centreline=tolerant(predicted.line, true.line),
         boundary=tolerant(predicted.edge, true.edge),
     )
@@ -248,7 +248,7 @@ def show_geometry(
     prediction: np.ndarray,  # boolean (H, W)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
     tolerance: float = 2.0,  # pixels
-) -> "mpl.figure.Figure":
+) -> "matplotlib.figure.Figure":
     "Return a figure with the centre lines and the boundaries, matched within the tolerance, missed, and false."
     from crackseg_nb.figures.cases import error_legend
     from crackseg_nb.figures.photos import check_pair, paint_outcomes

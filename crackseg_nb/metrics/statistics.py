@@ -61,9 +61,9 @@ from ..figures.style import styled
 from .scores import SCORES, scores_from_counts
 
 if TYPE_CHECKING:
-    import matplotlib as mpl
+    import matplotlib.figure
 else:
-    mpl = LateModule("matplotlib")
+    matplotlib = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a11069f8
 COUNTS = ("tp", "fp", "fn")
@@ -587,7 +587,7 @@ def compare_repeats(
 def show_intervals(
     intervals: dict[str, Interval],  # a run, or a pair, and its score or difference
     label: str = "score",
-) -> "mpl.figure.Figure":
+) -> "matplotlib.figure.Figure":
     "Return a figure with a dot and a bar for each interval; differences have a line at 0."
     import matplotlib.pyplot as plt
 
@@ -609,7 +609,7 @@ def show_intervals(
 
 # %% ../../nbs/metrics/07_statistics.ipynb #a8df0c3f
 @styled
-def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "mpl.figure.Figure":
+def show_paired(a, b, statistic: Statistic = "mean", names: tuple[str, str] = ("a", "b")) -> "matplotlib.figure.Figure":
     "Return a scatter plot with a point per image: its score in the first run on x, in the second on y."
     import matplotlib.pyplot as plt
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 # %% ../../nbs/metrics/05_widths.ipynb #3ce498e0
 from ..core.checks import VOID, CrackSegError, LateModule
@@ -38,9 +38,10 @@ from ..figures.style import styled
 from .curves import highest_within
 
 if TYPE_CHECKING:
-    import matplotlib as mpl
+    import matplotlib.figure
+    import matplotlib.patches
 else:
-    mpl = LateModule("matplotlib")
+    matplotlib = LateModule("matplotlib")
 
 # %% ../../nbs/metrics/05_widths.ipynb #a8ade5cc
 WIDTH_PROTOCOL = """\
@@ -138,7 +139,8 @@ def local_widths(
     lifts = (
         np.sqrt((squares.max() - squares) * (1 + 1e-6)) / 2
     )  # the factor prefers wide ones, and is too small to change more than ties
-    tree = cKDTree(np.column_stack([np.argwhere(outline.line), lifts]))
+    # The size of the leaves decides which of equally near pixels is found.
+    tree = KDTree(np.column_stack([np.argwhere(outline.line), lifts]), leafsize=16)
     pixels = np.argwhere(where)
     _, nearest = tree.query(np.column_stack([pixels, np.zeros(len(pixels))]))
     return np.sqrt(squares[nearest]) - 2**-0.5
@@ -176,7 +178,7 @@ def by_width(counts: np.ndarray) -> dict[str, float]:
 
 # %% ../../nbs/metrics/05_widths.ipynb #4a21b8d5
 @styled
-def show_panels(panels: dict[str, np.ndarray], legend: "list[mpl.patches.Patch]") -> "mpl.figure.Figure":
+def show_panels(panels: dict[str, np.ndarray], legend: "list[matplotlib.patches.Patch]") -> "matplotlib.figure.Figure":
     "Show images, uint8 RGB (H, W, 3), side by side under their titles, at least 300 pixels large, with a legend."
     from crackseg_nb.figures.photos import add_legend, name_tile, tiles
 
@@ -196,7 +198,7 @@ WIDTH_COLOURS = ((240, 228, 66), (86, 180, 233), (213, 94, 0), (200, 60, 160))  
 def show_widths(
     image: np.ndarray,  # uint8 RGB (H, W, 3)
     mask: np.ndarray,  # uint8 (H, W): 0, 1 or void
-) -> "mpl.figure.Figure":
+) -> "matplotlib.figure.Figure":
     "Return a figure with the photo and each crack pixel in the colour of its class of width."
     from matplotlib.patches import Patch
 

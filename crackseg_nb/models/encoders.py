@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         self.body = self.create()
         accept_any_size(self.body)
         if self.architecture in mix_transformer_encoders:
-            self.channels, self.strides = tuple(self.body.out_channels[2:]), STRIDES[1:]
+            self.channels, self.strides = tuple(self.body.out_channels)[2:], STRIDES[1:]
         else:
             self.channels, self.strides = (
                 tuple(getattr(self.body.feature_info, name)()) for name in ("channels", "reduction")

@@ -77,6 +77,7 @@ class ASPP(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
+        self.rates = rates
         convs = [conv_norm_relu(in_channels, out_channels, 1 if rate == 1 else 3, rate) for rate in rates]
         self.branches = nn.ModuleList([*convs, ImagePooling(in_channels, out_channels)])
         self.project = nn.Sequential(

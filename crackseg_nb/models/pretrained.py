@@ -75,7 +75,8 @@ class WeightPackage:
     def path(self) -> Path | None:
         "Return the path of the file; None if the package is not installed."
         module = importlib.util.find_spec(self.name.replace("-", "_"))  # nothing of it runs
-        return Path(module.submodule_search_locations[0]) / self.file if module else None
+        folders = module.submodule_search_locations if module else None
+        return Path(folders[0]) / self.file if folders else None
 
 
 PACKAGES = {  # by architecture
@@ -96,7 +97,8 @@ PACKAGES = {  # by architecture
 def published_at(encoder: Encoder) -> tuple[str, str | None]:
     "Return the hub's repository and revision of the encoder's weights; raise CrackSegError if none are published."
     if encoder.architecture in mix_transformer_encoders:
-        place = mix_transformer_encoders[encoder.architecture]["pretrained_settings"]["imagenet"]
+        known: dict = mix_transformer_encoders[encoder.architecture]
+        place = known["pretrained_settings"]["imagenet"]
         return place["repo_id"], place["revision"]
     repository = getattr(timm.get_pretrained_cfg(encoder.architecture), "hf_hub_id", None)
     if repository and not encoder.options.keys() - {"output_stride"}:

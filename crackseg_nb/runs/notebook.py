@@ -126,7 +126,8 @@ def kernel_class(relay: SignalRelay, sockets: Path, lock: int) -> type:
                 settings |= dict(transport="ipc", connection_file=str(sockets / "kernel.json"))
             super().__init__(**settings, kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
 
-        async def start_kernel(self, **settings):
+        # jupyter_client declares it as an attribute that holds a function, which nobody exchanges.
+        async def start_kernel(self, **settings):  # ty: ignore[incompatible-mutable-override]
             await super().start_kernel(**settings, **(dict(pass_fds=(lock,)) if os.name == "posix" else {}))
             relay.attach(self.provisioner.process)
 

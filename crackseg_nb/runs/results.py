@@ -237,10 +237,11 @@ def collect_results(
     resumed: int = 0,  # how often the run was resumed
 ) -> dict:
     "Return what goes to final_results.yaml."
+    weights: dict = built.model.weights
     return {
         **split_scores(tested, prepared.audit.overlapping_test_names),
         "protocol": protocol_of(config, trained, tested, prepared.splits.lengths),
-        "model": {"parameters": built.parameters["total"], "weights": built.model.weights["loaded"]},
+        "model": {"parameters": built.parameters["total"], "weights": weights["loaded"]},
         "data_fingerprint": prepared.audit.fingerprint,
         "performance": performance_of(prepared, trained, tested, config.run.devices, resumed),
     }

@@ -300,7 +300,9 @@ def check_files(run: KeptRun) -> list[Check]:
     "Compare a run's files, settings and results with its manifest."
     if refused := open_manifest(run):
         return refused
-    kept, found = run.manifest["files"], kept_files(run.folder)
+    manifest = run.manifest
+    assert manifest is not None  # or it was refused
+    kept, found = manifest["files"], kept_files(run.folder)
     gone = [name for name in kept if name not in found and name.startswith(OPTIONAL) and not name.endswith(".csv")]
     there = {name: digest for name, digest in kept.items() if name not in gone}
     checks = [compare("files", there, {name: found[name] for name in there if name in found}, "files")]
@@ -308,8 +310,8 @@ def check_files(run: KeptRun) -> list[Check]:
         checks.append(Check("left out", "not checked", [f"{len(gone)} files that the folder no longer holds", *gone]))
     return [
         *checks,
-        compare_yaml("configuration", run.manifest["config"], run.folder / "config.yaml"),
-        compare_yaml("results", run.manifest["results"], run.folder / "final_results.yaml"),
+        compare_yaml("configuration", manifest["config"], run.folder / "config.yaml"),
+        compare_yaml("results", manifest["results"], run.folder / "final_results.yaml"),
     ]
 
 

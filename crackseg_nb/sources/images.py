@@ -381,10 +381,8 @@ def palette_values(picture: Image.Image) -> np.ndarray:
 # %% ../../nbs/sources/02_images.ipynb #d3f06a81
 def palette_of(picture: Image.Image) -> list[tuple[int, int, int]] | None:
     "Return the colours of an opened picture's palette, or None where it has none."
-    if picture.mode != "P":
-        return None
-    values = picture.getpalette("RGB")
-    return list(zip(values[::3], values[1::3], values[2::3]))
+    values = picture.getpalette("RGB") if picture.mode == "P" else None
+    return None if values is None else list(zip(values[::3], values[1::3], values[2::3]))
 
 
 # %% ../../nbs/sources/02_images.ipynb #af7bbcb1

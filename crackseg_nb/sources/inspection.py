@@ -144,15 +144,14 @@ def settle_white(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[li
     "Return the samples with the white level of their images, and notes; raise CrackSegError on impossible values."
     notes, whites = [], {}
     for whole, kind in ((True, "whole numbers of more than 8 bits"), (False, "floating-point numbers")):
-        found = [(sample, facts[sample.name].deep) for sample in samples if facts[sample.name].deep]
-        found = [(sample, deep) for sample, deep in found if deep[0] == whole]
+        found = [(sample, deep) for sample in samples if (deep := facts[sample.name].deep) and deep[0] == whole]
         if not found:
             continue
         lowest, highest = min(found, key=lambda pair: pair[1][1]), max(found, key=lambda pair: pair[1][2])
-        odd = next((sample for sample, (_, low, high) in found if not low <= high), None)  # not a number
-        odd = odd or (lowest[0] if lowest[1][1] < 0 else highest[0])
-        with naming(odd.image):
-            white = find_white(*facts[odd.name].deep[1:], whole)
+        odd = next((pair for pair in found if not pair[1][1] <= pair[1][2]), None)  # not a number
+        sample, (_, low, high) = odd or (lowest if lowest[1][1] < 0 else highest)
+        with naming(sample.image):
+            white = find_white(low, high, whole)
         whites |= {sample.name: white for sample, _ in found}
         notes.append(f"{len(found)} images hold {kind} up to {highest[1][2]:g}: {white} is shown as white")
     return [replace(sample, white=whites.get(sample.name)) for sample in samples], notes
@@ -268,14 +267,14 @@ def settle_encoding(
     raise_first([error for sample, fact in zip(samples, found) if (error := unknown_values(sample, fact, encoding))])
     notes = []
     if base == COLOURS:
-        unclear = sum(bool(fact.values[VOID]) for fact in found)
+        unclear = sum(VOID in occurring(fact) for fact in found)
         notes.append(f"masks are painted in {len(colours_of(encoding))} colours; {unclear} of them hold void")
     if encoding == "threshold":
         notes.append("greys in the masks are cut at 128 (JPEG smears borders)")
-    if base in ("ids", "class_ids") and any(fact.values[VOID] for fact in found):
+    if base in ("ids", "class_ids") and any(VOID in occurring(fact) for fact in found):
         notes.append("mask value 255 means void")
     for value in void:
-        seen = sum(bool(fact.values[value]) for fact in found)
+        seen = any(value in occurring(fact) for fact in found)
         notes.append(f"mask value {value} means void" if seen else f"mask value {value}, to mean void, is in no mask")
     blunt = [sample.name for sample, fact in zip(samples, found) if VOID in occurring(fact) <= {0, VOID}]
     if base == "class_ids" and blunt:

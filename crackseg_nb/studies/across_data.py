@@ -22,10 +22,10 @@ __all__ = [
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d05
 from ..core.checks import CrackSegError, check_folder_name
@@ -138,7 +138,8 @@ def across_table(
 ) -> pd.DataFrame:
     "Return a row for each data set and model: pooled IoU with its 95 % interval, and the other scores."
     rows = []
-    for (dataset, model), table in images.groupby(["set", "model"], sort=False):
+    groups = images.groupby(["set", "model"], sort=False)
+    for (dataset, model), table in groups:  # ty: ignore[not-iterable] pandas calls the pair of names a Hashable
         interval = bootstrap(table[["tp", "fp", "fn"]], "pooled_iou", list(table["group"]))
         pooled = scores_from_counts(*table[["tp", "fp", "fn"]].sum())
         rows.append(
@@ -160,7 +161,7 @@ def across_table(
 
 def show_across(
     table: pd.DataFrame,  # as `across_table` returns it
-) -> mpl.figure.Figure:
+) -> Figure:
     "Show each model's pooled IoU on each data set, with its interval."
     names, models = (list(table.index.unique(level)) for level in ("set", "model"))
     figure, axis = plt.subplots(figsize=(7, 0.6 + 0.32 * len(table)), layout="constrained")

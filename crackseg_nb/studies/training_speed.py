@@ -421,7 +421,7 @@ class Benchmark:
         self.half = max(2, config.rounds // 2)
         self.rows, self.start = [], time.perf_counter()
         lightning = package_versions(["lightning"]).get("lightning")
-        self.summary = {
+        self.summary: dict[str, dict] = {
             "settings": asdict(config),
             "environment": {**describe_environment(), "lightning": lightning},
             "precision": {name: contest.precision.replace("no", "float32") for name, contest in self.contests.items()},
@@ -613,7 +613,7 @@ def show_ratios(
         return None
     table = table.dropna(subset="ratio")
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(table)))
-    for row, ((_, _name), found) in enumerate(table.iterrows()):
+    for row, (_, found) in enumerate(table.iterrows()):
         axis.plot(
             [found["low"], found["high"]],
             [row, row],

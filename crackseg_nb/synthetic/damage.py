@@ -164,7 +164,9 @@ def seep(
 
 
 # %% ../../nbs/synthetic/03_damage.ipynb #d2e1d89c
-RUST = np.float32([[0.6, 0.42, 0.25], [0.53, 0.29, 0.13], [0.38, 0.17, 0.07], [0.2, 0.09, 0.05]])  # thin to thick
+RUST = np.array(  # thin to thick
+    [[0.6, 0.42, 0.25], [0.53, 0.29, 0.13], [0.38, 0.17, 0.07], [0.2, 0.09, 0.05]], np.float32
+)
 
 
 def paint_corrosion(

@@ -69,12 +69,12 @@ def stones(
     spacing: float,  # pixels between neighbours, about
 ) -> tuple[np.ndarray, np.ndarray]:
     "Return the number of each pixel's stone (H, W) and its distance from the border to the next stone (H, W)."
-    from scipy.spatial import cKDTree  # here: it takes longer to start than all other textures to draw
+    from scipy.spatial import KDTree  # here: it takes longer to start than all other textures to draw
 
     room = np.array(size) + 4 * spacing
     centres = generator.uniform(-2 * spacing, room - 2 * spacing, (int(room.prod() / spacing**2), 2))
     pixels = np.stack(np.mgrid[: size[0], : size[1]], -1).reshape(-1, 2)
-    distance, nearest = cKDTree(centres).query(pixels, k=2)
+    distance, nearest = KDTree(centres, leafsize=16).query(pixels, k=2)
     return nearest[:, 0].reshape(size), (np.diff(distance) / 2).astype(np.float32).reshape(size)
 
 

@@ -194,6 +194,8 @@ class BCE(Loss):
 class PixelLoss(Loss):
     "Weight a per-pixel loss by class; the normalizer is the sum of the weights of the valid pixels."
 
+    class_weights: Tensor | None  # a buffer
+
     def __init__(self, class_weights: Sequence[float] | None = None):  # one factor per class, background first
         super().__init__()
         if class_weights is not None:
