@@ -249,6 +249,14 @@ def test_the_first_markdown_cell_holds_title_and_blurb_alone(path):
     )
 
 
+def test_types_hold():
+    "What the signatures promise is kept, at the level that ty.toml sets."
+    checked = subprocess.run(
+        [sys.executable, "-m", "ty", "check", "--python", sys.prefix], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout[-3000:]
+
+
 def test_layout_and_lint_find_nothing():
     "Notebooks, package and tests are laid out by `ruff format` and pass `ruff check`."
     for command in (["format", "--check"], ["check"]):
