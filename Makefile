@@ -30,11 +30,11 @@ $(STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# What builds the site; the other commands do without.
+# What builds the site and looks at it; the other commands do without.
 DOCS_STAMP := $(STAMP)-docs
 
 $(DOCS_STAMP): $(STAMP)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[docs,browser]'
 	@touch $@
 
 $(VENV):
@@ -102,8 +102,9 @@ docs: $(DOCS_STAMP)  ## build the site into _docs/html, without a network, and c
 	@echo "The site: _docs/html/index.html"
 
 # The folder adds a hook to the user's own settings: a notebook is cleaned when it is saved.
-lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@JUPYTER_CONFIG_PATH="$(CURDIR)/.ci/lab:$$JUPYTER_CONFIG_PATH" $(BIN)/jupyter lab nbs
+lab: $(STAMP)  ## open the index in JupyterLab, with the project as its root; options: make lab ARGS="--no-browser --port 8889"
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.ci/lab:$$JUPYTER_CONFIG_PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
+	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 hooks: $(STAMP)  ## install the pre-commit hooks
 	@$(BIN)/pre-commit install
@@ -111,7 +112,7 @@ hooks: $(STAMP)  ## install the pre-commit hooks
 constraints:  ## resolve the bounds of settings.ini anew and write constraints.txt
 	@rm -rf $(VENV)-constraints
 	@$(PYTHON) -m venv $(VENV)-constraints
-	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,geo,docs]' $(TORCH)
+	@$(VENV)-constraints/bin/python -m pip install -qq --disable-pip-version-check --use-pep517 '.[dev,benchmark,artefact,compression,geo,docs,browser]' $(TORCH)
 	@.ci/freeze $(VENV)-constraints/bin/python > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@rm -rf $(VENV)-constraints

@@ -46,7 +46,7 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={
         name: settings[f"{name}_requirements"].split()
-        for name in ("dev", "benchmark", "artefact", "compression", "geo", "heif", "onnx", "weights", "docs")
+        for name in ("dev", "benchmark", "artefact", "compression", "geo", "heif", "onnx", "weights", "docs", "browser")
     },
     cmdclass={"build_py": BuildWithDoors},
     entry_points={

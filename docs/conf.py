@@ -90,5 +90,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", pages.describe)
     app.connect("doctree-read", pages.link_names)
     app.connect("html-page-context", pages.link_code)
+    app.connect("html-page-context", pages.list_parameters)
     app.connect("build-finished", pages.write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -289,6 +289,19 @@ def link_code(app, page: str, template: str, context: dict, tree) -> None:
     context["body"] = CODE_NAME.sub(link, context["body"])
 
 
+SIGNATURE_LINES = re.compile(r'(<span class="sig-paren">\(</span>\s*)<dl>\n(.*?)</dl>', re.S)
+
+
+def list_parameters(app, page: str, template: str, context: dict, tree) -> None:
+    "Let a signature of several lines be a list: a list of definitions without terms means nothing to a screen reader."
+
+    def as_list(match):
+        return f'{match[1]}<ul>\n{match[2].replace("<dd>", "<li>").replace("</dd>", "</li>")}</ul>'
+
+    if "body" in context:
+        context["body"] = SIGNATURE_LINES.sub(as_list, context["body"])
+
+
 @cache
 def homes() -> dict[str, str]:
     "Map each public name of the package that only one module has to its full name."
@@ -397,7 +410,7 @@ def write_reference() -> None:
         if modules:
             index += ["", f"## {part}", "", toctree(*[f"docs/reference/{module}" for module in modules], hidden=False)]
         for module in modules:
-            page = f"# {module}\n\nChapter: {{doc}}`/{chapters()[module]}`\n\n"
+            page = f"# {module.removeprefix('crackseg_nb.')}\n\nChapter: {{doc}}`/{chapters()[module]}`\n\n"
             names = "\n\n".join(directive(module, name) for name in public_names(module))
             page += f"```{{eval-rst}}\n.. automodule:: {module}\n   :no-members:\n\n"
             page += f".. currentmodule:: {module}\n\n{names}\n```\n"
@@ -420,6 +433,8 @@ def plain(value) -> str:
 
 def describe(app, what: str, name: str, target, options, lines: list[str]) -> None:
     "Add the table of parameters, read from the comments beside them, to a docstring."
+    if lines and lines[0].startswith("Alias for field number"):  # of a named tuple; says nothing
+        lines.clear()
     lines[:] = [re.sub(r"(?<![\\`])([*|])", r"\\\1", line) if "`" not in line else line for line in lines]
     if what not in ("class", "function", "method"):
         return

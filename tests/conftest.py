@@ -39,6 +39,17 @@ def pytest_runtest_setup(item):
             pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def browser():
+    "Debian's or Google's Chromium without a window; its tests are marked `browser`."
+    api = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
+    with api.sync_playwright() as playwright:
+        path = shutil.which("chromium") or shutil.which("google-chrome")
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture
 def data_folder():
     "The folder of the real photos; its tests are marked `real_data`."

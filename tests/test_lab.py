@@ -2,12 +2,22 @@
 
 import asyncio
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
 from traitlets.config.loader import PyFileConfigLoader
+
+from crackseg_nb.core.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 HOOKS = ROOT / ".ci" / "lab" / "jupyter_server_config.py"
@@ -69,3 +79,140 @@ def test_edits_and_outputs_are_saved(tmp_path):
     saved = json.loads(path.read_text("utf-8"))
     assert saved["cells"][0]["source"] == ["# Mine"] and saved["cells"][2]["metadata"] == {"tags": ["parameters"]}
     assert next(cell for cell in saved["cells"] if cell["cell_type"] == "code")["outputs"] == [output]
+
+
+# JupyterLab in a browser
+
+TINY = """
+data, synthetic_images, image_size, epochs, batch_size = "synthetic", 24, 32, 12, 4
+model, encoder, pretrained, device, amp = "deeplab_optimized", None, False, "cpu", "off"
+outputs, run_name = {outputs!r}, "lab"
+"""
+CELLS = """() => {
+  const cells = jupyterapp.shell.currentWidget.content.model.cells;
+  return Array.from({length: cells.length}, (_, number) => cells.get(number).toJSON());
+}"""
+RUN_CELL = """async number => {
+  jupyterapp.shell.currentWidget.content.activeCellIndex = number;
+  await jupyterapp.commands.execute("notebook:run-cell");
+}"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A copy of the notebooks; in that of a run the parameters ask for a minute of training."
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "nbs", folder / "nbs")
+    path = folder / "nbs" / "run_experiment.ipynb"
+    notebook = nbformat.read(path, 4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source += TINY.format(outputs=str(folder / "outputs"))
+    nbformat.write(notebook, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(project):
+    "The address of JupyterLab on the copy, with the settings of `make lab`."
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folders = {f"JUPYTERLAB_{name}_DIR": str(project / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    settings = dict(port=port, port_retries=0, root_dir=project, disable_check_xsrf=True)
+    server = subprocess.Popen(
+        [*command, "--IdentityProvider.token=", *(f"--ServerApp.{name}={value}" for name, value in settings.items())],
+        cwd=project,
+        env={**os.environ, **folders, "JUPYTER_CONFIG_PATH": str(HOOKS.parent), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=5)
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture
+def opened(lab, browser):
+    "Return a function that opens a notebook and returns the page, once a kernel is ready."
+    context = browser.new_context(viewport=dict(width=1400, height=900))
+
+    def open_notebook(name):
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(f"{lab}/lab/tree/nbs/{name}?reset")
+        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.context?.isReady")
+        page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'")
+        return page
+
+    yield open_notebook
+    context.close()
+
+
+def errors_in(cells):
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
+
+
+def wait_until(found, seconds=120):
+    "Wait until the function returns something, and return that."
+    end = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert value
+    return value
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["index", "core/01_checks", "metrics/02_counts", "training/03_optim"])
+def test_a_chapter_runs_in_jupyterlab(opened, project, name):
+    page = opened(f"{name}.ipynb")
+    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    cells = page.evaluate(CELLS)
+    assert not errors_in(cells)
+    assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]))
+    page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    assert (project / "nbs" / f"{name}.ipynb").read_text("utf-8").count('"execution_count": null')
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_run_in_jupyterlab_shows_its_curves_is_interrupted_and_goes_on(opened, project):
+    page, folder = opened("run_experiment.ipynb"), RunFolder(project / "outputs" / "lab")
+    cells = page.evaluate(CELLS)
+    training = next(number for number, cell in enumerate(cells) if "experiment.train(" in "".join(cell["source"]))
+    for number in range(training):
+        page.evaluate(RUN_CELL, number)
+    assert not errors_in(page.evaluate(CELLS))
+    page.evaluate(f"void ({RUN_CELL})({training})")
+
+    def drawn():
+        return [output for output in page.evaluate(CELLS)[training]["outputs"] if "image/png" in output.get("data", {})]
+
+    wait_until(drawn)  # the live curves, before the training is over
+    page.locator(".jp-Notebook .jp-RenderedImage img").last.wait_for()
+    page.evaluate("jupyterapp.commands.execute('notebook:interrupt-kernel')")
+    wait_until(lambda: folder.state == "stopped")
+    (message,) = wait_until(lambda: errors_in(page.evaluate(CELLS)))
+    assert message.startswith("Stopped: stopped in epoch") and message.endswith("run the cell with train() again")
+    done = len(pd.read_csv(folder / "history.csv"))
+    assert done < 12
+
+    page.evaluate(RUN_CELL, training)
+    history = pd.read_csv(folder / "history.csv")
+    assert not errors_in(page.evaluate(CELLS)) and history["epoch"].tolist() == list(range(1, 13))
+
+    page.evaluate(RUN_CELL, training)  # once more: nothing is trained, and nothing is lost
+    (refusal,) = errors_in(page.evaluate(CELLS))
+    assert "expected test(), or a new Experiment to begin anew" in refusal
+    assert pd.read_csv(folder / "history.csv").equals(history)
+    for number in range(training + 1, len(cells)):
+        page.evaluate(RUN_CELL, number)
+    assert errors_in(page.evaluate(CELLS)) == [refusal] and folder.state == "done"

@@ -218,12 +218,17 @@ def build(folder, *options):
     return folder / "html", done.stderr
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder, complaints = build(tmp_path_factory.mktemp("site"))
+    assert not complaints
+    return folder
+
+
 @pytest.mark.slow
-def test_the_site_holds_every_public_name_and_no_broken_link(tmp_path):
+def test_the_site_holds_every_public_name_and_no_broken_link(site):
     from sphinx.util.inventory import InventoryFile
 
-    site, complaints = build(tmp_path)
-    assert not complaints
     assert not check_links.broken_links(site)[0]
     anchors = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     found = {name for kind, entries in anchors.items() if kind.startswith("py:") for name in entries}
@@ -239,3 +244,122 @@ def test_two_builds_are_equal(tmp_path):
     first, second = (build(tmp_path / name, "-D", part)[0] for name in "ab")
     files = {path.relative_to(first): path.read_bytes() for path in first.rglob("*") if path.is_file()}
     assert files == {path.relative_to(second): path.read_bytes() for path in second.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def page(site, browser):
+    "A page of the browser that opens the site's files; what its scripts complain of fails the test."
+    context = browser.new_context(
+        viewport=dict(width=1280, height=900), permissions=["clipboard-read", "clipboard-write"]
+    )
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.open = lambda name: page.goto(f"{site.as_uri()}/{name}.html")
+    yield page
+    context.close()
+    # Among files the search cannot fetch the excerpts below its results, and goes without.
+    assert not {*errors} - {"Failed to fetch"}
+
+
+def theme_of(page):
+    return page.evaluate("document.documentElement.dataset.theme")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("EpochSampler", "crackseg_nb.data.loaders.EpochSampler"),  # a symbol
+        ("accumulation", "TrainConfig.accumulation"),  # a parameter
+        ("crack_unet", "crackseg_nb.runs.recipes.CRACK_UNET"),  # a recipe
+        ("found no trainable parameter", "nbs/training/03_optim.html"),  # an error
+        ("conformal", "measure"),  # a method
+    ],
+)
+def test_the_search_finds_symbols_parameters_recipes_and_errors(page, words, first):
+    page.open("nbs/index")
+    page.locator(".search-button:visible, .search-button-field:visible").first.click()
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results .search-summary:has-text('found')")
+    found = [link.get_attribute("href") for link in page.locator("#search-results li > a").all()]
+    assert any(first in link for link in found[:5]), found[:5]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_site_is_dark_on_demand_and_stays_so(page):
+    page.open("nbs/index")
+    page.locator("button.theme-switch-button:visible").click()
+    page.get_by_text("Dark", exact=True).locator("visible=true").first.click()
+    assert theme_of(page) == "dark"
+    page.open("docs/gallery")
+    assert theme_of(page) == "dark"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_code_is_copied_and_pictures_open_large(page):
+    page.open("nbs/index")
+    page.locator("div.highlight:has-text('crackseg_predict')").first.hover()
+    page.locator("div.highlight:has-text('crackseg_predict') button.copybtn").first.click()
+    page.wait_for_timeout(300)
+    assert "crackseg_predict path/to/photos" in page.evaluate("navigator.clipboard.readText()")
+    page.open("nbs/figures/02_photos")
+    page.locator("div.cell_output img").first.click()
+    assert page.locator("dialog.enlarged[open] img").get_attribute("alt")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "part", sorted(path.name for path in (ROOT / "nbs").iterdir() if (path / "index.ipynb").exists())
+)
+def test_each_part_leads_to_its_chapters_and_names(page, part):
+    page.open(f"nbs/{part}/index")
+    page.locator("article a[href^='01_']").first.click()
+    assert f"/nbs/{part}/" in page.url
+    module = next(module for module in pages.chapters() if module.startswith(f"crackseg_nb.{part}."))
+    name = pages.public_names(module)[0]
+    page.goto(page.url.partition("/nbs/")[0] + f"/docs/reference/{module}.html#{module}.{name}")
+    assert page.locator(f"[id='{module}.{name}']").first.is_visible()
+
+
+LOOKED_AT = {  # one of each kind of page
+    "home": "nbs/index",
+    "part": "nbs/training/index",
+    "chapter": "nbs/training/03_optim",
+    "door": "nbs/run_experiment",
+    "gallery": "docs/gallery",
+    "run": "outputs/quickstart/result",
+    "guide": "docs/guides/ready_model",
+    "glossary": "docs/glossary",
+    "reference": "docs/reference/crackseg_nb.training.losses",
+    "search": "search",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("kind", LOOKED_AT)
+def test_no_page_keeps_anybody_out(page, kind, theme):
+    "axe finds nothing against WCAG 2.1, levels A and AA."
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="the extra browser is not installed"
+    ).Axe()
+    page.emulate_media(color_scheme=theme)
+    page.open(LOOKED_AT[kind])
+    assert theme_of(page) == theme
+    found = axe.run(page, options=dict(runOnly=["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"])).response["violations"]
+    assert not found, [(one["id"], one["nodes"][0]["html"][:200]) for one in found]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", LOOKED_AT)
+def test_a_page_fits_a_phone(page, kind):
+    page.set_viewport_size(dict(width=390, height=844))
+    page.open(LOOKED_AT[kind])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
