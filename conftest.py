@@ -24,6 +24,9 @@ PACKAGE = "crackseg_nb"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "TQDM_DISABLE": "1"}
 for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+# Compiled modules are kept, also where the machine would not: some hundred processes would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tests" / "light"), os.environ.get("PYTHONPATH")]))
 # The longest first, by measured seconds: begun last, they would keep one worker busy while the other waits.
 LONGEST = [

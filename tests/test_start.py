@@ -76,11 +76,19 @@ def test_large_tensors_ask_for_large_pages_unless_the_user_says_otherwise(given,
     assert done.stdout.strip() == found
 
 
-def test_models_load_without_the_compiler_and_can_be_compiled_all_the_same():
-    "torch._dynamo takes seconds; timm and torchvision ask it for two functions that then work as ever."
+def test_models_load_without_the_compiler():
+    "torch._dynamo takes seconds; timm and torchvision only ask it for two functions while they are loaded."
     code = """
 import sys, crackseg_nb.models.registry, crackseg_nb.inference.models, crackseg_nb.training.weights
-assert "torch._dynamo" not in sys.modules and "torchvision" in sys.modules
+assert "torch._dynamo" not in sys.modules and "torchvision" in sys.modules and "timm" in sys.modules
+"""
+    assert loaded_by(code) != []
+
+
+@pytest.mark.slow
+def test_the_compiler_works_all_the_same():
+    code = """
+import sys, crackseg_nb.models.registry
 import torch
 from torchvision.ops import roi_align
 pooled = roi_align(torch.ones(1, 1, 8, 8), [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], 2)
@@ -95,6 +103,7 @@ assert torch.compile(doubled, backend="eager")(torch.ones(2)).tolist() == [2, 2]
     assert loaded_by(code) != []
 
 
+@pytest.mark.slow
 def test_who_has_loaded_the_compiler_keeps_it():
     code = """
 import sys, torch._dynamo, torch._dynamo.utils
