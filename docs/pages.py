@@ -205,8 +205,11 @@ def prepare_notebook(text: str, page: str) -> dict:
     first = next(cell for cell in cells if cell["cell_type"] == "markdown")
     title, _, rest = first["source"].partition("\n")
     if page.startswith("outputs/"):
-        title = f"# {page.removeprefix('outputs/').removesuffix('/result')}"
-        rest = f"{rest}\n\n{headline((ROOT / page).parent)}"
+        title, folder = f"# {page.removeprefix('outputs/').removesuffix('/result')}", (ROOT / page).parent
+        if (folder / "final_results.yaml").exists():  # what follows until the parameters introduces the run notebook
+            start = next(number for number, cell in enumerate(cells) if cell["cell_type"] == "code")
+            cells[:start], rest = [first], ""
+        rest = f"{rest}\n\n{headline(folder)}\n\n{executed(folder)}"
     opening = f"*In JupyterLab:* `.venv/bin/jupyter lab {page}.ipynb`"
     if module:
         opening += f" · *Reference:* [`crackseg_nb.{module[1]}`](/docs/reference/crackseg_nb.{module[1]}.md)"
@@ -296,7 +299,7 @@ def list_parameters(app, page: str, template: str, context: dict, tree) -> None:
     "Let a signature of several lines be a list: a list of definitions without terms means nothing to a screen reader."
 
     def as_list(match):
-        return f'{match[1]}<ul>\n{match[2].replace("<dd>", "<li>").replace("</dd>", "</li>")}</ul>'
+        return f"{match[1]}<ul>\n{match[2].replace('<dd>', '<li>').replace('</dd>', '</li>')}</ul>"
 
     if "body" in context:
         context["body"] = SIGNATURE_LINES.sub(as_list, context["body"])
@@ -346,6 +349,18 @@ def headline(folder: Path) -> str:
     runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
     found = [results["test"]["pooled"]["iou"] for results in runs]
     return f"**{len(runs)} runs, test IoU {min(found):.3f} to {max(found):.3f}**" if runs else ""
+
+
+def executed(folder: Path) -> str:
+    "Return when the run in `folder` was executed, and of which day its code is."
+    facts = {}
+    for name in ("status", "environment"):
+        path = folder / f"{name}.yaml"
+        facts |= yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
+    day = f" on {facts['time'][:10]}" if "time" in facts else ""
+    commit = (facts.get("git") or {}).get("commit")
+    place = f" at commit `{commit[:7]}`" if commit else ""
+    return f"*Executed{day}{place}. The code is that of its day: names may have changed since.*"
 
 
 def card(folder: Path) -> str:

@@ -309,6 +309,8 @@ def test_code_is_copied_and_pictures_open_large(page):
     page.open("nbs/figures/02_photos")
     page.locator("div.cell_output img").first.click()
     assert page.locator("dialog.enlarged[open] img").get_attribute("alt")
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog.enlarged").count()
 
 
 @pytest.mark.slow
