@@ -71,9 +71,7 @@ test-all: $(DOCS_STAMP)  ## the same and the slow tests, then one number: the pa
 	@$(BIN)/coverage run -m $(TESTS) --slow; status=$$?; \
 	$(BIN)/coverage combine --quiet && echo "coverage: $$($(BIN)/coverage report --format=total) %"; exit $$status
 
-chapters: $(STAMP)  ## clean the notebooks and export the package
-	@$(BIN)/python .ci/clean.py
-	@$(BIN)/nbdev_clean
+chapters: clean-nbs  ## clean the notebooks and export the package
 	@$(BIN)/nbdev_export
 	@$(BIN)/ruff format --quiet crackseg_nb
 
@@ -91,6 +89,7 @@ types: $(STAMP)  ## check the types of the package, at the level that ty.toml se
 clean-nbs: $(STAMP)  ## clean the notebooks only
 	@$(BIN)/python .ci/clean.py
 	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_clean --fname docs/guides
 
 readme: $(STAMP)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py > README.md.new && mv README.md.new README.md || { rm -f README.md.new; exit 1; }
@@ -101,10 +100,9 @@ docs: $(DOCS_STAMP)  ## build the site into _docs/html, without a network, and c
 	@$(BIN)/python docs/check_links.py _docs/html
 	@echo "The site: _docs/html/index.html"
 
-# The folder adds a hook to the user's own settings: a notebook is cleaned when it is saved.
+# The folder adds to the user's own settings: the index is opened, and a notebook is cleaned when it is saved.
 lab: $(STAMP)  ## open the index in JupyterLab, with the project as its root; options: make lab ARGS="--no-browser --port 8889"
-	@JUPYTER_CONFIG_PATH="$(CURDIR)/.ci/lab:$$JUPYTER_CONFIG_PATH" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" \
-	  --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.ci/lab:$$JUPYTER_CONFIG_PATH" $(BIN)/jupyter lab $(ARGS)
 
 hooks: $(STAMP)  ## install the pre-commit hooks
 	@$(BIN)/pre-commit install

@@ -25,7 +25,6 @@ class _TimmWithoutCompiler:
     def find_spec(self, name: str, path=None, target=None):
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and not {"torch._dynamo", "torchvision"} & {*sys.modules}:
             load = spec.loader.exec_module

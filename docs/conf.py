@@ -80,7 +80,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 def setup(app):
     # Once, before pages are read in processes that are forked from this one: the first imports the package.
-    pages.homes(), pages.makers()
+    pages.homes()
+    pages.makers()
     # Each garbage collection would pass over the million objects of the imports and over whole pages: most of the time.
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)

@@ -14,6 +14,7 @@ from process import clean_process
 from slurm_cluster import reason_against, slurm_cluster
 
 DATA = os.environ.get("CRACKSEG_DATA")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 # A shell that starts this in the background ignores SIGINT; processes that tests start and interrupt would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -29,7 +30,7 @@ NEEDS = {
     "gpu": (torch.cuda.is_available, "no CUDA device"),
     "mount": (lambda: os.geteuid() == 0, "only root may mount a file system"),
     "slurm": (lambda: not reason_against(), reason_against()),
-    "browser": (lambda: shutil.which("chromium") or shutil.which("google-chrome"), "no Chromium"),
+    "browser": (lambda: CHROMIUM, "no Chromium"),
 }
 
 
@@ -44,8 +45,7 @@ def browser():
     "Debian's or Google's Chromium without a window; its tests are marked `browser`."
     api = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
     with api.sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 

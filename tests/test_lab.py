@@ -3,18 +3,20 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
+from slurm_cluster import wait_for
 from traitlets.config.loader import PyFileConfigLoader
 
 from crackseg_nb.core.run_folder import RunFolder
@@ -127,12 +129,12 @@ def lab(project):
         stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{port}"
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=5)
-            break
-        except OSError:
-            time.sleep(0.5)
+
+    def answers():
+        with suppress(OSError):
+            return urllib.request.urlopen(f"{address}/api", timeout=5)
+
+    wait_for(answers, "JupyterLab", 60)
     yield address
     server.terminate()
     server.wait(30)
@@ -160,13 +162,15 @@ def errors_in(cells):
     return ["\n".join(output["traceback"]) for output in outputs if output["output_type"] == "error"]
 
 
-def wait_until(found, seconds=120):
-    "Wait until the function returns something, and return that."
-    end = time.monotonic() + seconds
-    while not (value := found()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert value
-    return value
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_index_is_what_one_sees_first(lab, browser):
+    page = browser.new_page()
+    page.goto(lab)
+    page.wait_for_function(
+        "window.jupyterapp?.shell.currentWidget?.context?.path === 'nbs/index.ipynb'", timeout=120_000
+    )
+    page.close()
 
 
 @pytest.mark.slow
@@ -179,7 +183,7 @@ def test_a_chapter_runs_in_jupyterlab(opened, project, name):
     assert not errors_in(cells)
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]))
     page.evaluate("jupyterapp.commands.execute('docmanager:save')")
-    assert (project / "nbs" / f"{name}.ipynb").read_text("utf-8").count('"execution_count": null')
+    assert not re.search(r'"execution_count": \d', (project / "nbs" / f"{name}.ipynb").read_text("utf-8"))
 
 
 @pytest.mark.slow
@@ -196,11 +200,12 @@ def test_a_run_in_jupyterlab_shows_its_curves_is_interrupted_and_goes_on(opened,
     def drawn():
         return [output for output in page.evaluate(CELLS)[training]["outputs"] if "image/png" in output.get("data", {})]
 
-    wait_until(drawn)  # the live curves, before the training is over
+    wait_for(drawn, "the live curves", 120)
     page.locator(".jp-Notebook .jp-RenderedImage img").last.wait_for()
     page.evaluate("jupyterapp.commands.execute('notebook:interrupt-kernel')")
-    wait_until(lambda: folder.state == "stopped")
-    (message,) = wait_until(lambda: errors_in(page.evaluate(CELLS)))
+    wait_for(lambda: errors_in(page.evaluate(CELLS)), "the message", 120)
+    (message,) = errors_in(page.evaluate(CELLS))
+    assert folder.state == "stopped"
     assert message.startswith("Stopped: stopped in epoch") and message.endswith("run the cell with train() again")
     done = len(pd.read_csv(folder / "history.csv"))
     assert done < 12

@@ -142,7 +142,8 @@ def test_a_run_opens_with_its_score_and_folds_the_list_of_parameters():
     assert (
         "# quickstart\n" in first["source"] and "**IoU 0.622, F1 0.767 (pooled)**\n\n36 test images" in first["source"]
     )
-    assert shown["metadata"]["tags"] == ["parameters", "hide-input"]
+    assert "*Executed on 2026-11-20 at commit `31fa5a7`." in first["source"]
+    assert shown["metadata"]["tags"] == ["parameters", "hide-input"]  # and no introduction of the run notebook
     assert prepared(folded)[0]["metadata"]["tags"] == ["parameters"]
     runs, studies = pages.gallery().split("## Studies")
     assert "grid-item-card} quickstart" in runs.split(":::")[2] and "grid-item-card} encoders-neu" in studies

@@ -19,6 +19,7 @@ NOTEBOOKS = [
     for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
     if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)
 ]
+GUIDES = "docs/guides"
 CHAPTERS = [path for path in NOTEBOOKS if path.name[0].isdigit()]
 EXPORT = re.compile(r"^#\s*\|\s*exports?i?\b", re.M)
 DEFAULT_EXPORT = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)", re.M)
@@ -76,15 +77,16 @@ def texts_of(path):
 
 def files_below(root):
     "Map the notebooks and modules below `root` to their bytes; hidden folders such as checkpoints left out."
-    paths = [path.relative_to(root) for path in [*(root / "nbs").rglob("*.ipynb"), *(root / PACKAGE).rglob("*.py")]]
+    notebooks = [*(root / "nbs").rglob("*.ipynb"), *(root / GUIDES).rglob("*.ipynb")]
+    paths = [path.relative_to(root) for path in [*notebooks, *(root / PACKAGE).rglob("*.py")]]
     return {
         str(path): (root / path).read_bytes() for path in paths if not any(part.startswith(".") for part in path.parts)
     }
 
 
-def run_nbdev(command, folder):
+def run_nbdev(module, command, folder, **settings):
     done = subprocess.run(
-        [sys.executable, "-c", f"from nbdev.{command[0]} import {command[1]}; {command[1]}()"],
+        [sys.executable, "-c", f"from nbdev.{module} import {command}; {command}(**{settings})"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -94,16 +96,18 @@ def run_nbdev(command, folder):
 
 def test_cleaning_and_exporting_change_nothing(tmp_path):
     copy = tmp_path / "project"
-    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*"))
+    for name in ("nbs", GUIDES):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".*"))
     for name in ("settings.ini", "README.md", "ruff.toml"):
         shutil.copy(ROOT / name, copy)
     # The package is exported from nothing, so that a module without a notebook shows as a difference. The public names
     # are written by hand: nbdev changes nothing but the version among them.
     (copy / PACKAGE).mkdir()
     shutil.copy(ROOT / PACKAGE / "__init__.py", copy / PACKAGE)
-    subprocess.run([sys.executable, ROOT / ".ci" / "clean.py", *(copy / "nbs").rglob("*.ipynb")], check=True)
-    run_nbdev(("clean", "nbdev_clean"), copy)
-    run_nbdev(("doclinks", "nbdev_export"), copy)
+    subprocess.run([sys.executable, ROOT / ".ci" / "clean.py", *copy.rglob("*.ipynb")], check=True)
+    run_nbdev("clean", "nbdev_clean", copy)
+    run_nbdev("clean", "nbdev_clean", copy, fname=GUIDES)
+    run_nbdev("doclinks", "nbdev_export", copy)
     subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", PACKAGE], cwd=copy, check=True)
     committed, fresh = files_below(ROOT), files_below(copy)
     differing = sorted(name for name in committed.keys() | fresh.keys() if committed.get(name) != fresh.get(name))

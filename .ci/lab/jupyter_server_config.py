@@ -1,4 +1,4 @@
-"""JupyterLab as `make lab` starts it: what it saves is cleaned first, so opening a chapter leaves git clean.
+"""JupyterLab as `make lab` starts it: it opens the index, and cleans what it saves, so that git stays clean.
 
 JupyterLab writes the kernel's versions, counts of executions and widgets into each notebook that it saves.
 """
@@ -24,4 +24,5 @@ def clean_before_saving(model, **place):
     clean_nb(model["content"], settings.clear_all, *keys, settings.clean_ids)
 
 
+c.LabApp.default_url = "/lab/tree/nbs/index.ipynb"  # noqa: F821
 c.ContentsManager.pre_save_hook = clean_before_saving  # noqa: F821

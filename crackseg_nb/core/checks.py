@@ -66,7 +66,7 @@ class Stopped(OneLine, CrackSegError):
 
 
 class Interrupted(OneLine, KeyboardInterrupt):
-    "Say that a run was killed at once by Ctrl-C, and where it can be resumed from."
+    "Say that a run was aborted by Ctrl-C, and where it can be resumed from."
 
 
 # %% ../../nbs/core/01_checks.ipynb #05082021

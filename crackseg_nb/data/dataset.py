@@ -26,7 +26,7 @@ from ..sources.samples import Sample
 
 # %% ../../nbs/data/07_dataset.ipynb #f9c00999
 class CrackDataset(Dataset):
-    "Provide samples as dictionaries of image (3, H, W), mask (H, W) and index, a function of seed, epoch and index."
+    "Provide samples as dictionaries of image (3, H, W), target (H, W) and index, a function of seed, epoch and index."
 
     def __init__(
         self,

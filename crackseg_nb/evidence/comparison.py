@@ -244,7 +244,7 @@ def score_table(systems: dict[str, System]) -> pd.DataFrame:
 
 # %% ../../nbs/evidence/02_comparison.ipynb #c4c0f27d
 def precision_notes(entries: list[Entry]) -> list[str]:
-    "Return a sentence for each entry in the comparison whose AP is missing, or inexact (8-bit probabilities)."
+    "Return a sentence for each entry in the comparison whose AP is missing or, from 8-bit probabilities, too low."
     notes = []
     for entry in (entry for entry in entries if not entry.reason):
         evidence = entry.evidence

@@ -181,7 +181,7 @@ def states_of(folder: RunFolder) -> list[str]:
 
 
 def interrupted_line(folder: RunFolder) -> str:
-    "Return one line about a run that was killed at once: how to resume it, and from where."
+    "Return one line about a run that was aborted: how to resume it, and from where."
     newest = [BEGINNING, *states_of(folder)][-1]
     return f"interrupted at once; -p resume {display_path(folder.path)} goes on from {newest}"
 
