@@ -3452,6 +3452,7 @@ d = {
             ),
             "crackseg_nb.runs.notebook.one_line": ("runs/notebook.html#one_line", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.resume_line": ("runs/notebook.html#resume_line", "crackseg_nb/runs/notebook.py"),
+            "crackseg_nb.runs.notebook.show_errors": ("runs/notebook.html#show_errors", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.status_of": ("runs/notebook.html#status_of", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.write_page": ("runs/notebook.html#write_page", "crackseg_nb/runs/notebook.py"),
             "crackseg_nb.runs.notebook.written_parameters": (

@@ -3,7 +3,7 @@
 import nbformat
 
 SOURCE = """
-import os, pathlib, platform, signal, time, psutil, yaml
+import atexit, os, pathlib, platform, signal, time, psutil, yaml
 folder = pathlib.Path(resume or f"{outputs}/{run_name}")
 (folder/"checkpoints").mkdir(parents=True, exist_ok=True)
 class Stopped(Exception): pass
@@ -25,12 +25,16 @@ write("threads.yaml", {name: os.environ.get(name) for name in ("OMP_NUM_THREADS"
 done = sorted(path.name for path in (folder/"checkpoints").iterdir())
 if lr == 0.5 or (lr == 0.25 and not resume):
     mark("failed", error="loss: found NaN")
+    atexit.register(os.write, 2, b"Traceback: sockets are closed\\n")  # as ipykernel writes on a busy machine
     raise CrackSegError("loss: found NaN, expected a finite number")
 for epoch in range(len(done) + 1, epochs + 1):
     time.sleep(0.1)
     (folder/"checkpoints"/f"epoch_{epoch:04}").touch()
     write("history.csv", "epoch,val_iou\\n" + "".join(f"{each},0.5\\n" for each in range(1, epoch + 1)))
     print("epoch", epoch, "of", folder.name)
+    if lr == 0.75:
+        os.write(2, b"illegal memory access\\n")
+        os.kill(os.getpid(), signal.SIGKILL)
     if asked:
         time.sleep(float(os.environ.get("CHECKPOINT_SECONDS", "0.3")))
         mark("stopped", reason=asked[0])

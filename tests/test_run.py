@@ -121,6 +121,13 @@ def test_a_killed_kernel_can_be_resumed(launch):
     assert "epoch 30" in output and "epoch 1 " not in output
 
 
+def test_what_a_kernel_said_before_it_died_is_shown(launch):
+    process, folder = launch(lr=0.75)
+    code, line, output = end_of(process)
+    assert code == RESUME_CODE and line.startswith("run: the kernel died"), output
+    assert "illegal memory access\n" in output and folder.state == "interrupted"
+
+
 def test_a_run_stays_claimed_until_its_kernel_is_gone(launch):
     process, folder = launch(epochs=1000)
     wait_for(lambda: has_trained(folder), "the first epoch")

@@ -11,6 +11,7 @@ __all__ = [
     "SignalRelay",
     "kernel_class",
     "one_line",
+    "show_errors",
     "execute_notebook",
     "Outcome",
     "status_of",
@@ -128,7 +129,9 @@ def kernel_class(relay: SignalRelay, sockets: Path, lock: int) -> type:
 
         # jupyter_client declares it as an attribute that holds a function, which nobody exchanges.
         async def start_kernel(self, **settings):  # ty: ignore[incompatible-mutable-override]
-            await super().start_kernel(**settings, **(dict(pass_fds=(lock,)) if os.name == "posix" else {}))
+            with open(sockets / "errors", "ab") as errors:
+                held = dict(pass_fds=(lock,)) if os.name == "posix" else {}
+                await super().start_kernel(**settings, **held, stderr=errors)
             relay.attach(self.provisioner.process)
 
     return Kernel
@@ -142,6 +145,13 @@ def one_line(error: BaseException) -> str:
     text = getattr(error, "evalue", str(error))
     text = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return text if name in ("CrackSegError", "Stopped") and text else f"{name}: {text}".removesuffix(": ")
+
+
+def show_errors(path: Path, lines: int = 20) -> None:
+    "Print the last lines of what a kernel that died wrote to the error stream of its process."
+    written = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    if written:
+        print("\n".join(written[-lines:]), file=sys.stderr, flush=True)
 
 
 def execute_notebook(notebook: Path, result: Path, parameters: dict, relay: SignalRelay, lock: int) -> tuple[str, bool]:
@@ -169,11 +179,15 @@ def execute_notebook(notebook: Path, result: Path, parameters: dict, relay: Sign
                 iopub_timeout=60,
             )
         except DeadKernelError:
+            show_errors(Path(sockets, "errors"))
             return "the kernel died (killed, or out of memory)", True
         except PapermillExecutionError as error:
             return one_line(error), False
         except Exception as error:
-            return one_line(error), relay.process is not None and relay.process.poll() is not None
+            died = relay.process is not None and relay.process.poll() is not None
+            if died:
+                show_errors(Path(sockets, "errors"))
+            return one_line(error), died
     return "", False
 
 
