@@ -4,9 +4,10 @@ What most programs need is here, and loaded when it is first used; this file is 
 is exported from a notebook.
 """
 
+import gc
 import os
 import sys
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -15,24 +16,31 @@ from typing import TYPE_CHECKING
 # Large tensors get pages of 2 MiB, which cost the system less time than small ones; torch looks at this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# torch, timm and what comes with them are a million objects that stay. Each full collection looks at all of them, and
+# by default there are six while they load: together a second. Young objects are collected as often as before.
+_young, _middle, _full = gc.get_threshold()
+if _full:
+    gc.set_threshold(_young, _middle, max(_full, 1000))
+
 
 class _TimmWithoutCompiler:
-    """Loads timm, and torchvision with it, without torch._dynamo, which takes two to three seconds.
-
-    Both only ask it for two functions while they are loaded: these load it when they are called.
-    """
+    "Loads timm, and torchvision with it, without torch._dynamo; see `_beside_stand_ins`."
 
     def find_spec(self, name: str, path=None, target=None):
         if name != "timm":
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and not {"torch._dynamo", "torchvision"} & {*sys.modules}:
-            load = spec.loader.exec_module
-            spec.loader.exec_module = lambda timm: _beside_stand_ins(load, timm)
+            spec.loader.exec_module = partial(_beside_stand_ins, spec.loader.exec_module)
         return spec
 
 
 def _beside_stand_ins(load, timm: ModuleType) -> None:
+    """Load timm without torch._dynamo, which takes seconds.
+
+    It and torchvision ask it for two functions while they load: these load it when they are called.
+    """
+
     def disable(function, recursive=True, **settings):
         @wraps(function)
         def hidden(*args, **words):

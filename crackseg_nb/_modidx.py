@@ -5907,6 +5907,10 @@ d = {
                 "training/memory.html#memory_advice",
                 "crackseg_nb/training/memory.py",
             ),
+            "crackseg_nb.training.memory.release_cache": (
+                "training/memory.html#release_cache",
+                "crackseg_nb/training/memory.py",
+            ),
             "crackseg_nb.training.memory.room_for_training": (
                 "training/memory.html#room_for_training",
                 "crackseg_nb/training/memory.py",

@@ -13,6 +13,7 @@ __all__ = [
     "c_library",
     "keep_freed_memory",
     "CacheCleaner",
+    "release_cache",
     "clear_cache",
     "is_out_of_memory",
     "checkpointing_modules",
@@ -143,9 +144,8 @@ class CacheCleaner:
         return due
 
 
-def clear_cache(device: torch.device | str = "cpu") -> None:
-    "Collect unreachable objects and return the memory that is kept for `device` to the system."
-    gc.collect()
+def release_cache(device: torch.device | str = "cpu") -> None:
+    "Return the free memory that is kept for `device` to the system."
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.empty_cache()
@@ -153,6 +153,12 @@ def clear_cache(device: torch.device | str = "cpu") -> None:
         torch.mps.empty_cache()
     elif (library := c_library()) is not None:
         library.malloc_trim(0)
+
+
+def clear_cache(device: torch.device | str = "cpu") -> None:
+    "Collect unreachable objects and return the memory that is kept for `device` to the system."
+    gc.collect()
+    release_cache(device)
 
 
 # %% ../../nbs/training/04_memory.ipynb #c1a38f4e
@@ -366,7 +372,7 @@ def activation_bytes(
 
 def room_for_training(model: nn.Module, device: torch.device | str) -> int:
     "Return the bytes that training `model` may take on `device`, including those of its own parameters there."
-    clear_cache(device)  # the memory of trials counts as free
+    release_cache(device)  # the memory of trials counts as free
     parameters = list(model.parameters())
     there = torch.device(device).type == "cuda" and parameters[0].is_cuda
     return available_memory(device) + there * sum(parameter.nbytes for parameter in parameters)
