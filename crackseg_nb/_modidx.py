@@ -3567,6 +3567,10 @@ d = {
                 "crackseg_nb/runs/sweep.py",
             ),
             "crackseg_nb.runs.sweep.Sweep.results": ("runs/sweep.html#sweep.results", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Sweep.start_jobs": (
+                "runs/sweep.html#sweep.start_jobs",
+                "crackseg_nb/runs/sweep.py",
+            ),
             "crackseg_nb.runs.sweep.Sweep.submissions": (
                 "runs/sweep.html#sweep.submissions",
                 "crackseg_nb/runs/sweep.py",
@@ -3575,12 +3579,14 @@ d = {
             "crackseg_nb.runs.sweep.Sweep.table": ("runs/sweep.html#sweep.table", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.varying": ("runs/sweep.html#sweep.varying", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.watch": ("runs/sweep.html#sweep.watch", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.begin_sweep": ("runs/sweep.html#begin_sweep", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.carry_out": ("runs/sweep.html#carry_out", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.check_grid": ("runs/sweep.html#check_grid", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.expand": ("runs/sweep.html#expand", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.look_at": ("runs/sweep.html#look_at", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.markdown_table": ("runs/sweep.html#markdown_table", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.name_runs": ("runs/sweep.html#name_runs", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.new_submission": ("runs/sweep.html#new_submission", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.notes_on": ("runs/sweep.html#notes_on", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.path_from_anywhere": (
                 "runs/sweep.html#path_from_anywhere",
@@ -4953,6 +4959,134 @@ d = {
                 "crackseg_nb/studies/race.py",
             ),
             "crackseg_nb.studies.race.wait_for": ("studies/race.html#wait_for", "crackseg_nb/studies/race.py"),
+        },
+        "crackseg_nb.studies.search": {
+            "crackseg_nb.studies.search.Goal": ("studies/search.html#goal", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.Goal.__post_init__": (
+                "studies/search.html#goal.__post_init__",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Goal.directions": (
+                "studies/search.html#goal.directions",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Goal.has_cost": (
+                "studies/search.html#goal.has_cost",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Goal.prunes": (
+                "studies/search.html#goal.prunes",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search": ("studies/search.html#search", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.Search.__init__": (
+                "studies/search.html#search.__init__",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.best": (
+                "studies/search.html#search.best",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.finish": (
+                "studies/search.html#search.finish",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.importance": (
+                "studies/search.html#search.importance",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.shares": (
+                "studies/search.html#search.shares",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.submit": (
+                "studies/search.html#search.submit",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.table": (
+                "studies/search.html#search.table",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.Search.work": (
+                "studies/search.html#search.work",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.SearchJob": ("studies/search.html#searchjob", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.SearchJob.__call__": (
+                "studies/search.html#searchjob.__call__",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.begin_optuna": (
+                "studies/search.html#begin_optuna",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.carry": ("studies/search.html#carry", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.check_space": (
+                "studies/search.html#check_space",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.cost_of": ("studies/search.html#cost_of", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.create_search": (
+                "studies/search.html#create_search",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.draw_course": (
+                "studies/search.html#draw_course",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.draw_parameter": (
+                "studies/search.html#draw_parameter",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.ends_of": ("studies/search.html#ends_of", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.is_whole": ("studies/search.html#is_whole", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.next_trial": (
+                "studies/search.html#next_trial",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.open_study": (
+                "studies/search.html#open_study",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.read_range": (
+                "studies/search.html#read_range",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.report_epochs": (
+                "studies/search.html#report_epochs",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.score_name": (
+                "studies/search.html#score_name",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.search_parameters": (
+                "studies/search.html#search_parameters",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.show_search": (
+                "studies/search.html#show_search",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.train_trial": (
+                "studies/search.html#train_trial",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.unfinished": (
+                "studies/search.html#unfinished",
+                "crackseg_nb/studies/search.py",
+            ),
+            "crackseg_nb.studies.search.value_of": ("studies/search.html#value_of", "crackseg_nb/studies/search.py"),
+        },
+        "crackseg_nb.studies.search_command": {
+            "crackseg_nb.studies.search_command.search_main": (
+                "studies/search_command.html#search_main",
+                "crackseg_nb/studies/search_command.py",
+            ),
+            "crackseg_nb.studies.search_command.search_parser": (
+                "studies/search_command.html#search_parser",
+                "crackseg_nb/studies/search_command.py",
+            ),
         },
         "crackseg_nb.studies.training_speed": {
             "crackseg_nb.studies.training_speed.Benchmark": (

@@ -13,7 +13,9 @@ __all__ = [
     "check_grid",
     "expand",
     "name_runs",
+    "begin_sweep",
     "Sweep",
+    "new_submission",
     "score",
     "look_at",
     "LiveTable",
@@ -76,6 +78,7 @@ from .notebook import find_notebook
 # %% ../../nbs/runs/11_sweep.ipynb #5b417233
 def read_settings(
     given: dict | str | list | None,  # a dictionary, or `name=value` words
+    parameter: str = "grid",  # named in errors
 ) -> dict[str, str]:
     "Return `given` as a dictionary; raise CrackSegError for a word that is no `name=value`."
     if isinstance(given, dict):
@@ -84,7 +87,7 @@ def read_settings(
     for word in given.split() if isinstance(given, str) else given or []:
         name, equals, value = word.partition("=")
         if not (name and equals and value):
-            raise CrackSegError(f"grid: found {word!r}, expected name=value")
+            raise CrackSegError(f"{parameter}: found {word!r}, expected name=value")
         if name in found:
             raise CrackSegError(
                 f"{name}: found it twice, expected all its values in one word, as in {name}={found[name]},{value}"
@@ -171,6 +174,15 @@ def name_runs(runs: list[dict], varying: list[str]) -> dict[str, dict]:
 
 
 # %% ../../nbs/runs/11_sweep.ipynb #0b9f38bd
+def begin_sweep(sweep: "Sweep", name: str, outputs: str, notebook, jobs: dict) -> None:
+    "Set name, folder, notebook and jobs of a sweep; raise CrackSegError for a setting that is none."
+    check_folder_name("name", name)
+    for key in jobs:
+        choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
+    sweep.name, sweep.folder, sweep.notebook = name, outputs_folder(outputs) / name, notebook
+    sweep.jobs = JobConfig(**jobs)
+
+
 class Sweep:
     "Hold a grid of runs and the folder they are in, `outputs/<name>`."
 
@@ -183,15 +195,7 @@ class Sweep:
         notebook=None,  # None: the run notebook
         **jobs,  # of `JobConfig`
     ):
-        check_folder_name("name", name)
-        for key in jobs:
-            choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
-        self.name, self.folder, self.notebook, self.jobs = (
-            name,
-            outputs_folder(outputs) / name,
-            notebook,
-            JobConfig(**jobs),
-        )
+        begin_sweep(self, name, outputs, notebook, jobs)
         path = self.folder / "sweep.yaml"
         if grid is None and fixed is None:
             if not path.is_file():
@@ -241,38 +245,51 @@ def create(self: Sweep, grid: dict, fixed: dict) -> None:
 
 
 # %% ../../nbs/runs/11_sweep.ipynb #bda436a5
+def new_submission(name: str) -> str:
+    "Return a name for jobs that are submitted now."
+    return f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+@patch
+def start_jobs(self: Sweep, submission: str, jobs: list) -> None:
+    "Start jobs where the sweep's runs belong, and note it in the sweep's folder; raise CrackSegError if SLURM refuses."
+    if self.jobs.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise CrackSegError(
+            "cluster: found slurm, but this machine has no sbatch and srun; "
+            "expected local, or a machine that submits to SLURM"
+        )
+    folder, cluster = self.folder / "jobs" / submission, self.jobs.cluster
+    folder.mkdir(parents=True)
+    record = {"cluster": cluster, "host": platform.node(), "processes": []}
+    if cluster == "slurm":
+        write_yaml(folder / "submission.yaml", record)
+        submit_slurm(folder, slurm_options(self.jobs, submission), jobs)
+        return
+    if cluster == "debug":
+        jobs[0]()
+    else:
+        record["processes"] = submit_local(folder, jobs)
+    write_yaml(folder / "submission.yaml", record)
+
+
 @patch
 def submit(self: Sweep) -> list[str]:
     "Start jobs for the runs that are not done and return their names; none is started while earlier jobs are at work."
     left = {run: parameters for run, parameters in self.runs.items() if state_of(self.folder / run) != "done"}
     if not left or self.active():
         return []
-    if self.jobs.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise CrackSegError(
-            "cluster: found slurm, but this machine has no sbatch and srun; "
-            "expected local, or a machine that submits to SLURM"
-        )
-    submission = f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    folder, cluster = self.folder / "jobs" / submission, self.jobs.cluster
-    folder.mkdir(parents=True)
+    submission = new_submission(self.name)
     common = dict(
         folder=str(self.folder),
         submission=submission,
         retries=self.jobs.retries,
         notebook=str(find_notebook(self.notebook)),
     )
-    record = {"cluster": cluster, "host": platform.node(), "processes": []}
-    if cluster == "slurm":
-        write_yaml(folder / "submission.yaml", record)
+    if self.jobs.cluster == "slurm":
         jobs = [SweepJob(runs={run: left[run]}, cpus=self.jobs.cpus, shared=False, **common) for run in left]
-        submit_slurm(folder, slurm_options(self.jobs, submission), jobs)
     else:
         jobs = [SweepJob(runs=left, **share, **common) for share in local_shares(self.jobs, len(left), visible_gpus())]
-        if cluster == "debug":
-            jobs[0]()
-        else:
-            record["processes"] = submit_local(folder, jobs)
-        write_yaml(folder / "submission.yaml", record)
+    self.start_jobs(submission, jobs)
     return list(left)
 
 
