@@ -1326,6 +1326,10 @@ d = {
                 "inference/models.html#alignment_of",
                 "crackseg_nb/inference/models.py",
             ),
+            "crackseg_nb.inference.models.kept_on_disk": (
+                "inference/models.html#kept_on_disk",
+                "crackseg_nb/inference/models.py",
+            ),
             "crackseg_nb.inference.models.load_network": (
                 "inference/models.html#load_network",
                 "crackseg_nb/inference/models.py",
@@ -6027,6 +6031,10 @@ d = {
             ),
             "crackseg_nb.training.memory.estimate_memory": (
                 "training/memory.html#estimate_memory",
+                "crackseg_nb/training/memory.py",
+            ),
+            "crackseg_nb.training.memory.give_back_blocks": (
+                "training/memory.html#give_back_blocks",
                 "crackseg_nb/training/memory.py",
             ),
             "crackseg_nb.training.memory.is_out_of_memory": (

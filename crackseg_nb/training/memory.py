@@ -6,12 +6,14 @@
 __all__ = [
     "MIB",
     "M_TRIM_THRESHOLD",
+    "M_MMAP_THRESHOLD",
     "M_MMAP_MAX",
     "OUT_OF_MEMORY",
     "cuda_peaks",
     "MemoryMonitor",
     "c_library",
     "keep_freed_memory",
+    "give_back_blocks",
     "CacheCleaner",
     "release_cache",
     "clear_cache",
@@ -106,7 +108,7 @@ class MemoryMonitor:
 
 
 # %% ../../nbs/training/04_memory.ipynb #a2bd23fc
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of settings in glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names of settings in glibc's malloc.h
 
 
 def c_library() -> ctypes.CDLL | None:
@@ -118,6 +120,13 @@ def keep_freed_memory() -> bool:
     "Let this process keep the memory that its tensors free; return whether it does, which only glibc can."
     library = c_library()
     return library is not None and bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_blocks(size: int = 16 * MIB) -> bool:
+    "Let this process give freed blocks of `size` bytes back at once; return whether it does, which only glibc can."
+    # Otherwise glibc raises that limit as blocks are freed, and keeps those below it, scattered between others.
+    library = c_library()
+    return library is not None and bool(library.mallopt(M_MMAP_THRESHOLD, size))
 
 
 # %% ../../nbs/training/04_memory.ipynb #f8536403
