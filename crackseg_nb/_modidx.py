@@ -1294,6 +1294,14 @@ d = {
             "crackseg_nb.inference.masks.masks_of": ("inference/masks.html#masks_of", "crackseg_nb/inference/masks.py"),
         },
         "crackseg_nb.inference.models": {
+            "crackseg_nb.inference.models.BatchNormInPlace": (
+                "inference/models.html#batchnorminplace",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.BatchNormInPlace.__torch_function__": (
+                "inference/models.html#batchnorminplace.__torch_function__",
+                "crackseg_nb/inference/models.py",
+            ),
             "crackseg_nb.inference.models.TorchNetwork": (
                 "inference/models.html#torchnetwork",
                 "crackseg_nb/inference/models.py",
@@ -1308,6 +1316,10 @@ d = {
             ),
             "crackseg_nb.inference.models.TorchNetwork.computing": (
                 "inference/models.html#torchnetwork.computing",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.TorchNetwork.logits": (
+                "inference/models.html#torchnetwork.logits",
                 "crackseg_nb/inference/models.py",
             ),
             "crackseg_nb.inference.models.TorchNetwork.probabilities": (
@@ -1336,6 +1348,10 @@ d = {
             ),
             "crackseg_nb.inference.models.receptive_radius": (
                 "inference/models.html#receptive_radius",
+                "crackseg_nb/inference/models.py",
+            ),
+            "crackseg_nb.inference.models.takes_in_place": (
+                "inference/models.html#takes_in_place",
                 "crackseg_nb/inference/models.py",
             ),
         },
