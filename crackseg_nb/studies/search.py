@@ -50,15 +50,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/studies/10_search.ipynb #5ea2c005
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    LateModule,
-    Stopped,
-    check_number,
-    choose,
-    first_line,
-    plain_variables,
-)
+from ..core.checks import CrackSegError, LateModule, Stopped, check_number, choose, first_line, plain_variables
 from ..core.files import display_path, read_yaml, to_plain, write_table, write_yaml
 from ..core.machine import is_alive, now, this_process
 from ..core.run_folder import claim
@@ -440,7 +432,7 @@ def draw_course(axis, table: pd.DataFrame) -> None:
         of = (table["state"] == state).to_numpy()
         label = {"complete": "trained to the end", "pruned": "ended early"}[state]
         axis.plot(numbers[of], table["score"][of], mark, color=colour, label=label)
-    so_far = table["score"].where(table["state"] == "complete").cummax()
+    so_far = table["score"].where(table["state"] == "complete").cummax().ffill()
     axis.step(numbers, so_far, where="post", color="C0", linewidth=1, alpha=0.6, label="best so far")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="trial", ylabel="validation score")
@@ -472,7 +464,8 @@ def show_search(search: Search) -> Figure:
     axes = axes.ravel()
     draw_course(axes[0], shown)
     axes[1].barh(weights.index[::-1], weights[::-1], color="C0")
-    axes[1].set(xlabel="importance", xlim=(0, 1))
+    trained = (shown["state"] == "complete").sum()
+    axes[1].set(xlabel=f"importance, by {trained} trials trained to the end", xlim=(0, 1))
     if weights.empty:
         axes[1].text(0.5, 0.5, "four trained trials\nare needed", ha="center", va="center", transform=axes[1].transAxes)
         axes[1].set_yticks([])
