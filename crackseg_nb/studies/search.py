@@ -50,7 +50,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/studies/10_search.ipynb #5ea2c005
-from ..core.checks import CrackSegError, LateModule, Stopped, check_number, choose, first_line, plain_variables
+from crackseg_nb.core.checks import (
+    CrackSegError,
+    LateModule,
+    Stopped,
+    check_number,
+    choose,
+    first_line,
+    plain_variables,
+)
 from ..core.files import display_path, read_yaml, to_plain, write_table, write_yaml
 from ..core.machine import is_alive, now, this_process
 from ..core.run_folder import claim
