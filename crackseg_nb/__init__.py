@@ -7,7 +7,7 @@ is exported from a notebook.
 import gc
 import os
 import sys
-from functools import partial, wraps
+from functools import wraps
 from importlib import import_module
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -17,30 +17,30 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # torch, timm and what comes with them are a million objects that stay. Each full collection looks at all of them, and
-# by default there are six while they load: together a second. Young objects are collected as often as before.
+# by default there are several while they load: together a second. Young objects are collected as often as before.
 _young, _middle, _full = gc.get_threshold()
 if _full:
     gc.set_threshold(_young, _middle, max(_full, 1000))
 
 
 class _TimmWithoutCompiler:
-    "Loads timm, and torchvision with it, without torch._dynamo; see `_beside_stand_ins`."
+    """Loads timm, and torchvision with it, without torch._dynamo, which takes two to three seconds.
+
+    Both only ask it for two functions while they are loaded: these load it when they are called.
+    """
 
     def find_spec(self, name: str, path=None, target=None):
         if name != "timm":
             return None
+        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and not {"torch._dynamo", "torchvision"} & {*sys.modules}:
-            spec.loader.exec_module = partial(_beside_stand_ins, spec.loader.exec_module)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda timm: _beside_stand_ins(load, timm)
         return spec
 
 
 def _beside_stand_ins(load, timm: ModuleType) -> None:
-    """Load timm without torch._dynamo, which takes seconds.
-
-    It and torchvision ask it for two functions while they load: these load it when they are called.
-    """
-
     def disable(function, recursive=True, **settings):
         @wraps(function)
         def hidden(*args, **words):

@@ -3105,6 +3105,7 @@ d = {
             ),
         },
         "crackseg_nb.runs.commands": {
+            "crackseg_nb.runs.commands.given_jobs": ("runs/commands.html#given_jobs", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.page_main": ("runs/commands.html#page_main", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.page_parser": ("runs/commands.html#page_parser", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.sweep_main": ("runs/commands.html#sweep_main", "crackseg_nb/runs/commands.py"),
@@ -3112,6 +3113,7 @@ d = {
                 "runs/commands.html#sweep_parser",
                 "crackseg_nb/runs/commands.py",
             ),
+            "crackseg_nb.runs.commands.take_jobs": ("runs/commands.html#take_jobs", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.verify_main": ("runs/commands.html#verify_main", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.verify_parser": (
                 "runs/commands.html#verify_parser",
@@ -3566,6 +3568,20 @@ d = {
             "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
         },
         "crackseg_nb.runs.sweep": {
+            "crackseg_nb.runs.sweep.Batch": ("runs/sweep.html#batch", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Batch.__init__": ("runs/sweep.html#batch.__init__", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Batch.active": ("runs/sweep.html#batch.active", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Batch.cancel": ("runs/sweep.html#batch.cancel", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Batch.start_jobs": (
+                "runs/sweep.html#batch.start_jobs",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.Batch.submissions": (
+                "runs/sweep.html#batch.submissions",
+                "crackseg_nb/runs/sweep.py",
+            ),
+            "crackseg_nb.runs.sweep.Batch.table": ("runs/sweep.html#batch.table", "crackseg_nb/runs/sweep.py"),
+            "crackseg_nb.runs.sweep.Batch.watch": ("runs/sweep.html#batch.watch", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.LiveTable": ("runs/sweep.html#livetable", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.LiveTable.__init__": (
                 "runs/sweep.html#livetable.__init__",
@@ -3578,8 +3594,6 @@ d = {
             ),
             "crackseg_nb.runs.sweep.Sweep": ("runs/sweep.html#sweep", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.__init__": ("runs/sweep.html#sweep.__init__", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.Sweep.active": ("runs/sweep.html#sweep.active", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.Sweep.cancel": ("runs/sweep.html#sweep.cancel", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.compare": ("runs/sweep.html#sweep.compare", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.create": ("runs/sweep.html#sweep.create", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.differences": (
@@ -3587,19 +3601,9 @@ d = {
                 "crackseg_nb/runs/sweep.py",
             ),
             "crackseg_nb.runs.sweep.Sweep.results": ("runs/sweep.html#sweep.results", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.Sweep.start_jobs": (
-                "runs/sweep.html#sweep.start_jobs",
-                "crackseg_nb/runs/sweep.py",
-            ),
-            "crackseg_nb.runs.sweep.Sweep.submissions": (
-                "runs/sweep.html#sweep.submissions",
-                "crackseg_nb/runs/sweep.py",
-            ),
             "crackseg_nb.runs.sweep.Sweep.submit": ("runs/sweep.html#sweep.submit", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.table": ("runs/sweep.html#sweep.table", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.Sweep.varying": ("runs/sweep.html#sweep.varying", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.Sweep.watch": ("runs/sweep.html#sweep.watch", "crackseg_nb/runs/sweep.py"),
-            "crackseg_nb.runs.sweep.begin_sweep": ("runs/sweep.html#begin_sweep", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.carry_out": ("runs/sweep.html#carry_out", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.check_grid": ("runs/sweep.html#check_grid", "crackseg_nb/runs/sweep.py"),
             "crackseg_nb.runs.sweep.expand": ("runs/sweep.html#expand", "crackseg_nb/runs/sweep.py"),
@@ -5059,6 +5063,7 @@ d = {
                 "crackseg_nb/studies/search.py",
             ),
             "crackseg_nb.studies.search.ends_of": ("studies/search.html#ends_of", "crackseg_nb/studies/search.py"),
+            "crackseg_nb.studies.search.is_gone": ("studies/search.html#is_gone", "crackseg_nb/studies/search.py"),
             "crackseg_nb.studies.search.is_whole": ("studies/search.html#is_whole", "crackseg_nb/studies/search.py"),
             "crackseg_nb.studies.search.next_trial": (
                 "studies/search.html#next_trial",
@@ -5084,16 +5089,13 @@ d = {
                 "studies/search.html#search_parameters",
                 "crackseg_nb/studies/search.py",
             ),
+            "crackseg_nb.studies.search.set_aside": ("studies/search.html#set_aside", "crackseg_nb/studies/search.py"),
             "crackseg_nb.studies.search.show_search": (
                 "studies/search.html#show_search",
                 "crackseg_nb/studies/search.py",
             ),
             "crackseg_nb.studies.search.train_trial": (
                 "studies/search.html#train_trial",
-                "crackseg_nb/studies/search.py",
-            ),
-            "crackseg_nb.studies.search.unfinished": (
-                "studies/search.html#unfinished",
                 "crackseg_nb/studies/search.py",
             ),
             "crackseg_nb.studies.search.value_of": ("studies/search.html#value_of", "crackseg_nb/studies/search.py"),

@@ -348,7 +348,9 @@ def headline(folder: Path) -> str:
         return f"**{scores(results)}**\n\n{protocol(results)}"
     runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
     found = [results["test"]["pooled"]["iou"] for results in runs]
-    return f"**{len(runs)} runs, test IoU {min(found):.3f} to {max(found):.3f}**" if runs else ""
+    if len(found) < 2:
+        return f"**1 run, test IoU {found[0]:.3f}**" if found else ""
+    return f"**{len(found)} runs, test IoU {min(found):.3f} to {max(found):.3f}**"
 
 
 def executed(folder: Path) -> str:

@@ -4,14 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from optuna.trial import TrialState
 from slurm_cluster import wait_for
 
-from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.studies.search import Goal, Search, open_study
+from crackseg_nb.core.checks import CrackSegError, Stopped
+from crackseg_nb.core.machine import this_process
+from crackseg_nb.studies import search as search_module
+from crackseg_nb.studies.search import Goal, Search, is_gone, open_study
 from crackseg_nb.studies.search_command import search_main
+from crackseg_nb.training.interrupt import StopRequest
 
 TINY = dict(data="synthetic", synthetic_images=12, synthetic_width="4,8", image_size=32, epochs=2, batch_size=4)
 TINY |= dict(
@@ -65,6 +70,48 @@ def test_what_is_reported_to_the_pruner_is_each_epoch(whole):
         history = pd.read_csv(whole.folder / trial.user_attrs["run"] / "history.csv")
         assert list(trial.intermediate_values.values()) == history["val_iou"].tolist()
         assert trial.value == history["val_iou"].max()
+
+
+def test_a_search_that_was_stopped_in_a_notebook_goes_on_in_the_same_kernel(whole, tmp_path, monkeypatch):
+    "The process of the trial is alive then, and is this one."
+    search = Search("halted", whole.space, whole.fixed, tmp_path)
+    monkeypatch.setattr(StopRequest, "reason", property(lambda stop: "SIGINT"))
+    with pytest.raises(Stopped):
+        search.work(2)
+    monkeypatch.undo()
+    assert list(search.table()["state"]) == ["interrupted"] and search.finish() == []
+    search.work(2)
+    assert search.table()[TABLES].equals(whole.table()[TABLES])
+
+
+def test_trials_of_another_machine_are_left_to_it(whole):
+    "Its process numbers mean nothing here."
+    process = this_process() | {"pid": 2**22 + 1}
+    running = SimpleNamespace(state=TrialState.RUNNING, user_attrs={"process": process})
+    assert is_gone(running)
+    process["host"] = "elsewhere"
+    assert not is_gone(running)
+
+
+def test_any_error_of_a_trial_is_one_failed_trial(tmp_path, monkeypatch):
+    search = Search("broken", {"lr": "1e-3..1e-2:log"}, TINY | dict(epochs=1), tmp_path)
+    train, calls = search_module.train_trial, []
+
+    def once(*words):
+        calls.append(words)
+        if len(calls) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return train(*words)
+
+    monkeypatch.setattr(search_module, "train_trial", once)
+    search.work(2)
+    assert list(search.table()["state"]) == ["fail", "complete"]
+
+
+def test_the_table_of_a_search_without_trials_is_empty(tmp_path, capsys):
+    Search("fresh", SPACE, TINY, tmp_path)
+    assert search_main(["fresh", "--table", "--outputs", str(tmp_path)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_poor_trial_ends_early_and_leaves_no_weights(tmp_path, monkeypatch):

@@ -134,3 +134,15 @@ with suppress(BaseException):
 assert "papermill" in sys.modules and "rfc3987_syntax" not in sys.modules
 """
     assert "loaded" not in loaded_by(code)
+
+
+def test_full_collections_leave_alone_what_libraries_load():
+    "By default there are a handful while torch and timm load; each looks at a million objects that stay."
+    code = """
+import gc
+before = gc.get_stats()[2]["collections"]
+import crackseg_nb.runs.experiment
+print(gc.get_stats()[2]["collections"] - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1

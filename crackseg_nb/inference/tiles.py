@@ -111,7 +111,7 @@ class TilePlan:
 
 
 BLEND = 64  # pixels
-BUDGET = 872 * 2**20  # bytes for the bands and one tile; measured, it was up to a sixth more
+BUDGET = 872 * 2**20  # bytes for the bands and one tile
 TILE_BYTES = 250  # assumed for each pixel of a tile; networks differ
 SMALLEST_STEP = 512
 

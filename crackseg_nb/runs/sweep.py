@@ -13,7 +13,7 @@ __all__ = [
     "check_grid",
     "expand",
     "name_runs",
-    "begin_sweep",
+    "Batch",
     "Sweep",
     "new_submission",
     "score",
@@ -174,16 +174,21 @@ def name_runs(runs: list[dict], varying: list[str]) -> dict[str, dict]:
 
 
 # %% ../../nbs/runs/11_sweep.ipynb #0b9f38bd
-def begin_sweep(sweep: "Sweep", name: str, outputs: str, notebook, jobs: dict) -> None:
-    "Set name, folder, notebook and jobs of a sweep; raise CrackSegError for a setting that is none."
-    check_folder_name("name", name)
-    for key in jobs:
-        choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
-    sweep.name, sweep.folder, sweep.notebook = name, outputs_folder(outputs) / name, notebook
-    sweep.jobs = JobConfig(**jobs)
+class Batch:
+    "Hold a name, its folder `outputs/<name>`, and where the jobs for what lies in it are executed."
+
+    def __init__(self, name: str, outputs: str, jobs: dict):
+        check_folder_name("name", name)
+        for key in jobs:
+            choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
+        self.name, self.folder, self.jobs = name, outputs_folder(outputs) / name, JobConfig(**jobs)
+
+    def table(self) -> pd.DataFrame:
+        "Return a row for each run and its state."
+        raise NotImplementedError
 
 
-class Sweep:
+class Sweep(Batch):
     "Hold a grid of runs and the folder they are in, `outputs/<name>`."
 
     def __init__(
@@ -195,7 +200,8 @@ class Sweep:
         notebook=None,  # None: the run notebook
         **jobs,  # of `JobConfig`
     ):
-        begin_sweep(self, name, outputs, notebook, jobs)
+        super().__init__(name, outputs, jobs)
+        self.notebook = notebook
         path = self.folder / "sweep.yaml"
         if grid is None and fixed is None:
             if not path.is_file():
@@ -251,7 +257,7 @@ def new_submission(name: str) -> str:
 
 
 @patch
-def start_jobs(self: Sweep, submission: str, jobs: list) -> None:
+def start_jobs(self: Batch, submission: str, jobs: list) -> None:
     "Start jobs where the sweep's runs belong, and note it in the sweep's folder; raise CrackSegError if SLURM refuses."
     if self.jobs.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise CrackSegError(
@@ -295,13 +301,13 @@ def submit(self: Sweep) -> list[str]:
 
 # %% ../../nbs/runs/11_sweep.ipynb #b997bea7
 @patch
-def submissions(self: Sweep) -> dict[str, dict]:
+def submissions(self: Batch) -> dict[str, dict]:
     "Return what is known about each submission, by name."
     return {path.parent.name: read_yaml(path) for path in sorted((self.folder / "jobs").glob("*/submission.yaml"))}
 
 
 @patch
-def active(self: Sweep) -> bool:
+def active(self: Batch) -> bool:
     "Tell whether jobs of this sweep are at work or queued."
     found = self.submissions()
     if any(
@@ -321,7 +327,7 @@ def active(self: Sweep) -> bool:
 
 
 @patch
-def cancel(self: Sweep) -> None:
+def cancel(self: Batch) -> None:
     "Ask every job of this sweep to stop; their runs write their state first."
     for name, record in self.submissions().items():
         if record["cluster"] == "slurm" and shutil.which("scancel"):
@@ -398,7 +404,7 @@ class LiveTable:
 
 
 @patch
-def watch(self: Sweep) -> pd.DataFrame:
+def watch(self: Batch) -> pd.DataFrame:
     "Show the table until no job is at work or queued, and return the last one."
     live = LiveTable()
     while True:

@@ -17,7 +17,8 @@ __all__ = [
     "check_space",
     "create_search",
     "open_study",
-    "unfinished",
+    "is_gone",
+    "set_aside",
     "next_trial",
     "score_name",
     "report_epochs",
@@ -50,23 +51,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/studies/10_search.ipynb #5ea2c005
-from crackseg_nb.core.checks import (
-    CrackSegError,
-    LateModule,
-    Stopped,
-    check_number,
-    choose,
-    first_line,
-    plain_variables,
-)
+from ..core.checks import CrackSegError, LateModule, Stopped, check_number, choose, plain_variables
 from ..core.files import display_path, read_yaml, to_plain, write_table, write_yaml
-from ..core.machine import is_alive, now, this_process
-from ..core.run_folder import claim
+from ..core.machine import now, this_process
+from ..core.run_folder import claim, process_is_gone
 from ..core.seeds import seed_for
 from ..figures.style import styled
 from ..runs.command import parse_value
 from ..runs.jobs import JobConfig, SweepJob, job_environment, local_shares, next_parameters, requeue
-from ..runs.sweep import Sweep, begin_sweep, check_grid, expand, new_submission, read_fixed, read_settings
+from ..runs.notebook import one_line
+from ..runs.sweep import Batch, check_grid, expand, new_submission, read_fixed, read_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -161,7 +155,7 @@ def begin_optuna() -> None:
         ) from None
 
 
-class Search(Sweep):
+class Search(Batch):
     "Hold a search and its folder, `outputs/<name>`."
 
     def __init__(
@@ -174,7 +168,7 @@ class Search(Sweep):
         **jobs,  # of `JobConfig`
     ):
         begin_optuna()
-        begin_sweep(self, name, outputs, None, jobs)
+        super().__init__(name, outputs, jobs)
         path = self.folder / "search.yaml"
         if space is None and fixed is None:
             if not path.is_file():
@@ -237,10 +231,17 @@ def open_study(search: Search) -> "optuna.Study":
     )
 
 
-def unfinished(study: "optuna.Study") -> list:
-    "Return the trials that are said to run, and whose process is gone."
-    running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-    return [trial for trial in running if not is_alive(trial.user_attrs.get("process", {"pid": -1}))]
+def is_gone(trial) -> bool:
+    "Tell whether a trial is said to run, and its process is known to have ended."
+    process = trial.user_attrs.get("process")  # none: it ended between two lines of the journal
+    return trial.state == optuna.trial.TrialState.RUNNING and (process is None or process_is_gone(process))
+
+
+def set_aside(study: "optuna.Study", trial) -> None:
+    "Let an unfinished trial wait, under the name of its run, until somebody goes on with it."
+    if run := trial.user_attrs.get("run"):
+        study.enqueue_trial(trial.params, user_attrs={"run": run})
+    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def next_trial(
@@ -251,10 +252,8 @@ def next_trial(
 ) -> "optuna.Trial | None":
     "Return the trial to be carried out next; None where all were begun."
     with claim(search.folder / "next", patience=60):
-        for gone in unfinished(study):
-            if run := gone.user_attrs.get("run"):
-                study.enqueue_trial(gone.params, user_attrs={"run": run})
-            study.tell(gone.number, state=optuna.trial.TrialState.FAIL)
+        for gone in filter(is_gone, study.get_trials(deepcopy=False)):
+            set_aside(study, gone)
         found = study.get_trials(deepcopy=False)
         runs = {trial.user_attrs["run"] for trial in found if "run" in trial.user_attrs}
         waiting = any(trial.state == optuna.trial.TrialState.WAITING for trial in found)
@@ -330,14 +329,18 @@ def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
                 experiment = train_trial(search, trial, folder)
         except Stopped as stop:
             if not str(stop).startswith("ended early"):
+                set_aside(study, trial)
                 raise
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return f"{folder.name}: {stop}"
-        except CrackSegError as error:
-            trial.set_user_attr("error", first_line(error))
+        except KeyboardInterrupt:
+            set_aside(study, trial)
+            raise
+        except Exception as error:  # memory runs out in many words
+            trial.set_user_attr("error", one_line(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            return f"{folder.name}: failed: {first_line(error)}"
+            return f"{folder.name}: failed: {one_line(error)}"
         trained = experiment.trained
         best = trained.history.iloc[trained.epoch - 1]
         values = [float(best[score_name(best)])]
@@ -345,7 +348,6 @@ def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
             values.append(cost_of(experiment, search.goal.against))
         for name, value in {
             "epoch": int(trained.epoch),
-            "parameters": int(experiment.built.parameters["total"]),
             "seconds": round(time.perf_counter() - begun, 1),
         }.items():
             trial.set_user_attr(name, value)
@@ -386,7 +388,7 @@ def table(self: Search) -> pd.DataFrame:
             continue
         values = trial.values or []
         row = {"state": trial.state.name.lower(), "score": values[0] if values else np.nan}
-        if trial.state == optuna.trial.TrialState.RUNNING and not is_alive(trial.user_attrs["process"]):
+        if is_gone(trial) or trial.state == optuna.trial.TrialState.WAITING:
             row["state"] = "interrupted"
         if not values and trial.intermediate_values:  # of one that ended early, or is still at work
             row["score"] = max(trial.intermediate_values.values())
@@ -542,6 +544,8 @@ def finish(self: Search) -> list[str]:
     from crackseg_nb.figures.photos import save_figure
 
     table = self.table()
+    if not len(table):
+        return []
     write_table(self.folder / "trials.csv", table, index=True)
     if table["state"].isin([*STATE_MARKS]).any():
         save_figure(show_search(self), self.folder / "search.png")

@@ -7,15 +7,12 @@ __all__ = ["search_parser", "search_main"]
 
 # %% ../../nbs/studies/11_search_command.ipynb #5ea2d004
 import argparse
-from dataclasses import fields
 
 # %% ../../nbs/studies/11_search_command.ipynb #5ea2d005
 from ..core.checks import Stopped
 from ..core.files import display_path
 from ..runs.command import command, given_parameters, new_parser, take_outputs, take_parameters
-from ..runs.commands import JOB_HELP
-from ..runs.jobs import JobConfig
-from ..runs.sweep import read_fixed
+from ..runs.commands import given_jobs, take_jobs
 
 
 # %% ../../nbs/studies/11_search_command.ipynb #5ea2d007
@@ -49,14 +46,7 @@ def search_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-prune", action="store_true", help="train every trial to its end")
     parser.add_argument("--seed", type=int, default=42, help="by which the search chooses (default: 42)")
-    for item in fields(JobConfig):
-        kind = {"mem": float, "cluster": str, "partition": str}.get(item.name, int)
-        if item.name not in ("extra", "retries"):
-            told = JOB_HELP[item.name].replace("runs", "trials").replace("run", "trial")
-            parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=told)
-    parser.add_argument(
-        "--extra", action="append", metavar="NAME=VALUE", help="SLURM: a further option of submitit, as account=study"
-    )
+    take_jobs(parser, "trial", without=("retries",))
     parser.add_argument("--table", action="store_true", help="show the table and end")
     parser.add_argument("--cancel", action="store_true", help="stop the jobs, with checkpoints, and end")
     return parser
@@ -67,29 +57,31 @@ def search_parser() -> argparse.ArgumentParser:
 def search_main(words: list[str] | None = None) -> int:
     "Run the command `crackseg_search` and return its exit status: 0 if there is a trained trial."
     given = search_parser().parse_args(words)
+    from crackseg_nb.runs.sweep import LiveTable
     from crackseg_nb.studies.search import Goal, Search
 
-    jobs = {item.name: getattr(given, item.name) for item in fields(JobConfig) if hasattr(given, item.name)}
     search = Search(
         given.name,
         given.space,
         given_parameters(given) or None,
         given.outputs,
         Goal(given.against, not given.no_prune, given.seed),
-        **jobs | {"extra": read_fixed(given.extra)},
+        **given_jobs(given),
     )
     if given.cancel:
         search.cancel()
         return 0
-    if not given.table:
+    if given.table:
+        LiveTable().show(search.table())
+        best = search.best()
+    else:
         try:
             search.submit(given.trials)
             search.watch()
         except KeyboardInterrupt:
             search.cancel()
             raise Stopped(f"stopped; the same command goes on with search {given.name}") from None
-    table, best = search.table(), search.finish()
-    print(table.to_string(float_format="{:.4g}".format, na_rep="-"))
+        best = search.finish()
     for run in best:
         print(f"best: {run}; its test: crackseg_run -p resume {display_path(search.folder / run)}")
     return 0 if best else 1
