@@ -3088,6 +3088,14 @@ d = {
             "crackseg_nb.models.views.with_views": ("models/views.html#with_views", "crackseg_nb/models/views.py"),
         },
         "crackseg_nb.runs.command": {
+            "crackseg_nb.runs.command.CommandParser": (
+                "runs/command.html#commandparser",
+                "crackseg_nb/runs/command.py",
+            ),
+            "crackseg_nb.runs.command.CommandParser.parse_args": (
+                "runs/command.html#commandparser.parse_args",
+                "crackseg_nb/runs/command.py",
+            ),
             "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.command_line": ("runs/command.html#command_line", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.given_parameters": (

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "parse_value",
+    "CommandParser",
     "new_parser",
     "take_outputs",
     "take_parameters",
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% ../../nbs/runs/08_command.ipynb #024b4931
-from ..core.checks import RESUME_CODE, CrackSegError, Stopped
+from ..core.checks import RESUME_CODE, CrackSegError, Stopped, choose
 from ..core.files import check_writable, display_path, door, outputs_folder
 from ..core.run_folder import claim, claim_new
 from .notebook import execute, one_line
@@ -48,13 +49,28 @@ def parse_value(name: str, text: str):
     return text
 
 
+class CommandParser(argparse.ArgumentParser):
+    "Takes options by their whole names; to one that it does not know it names the nearest."
+
+    def parse_args(self, args=None, namespace=None):
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option, _, _ = unknown[0].partition("=")
+            try:
+                choose("option", option, [known for known in self._option_string_actions if known.startswith("--")])
+            except CrackSegError as error:
+                self.error(str(error) if option.startswith("-") else f"found {option} too many")
+        return given
+
+
 def new_parser(prog: str, description: str, notes: str = "") -> argparse.ArgumentParser:
     "Return the parser of a command, whose help ends with `notes` in their own layout."
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=prog,
         description=description,
         epilog=textwrap.dedent(notes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an --output would be taken for --outputs
     )
 
 

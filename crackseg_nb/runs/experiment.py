@@ -445,7 +445,7 @@ def make_datasets(
             splits.mask_encoding,
             augmentation if split == "train" else None,
             seed=config.run.seed,
-            preload=preload,
+            preload=preload if split != "test" or config.run.test_epoch else False,  # else it is read only once
             resize=None if split == "train" else resize,
             cache=outputs_folder(config.run.outputs) / "cache",
             facts=splits.facts,
@@ -689,7 +689,7 @@ def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.dev
         return train.amp
 
     def measure():
-        return time_precisions(model, min(train.batch_size, 4), (size, size), device)
+        return time_precisions(model, min(train.batch_size, 2), (size, size), device)
 
     return choose_precision("auto", device, measure).replace("no", "off")
 

@@ -39,7 +39,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
 from ..core.checks import VOID, CrackSegError
@@ -303,6 +302,8 @@ class Dice(Tversky):
 # %% ../../nbs/training/02_losses.ipynb #37fad347
 def signed_distance(inside: np.ndarray) -> np.ndarray:  # bool, (H, W)
     "Return signed distances to the contour as float32: 1, 2, … outside; 0, -1, … inside; all 0 without one."
+    from scipy.ndimage import distance_transform_edt  # takes a tenth of a second to import, and one loss needs it
+
     if not inside.any() or inside.all():
         return np.zeros(inside.shape, dtype=np.float32)
     distance = np.where(inside, 1 - distance_transform_edt(inside), distance_transform_edt(~inside))
