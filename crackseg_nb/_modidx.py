@@ -4404,6 +4404,72 @@ d = {
                 "crackseg_nb/sources/samples.py",
             ),
         },
+        "crackseg_nb.sources.yolo_cvat": {
+            "crackseg_nb.sources.yolo_cvat.cvat_ellipse": (
+                "sources/yolo_cvat.html#cvat_ellipse",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_files": (
+                "sources/yolo_cvat.html#cvat_files",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_mask": (
+                "sources/yolo_cvat.html#cvat_mask",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_names": (
+                "sources/yolo_cvat.html#cvat_names",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_order": (
+                "sources/yolo_cvat.html#cvat_order",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_points": (
+                "sources/yolo_cvat.html#cvat_points",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.cvat_shape": (
+                "sources/yolo_cvat.html#cvat_shape",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.read_cvat": (
+                "sources/yolo_cvat.html#read_cvat",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.read_xml": (
+                "sources/yolo_cvat.html#read_xml",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.read_yolo": (
+                "sources/yolo_cvat.html#read_yolo",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_classes": (
+                "sources/yolo_cvat.html#yolo_classes",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_label": (
+                "sources/yolo_cvat.html#yolo_label",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_names": (
+                "sources/yolo_cvat.html#yolo_names",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_settings": (
+                "sources/yolo_cvat.html#yolo_settings",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_shapes": (
+                "sources/yolo_cvat.html#yolo_shapes",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.yolo_splits": (
+                "sources/yolo_cvat.html#yolo_splits",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+        },
         "crackseg_nb.studies.ablation": {
             "crackseg_nb.studies.ablation.AblationConfig": (
                 "studies/ablation.html#ablationconfig",

@@ -60,7 +60,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = "crackseg_nb"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_js_files = ["enlarge.js", "sidebar.js"]
+html_js_files = ["enlarge.js", "sidebar.js", "results.js"]
+html_show_search_summary = False  # it fetches each page found, which no browser allows among files
 html_additional_pages = {"index": "redirect.html"}
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
@@ -92,5 +93,6 @@ def setup(app):
     app.connect("doctree-read", pages.link_names)
     app.connect("html-page-context", pages.link_code)
     app.connect("html-page-context", pages.list_parameters)
+    app.connect("build-finished", pages.write_leads)
     app.connect("build-finished", pages.write_llms)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

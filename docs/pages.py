@@ -1,13 +1,16 @@
 """What the site adds to the notebooks: their processing, navigation, the gallery, the reference, and llms.txt."""
 
 import ast
+import csv
 import inspect
 import json
 import posixpath
 import re
+from collections import Counter
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 import yaml
 from execnb.nbio import dict2nb
@@ -341,16 +344,109 @@ def protocol(results: dict) -> str:
     )
 
 
+def rows(path: Path) -> list[dict]:
+    "Return the lines of a table as dictionaries."
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def of_ablation(effects: list[dict]) -> str:
+    arms = ", ".join(f"{row['arm']} {float(row['difference']):+.3f} ({row['told']})" for row in effects)
+    return f"IoU against the whole hybrid, mean of {effects[0]['seeds']} seeds: {arms}"
+
+
+def of_data_sets(scores: list[dict]) -> str:
+    "Name the best model of each data set."
+    best = {}
+    for row in scores:
+        best[row["set"]] = max(best.get(row["set"], row), row, key=lambda row: float(row["iou"]))
+    return "IoU: " + ", ".join(f"{name} {float(row['iou']):.3f} ({row['model']})" for name, row in best.items())
+
+
+def of_comparison(tests: list[dict]) -> str:
+    told = Counter(row["result"] for row in tests)
+    return ", ".join(f"{result} in {count} of {len(tests)} pairs of runs" for result, count in told.items())
+
+
+def of_compression(steps: list[dict]) -> str:
+    "Compare the smallest file with the model that was compressed."
+    first, least = steps[0], min(steps, key=lambda row: float(row["file_bytes"]))
+    sizes = [f"{float(row['file_bytes']) / 1e6:.1f} MB, IoU {float(row['iou']):.3f}" for row in (first, least)]
+    return f"{sizes[0]}; {least['model']}: {sizes[1]}"
+
+
+def of_encoders(differences: list[dict]) -> str:
+    first = differences[0]
+    return f"{first['encoder']} is {float(first['difference']):.3f} IoU ahead of {first['other']}: {first['verdict']}"
+
+
+def of_protocols(protocols: list[dict]) -> str:
+    least, most = (pick(protocols, key=lambda row: float(row["f1_points"])) for pick in (min, max))
+    ends = [f"{float(row['f1_points']):+.1f} points ({row['protocol']})" for row in (least, most)]
+    return f"F1 of the same predictions moves by {ends[0]} to {ends[1]}"
+
+
+def of_search(trials: list[dict]) -> str:
+    best = max(float(row["score"]) for row in trials if row["state"] == "complete")
+    return f"{len(trials)} trials, validation IoU of the best {best:.3f}"
+
+
+def of_transfer(arms: list[dict]) -> str:
+    names = {
+        arm["encoder_weights"]: "from scratch" if arm["encoder_weights"] == "none" else "pretrained" for arm in arms
+    }
+    parts = [f"{names[arm['encoder_weights']]} {float(arm['test_iou']):.3f}" for arm in arms]
+    return f"test IoU, mean of {arms[0]['done']} seeds: {', '.join(parts)}"
+
+
+def of_race(rounds: list[dict]) -> str:
+    "Compare the trainer with the bare model, by the medians of their rounds."
+    speeds = {}
+    for row in rounds:
+        if row["part"] == "contest" and row["contestant"] in ("trainer", "bare"):
+            speeds.setdefault(row["model"], {}).setdefault(row["contestant"], []).append(
+                float(row["images_per_second"])
+            )
+    shares = {model: median(found["trainer"]) / median(found["bare"]) for model, found in speeds.items()}
+    parts = ", ".join(f"{share:.2f} ({model})" for model, share in shares.items())
+    return f"speed of the trainer, the model alone being 1: {parts}"
+
+
+FINDINGS = {  # the table of a study, and what is said of it
+    "effects.csv": of_ablation,
+    "steps.csv": of_compression,
+    "tests.csv": of_comparison,
+    "differences.csv": of_encoders,
+    "protocols.csv": of_protocols,
+    "trials.csv": of_search,
+    "comparison.csv": of_transfer,
+    "benchmark.csv": of_race,
+    "scores.csv": of_data_sets,
+}
+
+
 def headline(folder: Path) -> str:
-    "Return what the run or the study in `folder` found, with its protocol; nothing for a study without runs."
+    "Return what the run or the study in `folder` found, from its files, with its protocol."
     if (folder / "final_results.yaml").exists():
         results = yaml.safe_load((folder / "final_results.yaml").read_text("utf-8"))
         return f"**{scores(results)}**\n\n{protocol(results)}"
     runs = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(folder.rglob("final_results.yaml"))]
     found = [results["test"]["pooled"]["iou"] for results in runs]
-    if len(found) < 2:
-        return f"**1 run, test IoU {found[0]:.3f}**" if found else ""
-    return f"**{len(found)} runs, test IoU {min(found):.3f} to {max(found):.3f}**"
+    told = next(
+        (f"**Found**: {say(rows(folder / name))}" for name, say in FINDINGS.items() if (folder / name).exists()), ""
+    )
+    span = f"{min(found):.3f}" + f" to {max(found):.3f}" * (len(found) > 1) if found else ""
+    tested = f"{len(found)} run{'s' * (len(found) > 1)}, test IoU {span}" if found else ""
+    return "\n\n".join(part for part in (told, tested) if part)
+
+
+def what_was_trained(folder: Path) -> str:
+    "Return model, encoder and data of a run."
+    config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    model, data = config["model"], config["data"]
+    name = model["model"] + (f" with {model['encoder']}" if model.get("encoder") else "")
+    source = data["data"] if data["data"] != "folder" else f"the folder {Path(data['data_dir']).name}"
+    return f"{name} on {source}"
 
 
 def executed(folder: Path) -> str:
@@ -368,8 +464,10 @@ def executed(folder: Path) -> str:
 def card(folder: Path) -> str:
     "Return the card of the run or study in `folder` for the gallery."
     page = f"outputs/{folder.name}/result"
-    blurb = re.search(r"> (.+)", "".join(read_notebook(page)["cells"][0]["source"]))
-    lines = [f":::{{grid-item-card}} {folder.name}", f":link: /{page}", ":link-type: doc"]
+    opening = "".join(read_notebook(page)["cells"][0]["source"])
+    blurb, study = re.search(r"> (.+)", opening), not (folder / "final_results.yaml").exists()
+    lines = [f":::{{grid-item-card}} {opening.splitlines()[0].strip('# ') if study else folder.name}"]
+    lines += [f":link: /{page}", ":link-type: doc"]
     pictures = [folder / "visualizations" / "best_cases.png", *sorted(folder.glob("*.png"))]
     picture = next((path for path in pictures if path.exists()), None)
     if picture:
@@ -377,9 +475,7 @@ def card(folder: Path) -> str:
             f":img-top: /{picture.relative_to(ROOT)}",
             f":img-alt: {picture.stem.replace('_', ' ')} of {folder.name}",
         ]
-    lines += ["", headline(folder), ""]
-    if blurb and not (folder / "final_results.yaml").exists():
-        lines.append(blurb[1])
+    lines += ["", f"`{folder.name}`: {blurb[1]}" if study and blurb else what_was_trained(folder), "", headline(folder)]
     return "\n".join([*lines, ":::"])
 
 
@@ -485,7 +581,22 @@ def cells(name: str, entry: dict) -> tuple[str, str, str, str]:
     )
 
 
-# llms.txt
+# Search and llms.txt
+
+
+def write_leads(app, error) -> None:
+    "Write for results.js what each page is about: its first quotation or else its first paragraph."
+    if error or app.builder.format != "html":
+        return
+    from docutils import nodes
+
+    leads = {}
+    for page in sorted(app.env.all_docs):
+        tree = app.env.get_doctree(page)
+        first = next(tree.findall(nodes.block_quote), None) or next(tree.findall(nodes.paragraph), None)
+        leads[page] = " ".join(first.astext().split())[:240] if first else ""
+    text = json.dumps(leads, ensure_ascii=False, indent=0)
+    Path(app.outdir, "_static", "leads.js").write_text(f"const LEADS = {text};\n", "utf-8")
 
 
 def write_llms(app, error) -> None:

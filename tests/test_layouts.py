@@ -476,6 +476,76 @@ def test_labelme_masks_and_the_image_they_belong_to(tmp_path):
     assert mask.sum() == 5 * 4 + 3 * 6 and mask[:4, :5].all() and mask[20:26, 57:].all()
 
 
+def write_yolo(root, outlines):
+    "Write photos of 60 x 40 with YOLO's outlines, by names such as train/a; None: no text file."
+    for name, text in outlines.items():
+        for folder, suffix in (("images", ".png"), ("labels", ".txt")):
+            (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if suffix == ".png":
+                Image.new("RGB", (60, 40)).save(root / folder / f"{name}.png")
+            elif text is not None:
+                (root / folder / f"{name}.txt").write_text(text)
+
+
+SQUARE = "0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75\n"  # 30 x 20 pixels of 60 x 40
+
+
+def test_yolo(tmp_path):
+    write_yolo(tmp_path, {"train/a": SQUARE, "train/b": None, "val/c": SQUARE.replace("0 ", "1 ", 1), "test/d": ""})
+    (tmp_path / "data.yaml").write_text("path: /elsewhere\ntrain: ../train/images\nnc: 2\nnames: [crack, spall]\n")
+    config = configure(data="yolo", data_dir=str(tmp_path), loss="ce")
+    assert config.data.class_names == ("background", "crack", "spall")
+    source = find_source(config)
+    assert [sample.split for sample in source.samples] == ["test", "train", "train", "val"]
+    masks = {sample.name: mask_of(source, number) for number, sample in enumerate(source.samples)}
+    assert (masks["images/train/a"] == 1).sum() == 600 and (masks["images/train/a"][10:30, 15:45] == 1).all()
+    assert (masks["images/val/c"] == 2).sum() == 600 and not masks["images/train/b"].any()
+    assert any("2 images have no outline and show background" in note for note in source.notes)
+    swapped = find_source(configure(data="yolo", data_dir=str(tmp_path), loss="ce", class_names="wall,spall,crack"))
+    assert (mask_of(swapped, 1) == 2).sum() == 600
+
+
+@pytest.mark.parametrize("place", ["beside", "Roboflow", "list"])
+def test_places_of_yolo_files(tmp_path, place):
+    if place == "beside":
+        Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+        (tmp_path / "a.txt").write_text(SQUARE)
+        (tmp_path / "classes.txt").write_text("crack\n")
+    elif place == "Roboflow":
+        write_yolo(tmp_path / "train", {"a": SQUARE})
+        (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: ['crack']\n")
+    else:
+        write_yolo(tmp_path, {"a": SQUARE})
+        (tmp_path / "data.yaml").write_text("train: train.txt\nnames: {0: crack}\n")
+        (tmp_path / "train.txt").write_text("./images/a.png\n")
+    source = read_source("yolo", tmp_path)
+    assert mask_of(source).sum() == 600 and source.samples[0].split == (None if place == "beside" else "train")
+
+
+def test_an_export_of_cvat(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.png")
+    shapes = (
+        '<polygon label="spall" points="15,10;45,10;45,30;15,30" z_order="2"/>'
+        '<polyline label="crack" points="0,10;60,10" z_order="0"/>'
+    )
+    images = "".join(
+        f'<image id="{number}" name="{name}.png" width="60" height="40" subset="{subset}">{inside}</image>'
+        for number, (name, subset, inside) in enumerate((("a", "Train", shapes), ("b", "Test", "")))
+    )
+    (tmp_path / "annotations.xml").write_text(f"<annotations>{images}</annotations>")
+    one_line(
+        lambda: read_source("cvat", tmp_path), "annotations.xml (a.png): found a polyline (crack), which has no width"
+    )
+    config = configure(data="cvat", data_dir=str(tmp_path), line_width=4, loss="ce", class_names="wall,spall,crack")
+    source = find_source(config)
+    mask = mask_of(source)
+    assert [sample.split for sample in source.samples] == ["train", "test"] and not mask_of(source, 1).any()
+    assert (mask == 1).sum() == 600 and (mask == 2).sum() == 4 * 60 - 2 * 30  # the polygon lies in front
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    one_line(lambda: find_source(config), "annotations.xml (a.png): found a mask of 60x40 for an image of 50x40")
+
+
 # ---- folders by other names
 
 

@@ -106,8 +106,8 @@ class BatchNormInPlace(TorchFunctionMode):
             0.0,
             bound.get("eps", 1e-5),
             out=image,
-            save_mean=image.new_empty(0),
-            save_invstd=image.new_empty(0),
+            save_mean=bound["running_mean"].new_empty(0),  # in float32 where the image is in bf16
+            save_invstd=bound["running_mean"].new_empty(0),
         )
         return image
 

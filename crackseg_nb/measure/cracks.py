@@ -503,5 +503,5 @@ def show_rose(summary: pd.Series) -> Figure:  # of `summarize_cracks`, or a sum 
     angles = np.deg2rad(np.arange(2 * DIRECTIONS) * 180 / DIRECTIONS)
     axis.bar(angles, np.tile(lengths, 2), width=np.pi / DIRECTIONS, color="0.45", edgecolor="white")
     axis.set_theta_direction(-1)
-    axis.set_title(f"length by direction [{unit}]", fontsize=9)
+    axis.set_title(f"length by direction [{unit}]")
     return figure

@@ -330,7 +330,7 @@ def show_overview(
         colours = points[f"width_{unit}"]
         drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis_r", vmin=0, vmax=highest)
         length = getattr(photo, f"length_{unit}")
-        axis.set_title(f"{photo.photo}: {photo.cracks} cracks, {length:.4g} {unit}", fontsize=8)
+        axis.set_title(f"{photo.photo}: {photo.cracks} cracks, {length:.4g} {unit}")
     for axis in axes.flat[len(photos) :]:
         axis.axis("off")
     if drawn is not None:
@@ -371,7 +371,7 @@ def show_worst(
         widths = [getattr(crack, f"width_max{end}_{unit}") for end in ("", "_low", "_high")]
         interval = f"\n{widths[1]:.2f} to {widths[2]:.2f}" if np.isfinite(widths[1]) else "\nno interval"
         title = f"{crack.photo}, crack {crack.crack}: {widths[0]:.2f} {unit}{interval} {unit if widths[1] >= 0 else ''}"
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title)
     for axis in axes.flat[len(cracks) :]:
         axis.axis("off")
     return figure
@@ -396,7 +396,7 @@ def show_widths(
         for limit in width_limits(classes).limits:
             if limit <= widths.max():
                 axis.axvline(limit, color="C3", linestyle="--", linewidth=1)
-                axis.text(limit, 1.01, f"{limit:g}", transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
+                axis.text(limit, 1.01, f"{limit:g}", transform=axis.get_xaxis_transform(), ha="center")
     return figure
 
 

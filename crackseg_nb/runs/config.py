@@ -135,10 +135,12 @@ class DataConfig:
     mask_encoding: str = "auto"  # of mask values: auto (read off the masks), ids, class_ids, 0/255 or threshold
     ignore_index: tuple[int, ...] = ()  # values of class ids that mean void, beside 255, such as 11
     class_colours: str = ""  # of painted masks: 0,0,0; 128,0,0; void 64,64,64, or a file such as class_dict.csv
-    group_pattern: str = ""  # folder, coco, labelme: regular expression whose first group names an image's photo
+    group_pattern: str = (
+        ""  # folder, coco, labelme, yolo, cvat: regular expression whose first group names an image's photo
+    )
     image_folder: str = ""  # folder only: name of the folder of images, where its name does not tell
     mask_folder: str = ""  # folder only: name of the folder of masks
-    line_width: float = 0.0  # labelme only: pixels that a marked line is wide; 0: lines are refused
+    line_width: float = 0.0  # labelme and cvat: pixels that a marked line is wide; 0: lines are refused
     image_size: int = 360  # pixels on a side of a training image
     fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
     eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize

@@ -38,12 +38,15 @@ from crackseg_nb.sources.published import (
     VOC_READER,
 )
 from .samples import LABELS, MAX_CLASSES, Classes, Reader, Source, read_paint
+from .yolo_cvat import CVAT_READER, YOLO_READER
 
 # %% ../../nbs/sources/11_registry.ipynb #0330ff7a
 SOURCES: dict[str, Reader] = {
     "folder": FOLDER_READER,
     "coco": COCO_READER,
     "labelme": LABELME_READER,
+    "yolo": YOLO_READER,
+    "cvat": CVAT_READER,
     "DeepCrack": DEEPCRACK_READER,
     "CrackForest": CRACKFOREST_READER,
     "unified360": UNIFIED360_READER,
