@@ -3138,6 +3138,10 @@ d = {
                 "runs/config.html#dataconfig.classes",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.DataConfig.eval_resize": (
+                "runs/config.html#dataconfig.eval_resize",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.DataConfig.labelled": (
                 "runs/config.html#dataconfig.labelled",
                 "crackseg_nb/runs/config.py",
@@ -3170,6 +3174,10 @@ d = {
             "crackseg_nb.runs.config.build_config": ("runs/config.html#build_config", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_class_weights": (
                 "runs/config.html#check_class_weights",
+                "crackseg_nb/runs/config.py",
+            ),
+            "crackseg_nb.runs.config.check_eval_size": (
+                "runs/config.html#check_eval_size",
                 "crackseg_nb/runs/config.py",
             ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),

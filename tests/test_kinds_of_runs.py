@@ -15,11 +15,13 @@ from crackseg_nb.core import files as files_module
 from crackseg_nb.core.checks import Stopped
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.evidence.scores import open_predictions
 from crackseg_nb.models import registry
 from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import STEPS, Experiment, prepare, run
+from crackseg_nb.runs.verify import verify
 from crackseg_nb.training import trainer as trainer_module
 from crackseg_nb.training.checkpoint import read_manifests, save_checkpoint
 
@@ -152,6 +154,21 @@ def test_an_image_too_small_for_the_model_is_named_before_training(tmp_path, spl
         f"{split}1.png: found an image of 20x20, expected at least 32x32",
     )
     prepare(configure(**settings(tmp_path, "resized", **data, eval_fit="resize"))).folder.mark("stopped")
+
+
+def test_a_run_is_tested_at_another_size_than_it_is_trained_at(tmp_path):
+    data = photos(tmp_path / "data", train=[40] * 4, val=[50] * 2, test=[60] * 2)
+    finished = run(
+        configure(
+            **settings(tmp_path, "sizes", **data, image_size=32, eval_fit="resize", eval_size="48,64", preload="true")
+        )
+    )
+    shapes = {split: images[0]["image"].shape[-2:] for split, images in finished.prepared.datasets.items()}
+    assert shapes == {"train": (32, 32), "val": (48, 64), "test": (48, 64)}
+    assert [images.store is None for images in finished.prepared.datasets.values()] == [False, False, True]
+    predictions = open_predictions(finished.folder.path)
+    assert predictions.dataset[0]["target"].shape == (48, 64)
+    assert verify("sizes", outputs=str(tmp_path)).code == 0
 
 
 @pytest.mark.parametrize(

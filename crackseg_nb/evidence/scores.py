@@ -123,8 +123,7 @@ def open_predictions(
             f"data: found images or masks that differ from those of {folder.run_id} (fingerprint {now[:12]}, "
             f"expected {then[:12]})"
         )
-    resize = (config.data.image_size,) * 2 if config.data.eval_fit == "resize" else None
-    dataset = CrackDataset(splits.test, splits.mask_encoding, resize=resize, facts=splits.facts)
+    dataset = CrackDataset(splits.test, splits.mask_encoding, resize=config.data.eval_resize, facts=splits.facts)
     return TestPredictions(folder, config, results, dataset, now)
 
 

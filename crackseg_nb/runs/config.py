@@ -25,6 +25,7 @@ __all__ = [
     "check_place",
     "check_reader_options",
     "is_labelled",
+    "check_eval_size",
     "RunConfig",
     "ExperimentConfig",
     "check_model_of",
@@ -135,15 +136,14 @@ class DataConfig:
     mask_encoding: str = "auto"  # of mask values: auto (read off the masks), ids, class_ids, 0/255 or threshold
     ignore_index: tuple[int, ...] = ()  # values of class ids that mean void, beside 255, such as 11
     class_colours: str = ""  # of painted masks: 0,0,0; 128,0,0; void 64,64,64, or a file such as class_dict.csv
-    group_pattern: str = (
-        ""  # folder, coco, labelme, yolo, cvat: regular expression whose first group names an image's photo
-    )
+    group_pattern: str = ""  # folder and annotation files: regular expression whose first group names an image's photo
     image_folder: str = ""  # folder only: name of the folder of images, where its name does not tell
     mask_folder: str = ""  # folder only: name of the folder of masks
     line_width: float = 0.0  # labelme and cvat: pixels that a marked line is wide; 0: lines are refused
     image_size: int = 360  # pixels on a side of a training image
     fit: str = "crop"  # how training images come to that size: crop (a random window) or resize
     eval_fit: str = "native"  # validation and test images: native (whole, at their own size) or resize
+    eval_size: tuple[int, ...] = ()  # height,width, or one side, that resize gives them; empty: image_size
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # train, val, test; a published split is kept
     train_set: str = "train"  # images that are learned: train, or trainval (nothing is chosen on val then)
     augmentation: str = "crack"  # none, mirror, basic, enhanced, crack; of labelled images none, basic, advanced
@@ -157,6 +157,7 @@ class DataConfig:
         check_settings(self, DATA_CHOICES, DATA_BOUNDS)
         choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
         check_fractions(self.fractions)
+        check_eval_size(self)
         check_range("synthetic_width", self.synthetic_width, *CRACK_WIDTHS)
         check_place(self.data, self.data_dir, self.class_names)
         check_reader_options(self)
@@ -204,6 +205,32 @@ def check_reader_options(data: DataConfig) -> None:
 def is_labelled(data: str) -> bool:
     "Return whether images of this kind carry one label each, in place of a mask."
     return data == "synthetic_textures" or data in SOURCES and SOURCES[data].labels is not None
+
+
+def check_eval_size(data: DataConfig) -> None:
+    "Raise CrackSegError unless `eval_size` is one or two sides that images with masks are resized to."
+    size = data.eval_size
+    if not size:
+        return
+    if len(size) > 2:
+        raise CrackSegError(f"eval_size: found {len(size)} numbers, expected one side, or height and width")
+    for side in size:
+        check_number("eval_size", side, int, 32)
+    if data.labelled:
+        raise CrackSegError(
+            f"eval_size: found {size[0]} for labelled images, expected image_size, which all of them get"
+        )
+    if data.eval_fit != "resize":
+        raise CrackSegError(f"eval_size: found {size[0]} with eval_fit {data.eval_fit}, expected eval_fit resize")
+
+
+@patch(as_prop=True)
+def eval_resize(self: DataConfig) -> tuple[int, int] | None:
+    "Height and width of validation and test images; None: each keeps its own."
+    if self.eval_fit == "native":
+        return None
+    height, *width = self.eval_size or (self.image_size,)
+    return height, (width or [height])[0]
 
 
 @patch(as_prop=True)
@@ -565,7 +592,10 @@ def find_run(
             "expected one that has ended (if that machine is gone: write `state: stopped` into its status.yaml)"
         )
     if folder.state == "done":
-        raise CrackSegError(f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted")
+        raise CrackSegError(
+            f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted; its learning rate "
+            "has come to its end, so more epochs are a new run: -p config and -p fine_tune name this one, -p epochs says how many"
+        )
     if not (folder / "config.yaml").is_file():
         raise CrackSegError(
             f"resume: {folder.run_id} has no config.yaml, since it ended before it began; start it anew"

@@ -438,7 +438,6 @@ def make_datasets(
         }
     preload = {"true": True, "false": False}.get(data.preload, data.preload)
     augmentation = create_augmentation(data.augmentation, size, fit=data.fit)
-    resize = size if data.eval_fit == "resize" else None
     datasets = {
         split: CrackDataset(
             samples,
@@ -446,7 +445,7 @@ def make_datasets(
             augmentation if split == "train" else None,
             seed=config.run.seed,
             preload=preload if split != "test" or config.run.test_epoch else False,  # else it is read only once
-            resize=None if split == "train" else resize,
+            resize=None if split == "train" else data.eval_resize,
             cache=outputs_folder(config.run.outputs) / "cache",
             facts=splits.facts,
         )
