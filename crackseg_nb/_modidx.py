@@ -1726,6 +1726,20 @@ d = {
                 "crackseg_nb/measure/classes.py",
             ),
         },
+        "crackseg_nb.measure.command": {
+            "crackseg_nb.measure.command.as_number": (
+                "measure/command.html#as_number",
+                "crackseg_nb/measure/command.py",
+            ),
+            "crackseg_nb.measure.command.measure_main": (
+                "measure/command.html#measure_main",
+                "crackseg_nb/measure/command.py",
+            ),
+            "crackseg_nb.measure.command.measure_parser": (
+                "measure/command.html#measure_parser",
+                "crackseg_nb/measure/command.py",
+            ),
+        },
         "crackseg_nb.measure.cracks": {
             "crackseg_nb.measure.cracks.Path": ("measure/cracks.html#path", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks.Tables": ("measure/cracks.html#tables", "crackseg_nb/measure/cracks.py"),
@@ -1892,6 +1906,10 @@ d = {
             ),
             "crackseg_nb.measure.photos.begin_report": (
                 "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.chosen_threshold": (
+                "measure/photos.html#chosen_threshold",
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos.find_predictions": (

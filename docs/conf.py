@@ -61,6 +61,7 @@ html_title = "crackseg_nb"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["enlarge.js", "sidebar.js", "results.js"]
+html_search_scorer = str(ROOT / "docs" / "_static" / "scorer.js")
 html_show_search_summary = False  # it fetches each page found, which no browser allows among files
 html_additional_pages = {"index": "redirect.html"}
 html_copy_source = html_show_sourcelink = False

@@ -1,6 +1,7 @@
 """What the site adds to the notebooks: their processing, navigation, the gallery, the reference, and llms.txt."""
 
 import ast
+import base64
 import csv
 import inspect
 import json
@@ -409,7 +410,8 @@ def of_race(rounds: list[dict]) -> str:
             )
     shares = {model: median(found["trainer"]) / median(found["bare"]) for model, found in speeds.items()}
     parts = ", ".join(f"{share:.2f} ({model})" for model, share in shares.items())
-    return f"speed of the trainer, the model alone being 1: {parts}"
+    others = [part for part in dict.fromkeys(row["part"] for row in rounds) if part != "contest"]
+    return f"speed of the trainer, the model alone being 1: {parts}" + f"; also {', '.join(others)}" * bool(others)
 
 
 FINDINGS = {  # the table of a study, and what is said of it
@@ -461,6 +463,18 @@ def executed(folder: Path) -> str:
     return f"*Executed{day}{place}. The code is that of its day: names may have changed since.*"
 
 
+def first_figure(page: str) -> Path | None:
+    "Return the first figure of a notebook as a file, for studies that leave no picture; None without one."
+    outputs = [output for cell in read_notebook(page)["cells"] for output in cell.get("outputs", [])]
+    found = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    if not found:
+        return None
+    path = ROOT / "docs" / "_gallery" / f"{page.split('/')[1]}.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(base64.b64decode("".join(found[0])))
+    return path
+
+
 def card(folder: Path) -> str:
     "Return the card of the run or study in `folder` for the gallery."
     page = f"outputs/{folder.name}/result"
@@ -469,7 +483,7 @@ def card(folder: Path) -> str:
     lines = [f":::{{grid-item-card}} {opening.splitlines()[0].strip('# ') if study else folder.name}"]
     lines += [f":link: /{page}", ":link-type: doc"]
     pictures = [folder / "visualizations" / "best_cases.png", *sorted(folder.glob("*.png"))]
-    picture = next((path for path in pictures if path.exists()), None)
+    picture = next((path for path in pictures if path.exists()), None) or first_figure(page)
     if picture:
         lines += [
             f":img-top: /{picture.relative_to(ROOT)}",
@@ -593,8 +607,10 @@ def write_leads(app, error) -> None:
     leads = {}
     for page in sorted(app.env.all_docs):
         tree = app.env.get_doctree(page)
-        first = next(tree.findall(nodes.block_quote), None) or next(tree.findall(nodes.paragraph), None)
-        leads[page] = " ".join(first.astext().split())[:240] if first else ""
+        paragraphs = [node.astext() for node in tree.findall(nodes.paragraph)]
+        paragraphs = [text for text in paragraphs if not text.startswith("Chapter: ")]  # of the reference
+        quoted = [node.astext() for node in tree.findall(nodes.block_quote)]
+        leads[page] = " ".join("".join((quoted + paragraphs)[:1]).split())[:240]
     text = json.dumps(leads, ensure_ascii=False, indent=0)
     Path(app.outdir, "_static", "leads.js").write_text(f"const LEADS = {text};\n", "utf-8")
 

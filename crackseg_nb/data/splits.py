@@ -125,8 +125,8 @@ def published_parts(source: Source) -> tuple[dict[str, list[Sample]], list[Sampl
     pool = loose or parts["train"]
     if not pool:
         raise CrackSegError(
-            f"{source.name}: found {len(source)} images but none for training, expected some; a finished run is scored on them "
-            "by nbs/across_data.ipynb"
+            f"{source.name}: found {len(source)} images but none for training, expected some; "
+            "a finished run is scored on them by nbs/across_data.ipynb"
         )
     return parts, pool
 

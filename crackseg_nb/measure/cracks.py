@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from scipy.ndimage import map_coordinates
 from scipy.signal import savgol_filter
 from scipy.spatial import KDTree
@@ -503,5 +504,7 @@ def show_rose(summary: pd.Series) -> Figure:  # of `summarize_cracks`, or a sum 
     angles = np.deg2rad(np.arange(2 * DIRECTIONS) * 180 / DIRECTIONS)
     axis.bar(angles, np.tile(lengths, 2), width=np.pi / DIRECTIONS, color="0.45", edgecolor="white")
     axis.set_theta_direction(-1)
+    for label in axis.get_yticklabels():  # they lie on the bars
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])
     axis.set_title(f"length by direction [{unit}]")
     return figure

@@ -7,6 +7,7 @@ __all__ = [
     "PLANES",
     "SUFFIXES",
     "REPORT",
+    "SHORT",
     "measure_photo",
     "as_fraction",
     "Prediction",
@@ -14,6 +15,7 @@ __all__ = [
     "read_plane",
     "Folder",
     "measure_prediction",
+    "chosen_threshold",
     "measure_folder",
     "show_overview",
     "show_worst",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/measure/06_photos.ipynb #3e6c90fd
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -56,7 +59,7 @@ def measure_photo(
     probability: np.ndarray | None = None,  # (H, W) of 0..1, or in 8 or 16 bit
     mm_per_pixel: float | Scale | None = None,  # without one, everything is in pixels
     name: str = "photo",
-    threshold: float = 0.5,  # of the probability
+    threshold: float = 0.5,  # of the probability, at which the edge of a crack lies
     width_error: float = 0.0,  # relative, at least that of the intervals; from `relative_error`
     min_length_px: float = 0.0,  # shorter cracks are left out
     known: np.ndarray | None = None,  # boolean (H, W), which pixels were looked at
@@ -77,7 +80,8 @@ def measure_photo(
         mask = (probability >= threshold if mask is None else mask) & known
     tables = measure_cracks(probability, threshold, mask=mask)
     outlines = crack_outlines(probability, threshold, mask)
-    long = set(tables.cracks.loc[tables.cracks["length_px"] >= min_length_px, "crack"])
+    lengths = tables.cracks["length_px"]
+    long = set(tables.cracks.loc[(lengths > 0) & (lengths >= min_length_px), "crack"])  # a dot has no length
     tables = Tables(*(table[table["crack"].isin(long)].reset_index(drop=True) for table in tables))
     outlines = [outline for outline in outlines if outline.crack in long]
     if width_error:
@@ -241,13 +245,24 @@ def measure_prediction(
     return measure_photo(mask, probability, mm_per_pixel, name, known=covered, frame=frame, **settings)
 
 
+def chosen_threshold(
+    place,  # folder of a prediction or of masks, or one file
+) -> float:
+    "Return the threshold at which a prediction's masks were cut, as its manifest says; 0.5 where there is none."
+    manifest = (Path(place) if Path(place).is_dir() else Path(place).parent) / "manifest.json"
+    try:
+        return float(json.loads(manifest.read_text("utf-8"))["mask"]["threshold"])
+    except (OSError, ValueError, TypeError, LookupError):  # masks from elsewhere
+        return 0.5
+
+
 def measure_folder(
     place,  # folder of a prediction or of masks, or one file
     mm_per_pixel: float | Scale | dict | None = None,  # or one for each photo by name; by default that of a GeoTIFF
     formats="csv,geojson",  # of the files for each photo: csv, geojson, gpkg, dxf, coco, labelme
     out=None,  # folder for the results; by default beside the masks; False writes nothing
     progress: bool = True,
-    **settings,  # threshold, width_error, min_length_px, classes, class_id: see `measure_photo`
+    **settings,  # threshold (by default that of the masks), width_error, min_length_px, classes, class_id
 ) -> Folder:
     "Measure the cracks of all photos of a prediction, write tables and files, and return the tables."
     # What can be wrong with the settings is found before the first photo is read.
@@ -259,6 +274,7 @@ def measure_folder(
     if settings.get("classes") is not None:
         width_limits(settings["classes"])
     predictions, place = find_predictions(place), Path(place)
+    settings.setdefault("threshold", chosen_threshold(place))
     if isinstance(mm_per_pixel, dict) and (lacking := [p.name for p in predictions if p.name not in mm_per_pixel]):
         raise CrackSegError(f"mm_per_pixel: found no scale for {first_few(lacking)}, expected one for each photo")
     target = (place if place.is_dir() else place.parent) if out is None or out is False else Path(out)
@@ -293,11 +309,18 @@ def _unit(table):
 
 
 def _background(axis, prediction, box=None):
-    "Show the probability or the mask in light grey; return the row and column of the part's first pixel."
+    "Show the photo with its mask, or else the probability or the mask in light grey."
     path = prediction.probability or prediction.mask
     values = (
         as_fraction(read_plane(path)[0]) if prediction.probability else (read_plane(path)[0] > 0).astype(np.float32)
     )
+    axis.set(xticks=[], yticks=[])
+    overlay = path.with_name(f"{prediction.name}_overlay.jpg")
+    if overlay.is_file():
+        axis.imshow(
+            open_picture(overlay, np.asarray), extent=(-0.5, values.shape[1] - 0.5, values.shape[0] - 0.5, -0.5)
+        )
+        return
     top, bottom, left, right = box or (0, values.shape[0], 0, values.shape[1])
     part = values[top:bottom, left:right]
     step = max(max(part.shape) // 1500, 1)
@@ -306,7 +329,6 @@ def _background(axis, prediction, box=None):
     axis.imshow(
         part, cmap="gray_r", vmin=0, vmax=2.5, extent=(left - 0.5, left + width - 0.5, top + height - 0.5, top - 0.5)
     )
-    axis.set(xticks=[], yticks=[])
 
 
 @styled
@@ -328,9 +350,9 @@ def show_overview(
         _background(axis, predictions[photo.photo])
         points = result.points[result.points["photo"] == photo.photo]
         colours = points[f"width_{unit}"]
-        drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis_r", vmin=0, vmax=highest)
+        drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis", vmin=0, vmax=highest)
         length = getattr(photo, f"length_{unit}")
-        axis.set_title(f"{photo.photo}: {photo.cracks} cracks, {length:.4g} {unit}")
+        axis.set_title(f"{photo.photo}: {photo.cracks} pieces, {length:.4g} {unit}")
     for axis in axes.flat[len(photos) :]:
         axis.axis("off")
     if drawn is not None:
@@ -366,7 +388,8 @@ def show_worst(
         _background(axis, predictions[crack.photo], box)
         points = result.points[(result.points["photo"] == crack.photo) & (result.points["crack"] == crack.crack)]
         axis.scatter(points["column"], points["row"], s=2, color="0.35")
-        axis.plot(column, row, "o", markersize=12, markerfacecolor="none", color="C3")
+        axis.plot(column, row, "o", markersize=12, markerfacecolor="none", color="white")
+        axis.plot(column, row, "o", markersize=14, markerfacecolor="none", color="black")
         axis.set(xlim=(box[2] - 0.5, box[3] - 0.5), ylim=(box[1] - 0.5, box[0] - 0.5))
         widths = [getattr(crack, f"width_max{end}_{unit}") for end in ("", "_low", "_high")]
         interval = f"\n{widths[1]:.2f} to {widths[2]:.2f}" if np.isfinite(widths[1]) else "\nno interval"
@@ -417,6 +440,15 @@ def begin_report(variables: dict) -> tuple[Folder, dict]:  # the notebook's `glo
     return measure_folder(masks, **settings), settings
 
 
+SHORT = {
+    "length": "length",
+    "width_mean": "mean width",
+    "width_max": "largest width",
+    "width_max_low": "from",
+    "width_max_high": "to",
+}
+
+
 def short_table(result: Folder) -> pd.DataFrame:
     "Return the figures of each photo that fit on a page, longest cracks first."
     unit = "mm" if "length_mm" in result.photos else "px"
@@ -432,7 +464,12 @@ def short_table(result: Folder) -> pd.DataFrame:
         f"width_max_{unit}",
     ]
     table = result.photos[[name for name in names if name in result.photos]]
-    return table.sort_values(f"length_{unit}", ascending=False, kind="stable").reset_index(drop=True).round(4)
+    table = table.sort_values(f"length_{unit}", ascending=False, kind="stable").set_index("photo")
+    digits = {f"length_{unit}": 1, density: 3, "area_fraction": 4, f"width_mean_{unit}": 2, f"width_max_{unit}": 2}
+    per_area = "length per area [m/m²]" if unit == "mm" else "length per area [1/px]"
+    heads = {"cracks": "pieces", density: per_area, "area_fraction": "area, fraction"}
+    heads |= {f"{name}_{unit}": f"{words} [{unit}]" for name, words in SHORT.items()}
+    return table.round(digits).rename(columns=heads)
 
 
 def worst_cracks(result: Folder, count: int = 12) -> pd.DataFrame:
@@ -441,4 +478,9 @@ def worst_cracks(result: Folder, count: int = 12) -> pd.DataFrame:
     names = ["photo", "crack", f"length_{unit}", f"width_max_{unit}", f"width_max_low_{unit}", f"width_max_high_{unit}"]
     names += ["width_max_row", "width_max_column", "width_class", "class_certain"]
     table = result.cracks.sort_values("width_max_px", ascending=False, kind="stable")[:count]
-    return table[[name for name in names if name in table]].reset_index(drop=True).round(3)
+    table = table[[name for name in names if name in table]].set_index(["photo", "crack"])
+    heads = {f"{name}_{unit}": f"{words} [{unit}]" for name, words in SHORT.items()}
+    heads |= {"width_max_row": "at row", "width_max_column": "column"}
+    places = [name for name in ("width_max_row", "width_max_column") if name in table]
+    table = table.round(2).assign(**{name: table[name].round().astype("Int64") for name in places})
+    return table.rename(columns=heads).rename(columns=lambda name: name.replace("_", " "))

@@ -593,8 +593,9 @@ def find_run(
         )
     if folder.state == "done":
         raise CrackSegError(
-            f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted; its learning rate "
-            "has come to its end, so more epochs are a new run: -p config and -p fine_tune name this one, -p epochs says how many"
+            f"resume: {folder.run_id} is done, expected a run that was stopped, failed or interrupted; "
+            "its learning rate has come to its end, so more epochs are a new run: -p config and -p fine_tune name this "
+            "one, -p epochs says how many"
         )
     if not (folder / "config.yaml").is_file():
         raise CrackSegError(

@@ -272,7 +272,9 @@ def write_page(
         content = nbformat.read(notebook, as_version=4)
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise CrackSegError(f"{notebook}: found no notebook ({first_line(error)}), expected an executed one") from None
-    exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True
+    )
     title = next((line[2:] for cell in content.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
     body, _ = exporter.from_notebook_node(content, {"metadata": {"name": title or notebook.stem}})
     page = Path(page) if page else notebook.with_suffix(".html")
