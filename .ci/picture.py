@@ -1,4 +1,4 @@
-"""Draw nbs/images/wall_cracks.jpg, the first picture of the README: what the ready model marks on a photo, and how wide.
+"""Draw nbs/images/wall_cracks.jpg, the first picture of the README: cracks that the ready model marks, and how wide.
 
 Run it after a change of the ready model, of prediction or of widths: `.venv/bin/python .ci/picture.py`.
 """

@@ -5,3 +5,8 @@ document.addEventListener("DOMContentLoaded", () => {
     summary.setAttribute("aria-label", `Pages of ${page.textContent.trim()}`);
   }
 });
+// The theme keeps how far its navigation was scrolled, also for another section, whose beginning is then hidden.
+window.addEventListener("load", () => {
+  const navigation = document.querySelector(".bd-sidebar-primary");
+  if (navigation && !navigation.querySelector(".bd-links li.current")) navigation.scrollTop = 0;
+});
