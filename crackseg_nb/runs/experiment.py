@@ -688,7 +688,7 @@ def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.dev
         return train.amp
 
     def measure():
-        return time_precisions(model, min(train.batch_size, 2), (size, size), device)
+        return time_precisions(model, 1, (size, size), device)
 
     return choose_precision("auto", device, measure).replace("no", "off")
 

@@ -52,8 +52,10 @@ def make_step(
     model: nn.Module, batch_size: int, image_size: tuple[int, int], device: torch.device
 ) -> Callable[[bool], float]:
     "Return a function that takes one step on noise, in bf16 if its argument is true, and returns the seconds."
-    # Two images at least: batch normalisation refuses a single image once its map has shrunk to one pixel.
-    image = torch.randn(max(batch_size, 2), 3, *image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    # Two small images at least: batch normalisation refuses a single image once its map has shrunk to one pixel.
+    image = torch.randn(
+        max(batch_size, 1 if min(image_size) >= 256 else 2), 3, *image_size, generator=torch.Generator().manual_seed(0)
+    ).to(device)
     weights = [weight for weight in model.parameters() if weight.ndim == 4]
     if any(
         weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous() for weight in weights
