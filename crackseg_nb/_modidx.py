@@ -3131,6 +3131,11 @@ d = {
             ),
         },
         "crackseg_nb.runs.commands": {
+            "crackseg_nb.runs.commands.fetch_main": ("runs/commands.html#fetch_main", "crackseg_nb/runs/commands.py"),
+            "crackseg_nb.runs.commands.fetch_parser": (
+                "runs/commands.html#fetch_parser",
+                "crackseg_nb/runs/commands.py",
+            ),
             "crackseg_nb.runs.commands.given_jobs": ("runs/commands.html#given_jobs", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.page_main": ("runs/commands.html#page_main", "crackseg_nb/runs/commands.py"),
             "crackseg_nb.runs.commands.page_parser": ("runs/commands.html#page_parser", "crackseg_nb/runs/commands.py"),

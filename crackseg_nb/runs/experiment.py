@@ -444,7 +444,7 @@ def make_datasets(
             splits.mask_encoding,
             augmentation if split == "train" else None,
             seed=config.run.seed,
-            preload=preload if split != "test" or config.run.test_epoch else False,  # else it is read only once
+            preload=preload if split != "test" else False,  # which is read only once
             resize=None if split == "train" else data.eval_resize,
             cache=outputs_folder(config.run.outputs) / "cache",
             facts=splits.facts,
