@@ -4564,6 +4564,10 @@ d = {
                 "studies/across_data.html#begin_across",
                 "crackseg_nb/studies/across_data.py",
             ),
+            "crackseg_nb.studies.across_data.details_table": (
+                "studies/across_data.html#details_table",
+                "crackseg_nb/studies/across_data.py",
+            ),
             "crackseg_nb.studies.across_data.finish_across": (
                 "studies/across_data.html#finish_across",
                 "crackseg_nb/studies/across_data.py",

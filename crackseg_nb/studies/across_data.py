@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "Details",
     "DataSet",
     "parse_sets",
     "OpenedSet",
@@ -11,6 +12,7 @@ __all__ = [
     "open_crack_model",
     "score_on",
     "score_across",
+    "details_table",
     "across_table",
     "show_across",
     "AcrossConfig",
@@ -25,6 +27,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d05
@@ -33,7 +36,10 @@ from ..core.files import outputs_folder, write_table
 from ..core.machine import get_device, logger
 from ..data.splits import Splits
 from ..figures.photos import save_figure
+from ..metrics.calibration import Calibration
 from ..metrics.counts import BinaryMetrics
+from ..metrics.curves import Sums
+from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
 from ..models.views import with_views
@@ -109,7 +115,11 @@ def open_crack_model(model: str, outputs: str = "") -> TrainedModel:
     return trained
 
 
-def score_on(trained: TrainedModel, opened: OpenedSet) -> pd.DataFrame:
+def score_on(
+    trained: TrainedModel,
+    opened: OpenedSet,
+    more: tuple[Sums, ...] = (),  # further metrics, to be filled with probabilities and masks
+) -> pd.DataFrame:
     "Return each image's scores at the model's own threshold; raise CrackSegError if its run learned some of them."
     config, splits, name = opened.config, opened.splits, trained.folder.name
     for warning in warn_of_seen_images(replace(config, fine_tune=str(trained.source)), splits):
@@ -117,7 +127,15 @@ def score_on(trained: TrainedModel, opened: OpenedSet) -> pd.DataFrame:
     loader = make_loaders(config, make_datasets(config, splits))["test"]
     viewed = with_views(trained.model, trained.settings.get("tta", "none"), trained.settings.get("scales", (1.0,)))
     accelerator = create_accelerator(next(trained.model.parameters()).device)
-    metrics, _ = evaluate(viewed, loader, accelerator, progress=f"{name} on {opened.name}", metrics=BinaryMetrics())
+
+    def add(batch: dict, probabilities: torch.Tensor) -> None:
+        for probability, mask in zip(probabilities.numpy(), batch["target"].numpy()):
+            for metric in more:
+                metric.update(probability, mask)
+
+    title = f"{name} on {opened.name}"
+    on_batch = add if more else None
+    metrics, _ = evaluate(viewed, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
     threshold = 0.5 if trained.threshold is None else trained.threshold
     table = image_scores(metrics, threshold, splits.test)
     table[["tp", "fp", "fn"]] = metrics.counts()[1][..., metrics.position(threshold)].T
@@ -126,11 +144,37 @@ def score_on(trained: TrainedModel, opened: OpenedSet) -> pd.DataFrame:
 
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d10
-def score_across(models: list[str], sets: list[DataSet], outputs: str = "") -> pd.DataFrame:
+Details = dict[tuple[str, str], tuple[Calibration, GeometryScores]]  # by data set and model
+
+
+def score_across(
+    models: list[str],
+    sets: list[DataSet],
+    outputs: str = "",
+    details: Details | None = None,  # to be filled; takes about as long again
+) -> pd.DataFrame:
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     trained = [open_crack_model(model, outputs) for model in models]
-    opened = [open_set(dataset) for dataset in sets]
-    return pd.concat([score_on(model, images) for images in opened for model in trained], ignore_index=True)
+    tables = []
+    for images in [open_set(dataset) for dataset in sets]:
+        for model in trained:
+            threshold, more = 0.5 if model.threshold is None else model.threshold, ()
+            if details is not None:
+                more = Calibration(threshold=threshold), GeometryScores(threshold)
+                details[images.name, model.folder.name] = more
+            tables.append(score_on(model, images, more))
+    return pd.concat(tables, ignore_index=True)
+
+
+def details_table(details: Details) -> pd.DataFrame:
+    "Return a row for each data set and model: errors of calibration, and recall by width in pixels."
+    rows = {}
+    for key, (calibration, geometry) in details.items():
+        widths = geometry.width_table().set_index("width")["recall"]
+        errors = calibration.compute()
+        rows[key] = {"ece": errors["ece"], "near_ece": errors["near_ece"]}
+        rows[key] |= {f"recall {width} px": recall for width, recall in widths.items()}
+    return pd.DataFrame(rows).T.rename_axis(["set", "model"])
 
 
 def across_table(
@@ -183,26 +227,32 @@ class AcrossConfig:
 
     models: tuple[str, ...] = ("ready",)  # finished runs on cracks, by name or folder, and ready
     sets: str = ""  # data sets, such as CrackForest=path, walls=my/walls:threshold
+    details: bool = False  # calibration and recall by width as well; takes about as long again
     name: str = "across_data"  # folder of the tables below outputs
     outputs: str = ""  # folder of all runs
 
 
 def begin_across(
     variables: dict,  # the notebook's `globals()`
-) -> tuple[pd.DataFrame, Path]:
-    "Return the scores of images that a notebook's parameters ask for, and the folder for its tables."
+) -> tuple[pd.DataFrame, Details, Path]:
+    "Return the scores of images that a notebook's parameters ask for, details on demand, and the folder for tables."
     config = notebook_settings(AcrossConfig, variables)
     folder = outputs_folder(config.outputs) / check_folder_name("name", config.name)
-    return score_across(list(config.models), parse_sets(config.sets), config.outputs), folder
+    details = {}
+    filled = details if config.details else None
+    return score_across(list(config.models), parse_sets(config.sets), config.outputs, filled), details, folder
 
 
 def finish_across(
     images: pd.DataFrame,  # as `score_across` returns them
     table: pd.DataFrame,  # as `across_table` returns it
+    details: Details,
     folder: Path,
 ) -> None:
-    "Write the scores of images, the table and the picture."
+    "Write the scores of images, the tables and the picture."
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(show_across(table), folder / "across_data.png")
     write_table(folder / "images.csv", images.drop(columns="index"))
     write_table(folder / "scores.csv", table, index=True)
+    if details:
+        write_table(folder / "details.csv", details_table(details), index=True)
