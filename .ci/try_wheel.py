@@ -56,12 +56,13 @@ def try_wheel(wheel: Path) -> None:
         place = run(empty, commands / "python", "-c", "import crackseg_nb; print(crackseg_nb.__file__)").strip()
         if not Path(place).is_relative_to(environment.resolve()):
             sys.exit(f"{wheel.name}: tried {place}, expected the package that the wheel installed")
-        for name in ("crackseg_run", "crackseg_sweep", "crackseg_verify"):
+        for name in ("crackseg_run", "crackseg_sweep", "crackseg_verify", "crackseg_fetch"):
             run(empty, commands / name, "--help")
             print(f"{name} --help: works", flush=True)
         photo = "from crackseg_nb.synthetic.cracks import write_synthetic; write_synthetic('drawn', 1, (96, 128))"
         run(empty, commands / "python", "-c", photo)
         print(run(empty, commands / "crackseg_predict", "drawn/images").strip().splitlines()[-1], flush=True)
+        print(run(empty, commands / "crackseg_measure", "predictions").strip().splitlines()[-1], flush=True)
         given = [word for name, value in TINY.items() for word in ("-p", name, value)]
         run(empty, commands / "crackseg_run", *given)
         kept = sorted(path.name for path in (empty / "outputs" / TINY["run_name"]).iterdir())
