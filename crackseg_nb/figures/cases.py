@@ -110,8 +110,10 @@ def draw_case(axes, case: Case | ClassCase, classes: Classes) -> None:
         axes[2].imshow(levels, interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
     axes[3].imshow(paint_outcomes(image, outcome), interpolation="nearest")
     score, errors = ("IoU", f"errors at {case.threshold:.2f}") if isinstance(case, Case) else ("mIoU", "errors")
-    name_tile(axes[0], f"{shorten(case.name, 20)}: {score} {case.iou:.2f}", "left")
+    name_tile(axes[0], f"{shorten(case.name, 16)}: {score} {case.iou:.2f}", "left")
     name_tile(axes[3], errors)
+    if not set(np.unique(case.mask)) - {0, VOID}:  # then a single pixel brings the score to 0
+        name_tile(axes[1], "mask: nothing there")
 
 
 # %% ../../nbs/figures/04_cases.ipynb #14ce1432
@@ -134,7 +136,7 @@ def show_cases(cases: Sequence[Case] | Sequence[ClassCase], title: str = "", cla
     for row, case in zip(axes, cases):
         draw_case(row, case, classes)
     for axis, name in zip(axes[0][1:3], ("mask", answer_plane(cases[0], classes)[0])):
-        name_tile(axis, name)
+        name_tile(axis, axis.get_title() or name)
     figure.suptitle(title)
     if classes.binary:
         figure.legend(handles=error_legend(), loc="outside lower center", ncols=4)

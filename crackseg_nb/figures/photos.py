@@ -78,7 +78,7 @@ ERROR_COLOURS = {
 }
 VOID_COLOUR = (175, 175, 175)
 CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-DPI = 80
+DPI = 80  # of the tiles; at the 100 of the style, a pixel of theirs is drawn a quarter larger
 
 
 # %% ../../nbs/figures/02_photos.ipynb #40ba6f4f
@@ -271,7 +271,7 @@ TILE = (120, 144)  # height and width of a picture in a grid, in pixels
 
 def name_tile(axis: Axes, title: str, side: str = "center") -> None:
     "Write a title close above a picture."
-    axis.set_title(title, size="small", pad=2, loc=side)
+    axis.set_title(title, size="medium", pad=2, loc=side)
 
 
 @styled
