@@ -3538,6 +3538,7 @@ d = {
             ),
             "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
+            "crackseg_nb.runs.results.last_epochs": ("runs/results.html#last_epochs", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.performance_of": (
                 "runs/results.html#performance_of",
                 "crackseg_nb/runs/results.py",

@@ -22,6 +22,7 @@ __all__ = [
     "performance_of",
     "collect_results",
     "score_table",
+    "last_epochs",
     "class_table",
     "read_losses",
     "read_training",
@@ -259,6 +260,13 @@ def score_table(results: dict) -> pd.DataFrame:
         if results[split].get(kind)
     }
     return pd.DataFrame(rows).T
+
+
+def last_epochs(history: pd.DataFrame, count: int = 5) -> pd.DataFrame:
+    "Return the last epochs to be shown; learning rates, which are small, as powers of ten."
+    last = history.tail(count)
+    rates = [name for name in last if name.endswith("learning_rate")]
+    return last.round(4).assign(**{name: last[name].map("{:.2e}".format) for name in rates})
 
 
 def class_table(results: dict, split: str = "test") -> pd.DataFrame:
