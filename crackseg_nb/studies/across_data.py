@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "Details",
     "DataSet",
     "parse_sets",
     "OpenedSet",
@@ -144,14 +143,11 @@ def score_on(
 
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d10
-Details = dict[tuple[str, str], tuple[Calibration, GeometryScores]]  # by data set and model
-
-
 def score_across(
     models: list[str],
     sets: list[DataSet],
     outputs: str = "",
-    details: Details | None = None,  # to be filled; takes about as long again
+    details: dict | None = None,  # to be filled by (data set, model) with two metrics; takes about as long again
 ) -> pd.DataFrame:
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     trained = [open_crack_model(model, outputs) for model in models]
@@ -166,7 +162,9 @@ def score_across(
     return pd.concat(tables, ignore_index=True)
 
 
-def details_table(details: Details) -> pd.DataFrame:
+def details_table(
+    details: dict,  # as `score_across` fills it: Calibration and GeometryScores by (data set, model)
+) -> pd.DataFrame:
     "Return a row for each data set and model: errors of calibration, and recall by width in pixels."
     rows = {}
     for key, (calibration, geometry) in details.items():
@@ -234,7 +232,7 @@ class AcrossConfig:
 
 def begin_across(
     variables: dict,  # the notebook's `globals()`
-) -> tuple[pd.DataFrame, Details, Path]:
+) -> tuple[pd.DataFrame, dict, Path]:
     "Return the scores of images that a notebook's parameters ask for, details on demand, and the folder for tables."
     config = notebook_settings(AcrossConfig, variables)
     folder = outputs_folder(config.outputs) / check_folder_name("name", config.name)
@@ -246,7 +244,7 @@ def begin_across(
 def finish_across(
     images: pd.DataFrame,  # as `score_across` returns them
     table: pd.DataFrame,  # as `across_table` returns it
-    details: Details,
+    details: dict,  # see `details_table`
     folder: Path,
 ) -> None:
     "Write the scores of images, the tables and the picture."
