@@ -3777,6 +3777,10 @@ d = {
                 "sources/annotations.html#images.left_out",
                 "crackseg_nb/sources/annotations.py",
             ),
+            "crackseg_nb.sources.annotations.check_all_found": (
+                "sources/annotations.html#check_all_found",
+                "crackseg_nb/sources/annotations.py",
+            ),
             "crackseg_nb.sources.annotations.check_entry": (
                 "sources/annotations.html#check_entry",
                 "crackseg_nb/sources/annotations.py",
@@ -3871,6 +3875,10 @@ d = {
             ),
             "crackseg_nb.sources.annotations.with_background": (
                 "sources/annotations.html#with_background",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.with_notes": (
+                "sources/annotations.html#with_notes",
                 "crackseg_nb/sources/annotations.py",
             ),
         },
@@ -4463,6 +4471,10 @@ d = {
             ),
             "crackseg_nb.sources.yolo_cvat.cvat_shape": (
                 "sources/yolo_cvat.html#cvat_shape",
+                "crackseg_nb/sources/yolo_cvat.py",
+            ),
+            "crackseg_nb.sources.yolo_cvat.images_of": (
+                "sources/yolo_cvat.html#images_of",
                 "crackseg_nb/sources/yolo_cvat.py",
             ),
             "crackseg_nb.sources.yolo_cvat.read_cvat": (

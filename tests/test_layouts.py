@@ -522,6 +522,25 @@ def test_places_of_yolo_files(tmp_path, place):
     assert mask_of(source).sum() == 600 and source.samples[0].split == (None if place == "beside" else "train")
 
 
+def test_text_files_beside_images_and_pictures_that_are_no_data(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("images/a", "images/b", "labels"):
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.png")
+    (tmp_path / "images/a.txt").write_text(SQUARE)
+    (tmp_path / "classes.txt").write_text("crack\n")
+    source = read_source("yolo", tmp_path)
+    assert mask_of(source, 0).sum() == 600 and not mask_of(source, 1).any() and len(source.samples) == 2
+    assert "1 images without a text file were left out (labels.png)" in source.notes
+
+
+def test_a_yolo_file_leads_nowhere_out_of_the_data(tmp_path):
+    write_yolo(tmp_path / "data", {"a": SQUARE})
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/data/images/a.png\n")
+    for place in (tmp_path / "list.txt", "../list.txt"):
+        (tmp_path / "data/data.yaml").write_text(f"test: {place}\nnames: [crack]\n")
+        assert read_source("yolo", tmp_path / "data").samples[0].split is None
+
+
 def test_an_export_of_cvat(tmp_path):
     for name in "ab":
         Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.png")

@@ -7,7 +7,6 @@ __all__ = [
     "PLANES",
     "SUFFIXES",
     "REPORT",
-    "SHORT",
     "measure_photo",
     "as_fraction",
     "Prediction",
@@ -308,20 +307,17 @@ def _unit(table):
     return "mm" if "width_mm" in table or "width_max_mm" in table else "px"
 
 
-def _background(axis, prediction, box=None):
-    "Show the photo with its mask, or else the probability or the mask in light grey."
-    path = prediction.probability or prediction.mask
-    values = (
-        as_fraction(read_plane(path)[0]) if prediction.probability else (read_plane(path)[0] > 0).astype(np.float32)
-    )
+def _background(axis, prediction, size, box=None):
+    "Show the photo of a size (height, width) with its mask, or else the probability or the mask in light grey."
+    path, (high, wide) = prediction.probability or prediction.mask, size
     axis.set(xticks=[], yticks=[])
     overlay = path.with_name(f"{prediction.name}_overlay.jpg")
     if overlay.is_file():
-        axis.imshow(
-            open_picture(overlay, np.asarray), extent=(-0.5, values.shape[1] - 0.5, values.shape[0] - 0.5, -0.5)
-        )
+        axis.imshow(open_picture(overlay, np.asarray), extent=(-0.5, wide - 0.5, high - 0.5, -0.5))
         return
-    top, bottom, left, right = box or (0, values.shape[0], 0, values.shape[1])
+    values = read_plane(path)[0]
+    values = as_fraction(values) if prediction.probability else (values > 0).astype(np.float32)
+    top, bottom, left, right = box or (0, high, 0, wide)
     part = values[top:bottom, left:right]
     step = max(max(part.shape) // 1500, 1)
     height, width = part.shape[0] // step * step, part.shape[1] // step * step
@@ -347,7 +343,7 @@ def show_overview(
     highest = result.points[f"width_{unit}"].quantile(0.99) if len(result.points) else 1
     drawn = None
     for axis, photo in zip(axes.flat, photos.itertuples()):
-        _background(axis, predictions[photo.photo])
+        _background(axis, predictions[photo.photo], (photo.height, photo.width))
         points = result.points[result.points["photo"] == photo.photo]
         colours = points[f"width_{unit}"]
         drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis", vmin=0, vmax=highest)
@@ -385,7 +381,7 @@ def show_worst(
         height, width = sizes.loc[crack.photo, ["height", "width"]]
         box = [max(int(row) - around, 0), min(int(row) + around, height)]
         box += [max(int(column) - around, 0), min(int(column) + around, width)]
-        _background(axis, predictions[crack.photo], box)
+        _background(axis, predictions[crack.photo], (height, width), box)
         points = result.points[(result.points["photo"] == crack.photo) & (result.points["crack"] == crack.crack)]
         axis.scatter(points["column"], points["row"], s=2, color="0.35")
         axis.plot(column, row, "o", markersize=12, markerfacecolor="none", color="white")
@@ -440,7 +436,7 @@ def begin_report(variables: dict) -> tuple[Folder, dict]:  # the notebook's `glo
     return measure_folder(masks, **settings), settings
 
 
-SHORT = {
+_HEADS = {
     "length": "length",
     "width_mean": "mean width",
     "width_max": "largest width",
@@ -468,7 +464,7 @@ def short_table(result: Folder) -> pd.DataFrame:
     digits = {f"length_{unit}": 1, density: 3, "area_fraction": 4, f"width_mean_{unit}": 2, f"width_max_{unit}": 2}
     per_area = "length per area [m/m²]" if unit == "mm" else "length per area [1/px]"
     heads = {"cracks": "pieces", density: per_area, "area_fraction": "area, fraction"}
-    heads |= {f"{name}_{unit}": f"{words} [{unit}]" for name, words in SHORT.items()}
+    heads |= {f"{name}_{unit}": f"{words} [{unit}]" for name, words in _HEADS.items()}
     return table.round(digits).rename(columns=heads)
 
 
@@ -479,7 +475,7 @@ def worst_cracks(result: Folder, count: int = 12) -> pd.DataFrame:
     names += ["width_max_row", "width_max_column", "width_class", "class_certain"]
     table = result.cracks.sort_values("width_max_px", ascending=False, kind="stable")[:count]
     table = table[[name for name in names if name in table]].set_index(["photo", "crack"])
-    heads = {f"{name}_{unit}": f"{words} [{unit}]" for name, words in SHORT.items()}
+    heads = {f"{name}_{unit}": f"{words} [{unit}]" for name, words in _HEADS.items()}
     heads |= {"width_max_row": "at row", "width_max_column": "column"}
     places = [name for name in ("width_max_row", "width_max_column") if name in table]
     table = table.round(2).assign(**{name: table[name].round().astype("Int64") for name in places})

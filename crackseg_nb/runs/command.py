@@ -59,7 +59,7 @@ class CommandParser(argparse.ArgumentParser):
             try:
                 choose("option", option, [known for known in self._option_string_actions if known.startswith("--")])
             except CrackSegError as error:
-                self.error(str(error) if option.startswith("-") else f"found {option} too many")
+                self.error(str(error) if option.startswith("-") else f"found {unknown[0]!r}, one word too many")
         return given
 
 

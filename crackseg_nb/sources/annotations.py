@@ -22,6 +22,8 @@ __all__ = [
     "draw_shapes",
     "describe_shapes",
     "Images",
+    "check_all_found",
+    "with_notes",
     "split_of_file",
     "parsed",
     "read_json",
@@ -44,6 +46,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,7 +56,7 @@ from PIL import Image
 # %% ../../nbs/sources/09_annotations.ipynb #879f04d5
 from ..core.checks import VOID, CrackSegError, first_few, unknown_name
 from .folders import PICTURES, group_notes, group_of, split_of, split_word, walk
-from .images import Drawn, image_size
+from .images import Drawn, check_pixels, image_size
 from .samples import VOID_NAMES, Reader, Sample
 
 
@@ -200,6 +203,7 @@ def describe_shapes(
     "Return the mask that `shapes` describe; raise CrackSegError for an invalid size."
     if not all(isinstance(side, NUMBER) and float(side).is_integer() and side > 0 for side in size):
         raise CrackSegError(f"{path}: found the size {size} for {image.name}, expected width and height in pixels")
+    check_pixels(f"{path} ({image.name})", int(size[0]) * int(size[1]))
     size = [int(side) for side in size]
     about = {"size": size, "line_width": line_width, "shapes": shapes}
     return Drawn(path, json.dumps(about, separators=(",", ":")).encode(), draw_shapes, image.name)
@@ -235,7 +239,7 @@ class Images:
                 raise CrackSegError(f"{file}: found {len(near)} images called {name} ({names}), expected one")
         return None
 
-    def left_out(self, samples: list[Sample]) -> list[str]:
+    def left_out(self, samples: Iterable[Sample]) -> list[str]:
         "Return a note on the images that no annotation file names."
         used = {sample.image for sample in samples}
         others = [path.name for paths in self.by_name.values() for path in paths if path not in used]
@@ -244,6 +248,28 @@ class Images:
             if others
             else []
         )
+
+
+def check_all_found(root: Path, absent: list[str], found: int, kind: str) -> None:
+    "Raise CrackSegError if there is no file for some images that annotation files of a kind name."
+    if absent:
+        raise CrackSegError(
+            f"{root}: found no file for {len(absent)} of {len(absent) + found} images that {kind} files name "
+            f"({first_few(absent)}), expected all"
+        )
+
+
+def with_notes(
+    samples: dict[str, Sample],  # by name
+    empty: list[str],  # names of those without a mark
+    mark: str,  # what such a file holds: annotation, shape or outline
+    left_out: list[str],  # notes on images that were left out
+    group_pattern: str | None,
+) -> tuple[list[Sample], list[str]]:
+    "Return what a reader of annotation files returns: samples and notes."
+    notes = [f"{len(empty)} images have no {mark} and show background ({first_few(empty)})"] if empty else []
+    found = [*samples.values()]
+    return found, notes + left_out + group_notes(found, group_pattern)
 
 
 def split_of_file(path: Path, root: Path) -> str | None:
@@ -415,14 +441,8 @@ def read_coco(
             mask = describe_shapes(path, image, (entry["width"], entry["height"]), shapes)
             split = split_of(image.relative_to(root).as_posix()) or split_of_file(path, root)
             samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split)
-    if absent:
-        raise CrackSegError(
-            f"{root}: found no file for {len(absent)} of {len(absent) + len(samples)} images that COCO files name "
-            f"({first_few(absent)}), expected all"
-        )
-    notes = [f"{len(empty)} images have no annotation and show background ({first_few(empty)})"] if empty else []
-    samples = [*samples.values()]
-    return samples, notes + images.left_out(samples) + group_notes(samples, group_pattern)
+    check_all_found(root, absent, len(samples), "COCO")
+    return with_notes(samples, empty, "annotation", images.left_out(samples.values()), group_pattern)
 
 
 COCO_READER = Reader(
@@ -517,9 +537,7 @@ def read_labelme(
         size = (content.get("imageWidth"), content.get("imageHeight"))
         mask = describe_shapes(path, image, size if all(size) else image_size(image)[0], shapes, line_width)
         samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split_of(name))
-    notes = [f"{len(empty)} images have no shape and show background ({first_few(empty)})"] if empty else []
-    samples = [*samples.values()]
-    return samples, notes + images.left_out(samples) + group_notes(samples, group_pattern)
+    return with_notes(samples, empty, "shape", images.left_out(samples.values()), group_pattern)
 
 
 LABELME_READER = Reader(read_labelme, "images with one labelme .json for each", "class_ids", None, names=labelme_names)

@@ -10,6 +10,7 @@ __all__ = [
     "yolo_settings",
     "yolo_classes",
     "yolo_names",
+    "images_of",
     "yolo_splits",
     "yolo_label",
     "yolo_shapes",
@@ -29,6 +30,7 @@ __all__ = [
 import base64
 import io
 import math
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -39,9 +41,17 @@ from PIL import Image
 # %% ../../nbs/sources/10_yolo_cvat.ipynb #y0c1a005
 from ..core.checks import CrackSegError, first_few
 from ..core.files import read_yaml
-from .annotations import Images, class_id, describe_shapes, split_of_file, with_background
-from .folders import PICTURES, group_notes, group_of, split_of, split_word, walk
-from .images import image_size
+from crackseg_nb.sources.annotations import (
+    Images,
+    check_all_found,
+    class_id,
+    describe_shapes,
+    split_of_file,
+    with_background,
+    with_notes,
+)
+from .folders import PICTURES, group_of, split_of, split_word, walk
+from .images import check_pixels, image_size
 from .samples import Reader, Sample
 
 
@@ -67,7 +77,7 @@ def yolo_classes(root: Path) -> dict[int, str]:
         path = next((path for path in walk(root) if path.name == "classes.txt"), None)
         if path is None:
             raise CrackSegError(f"{root}: found no data.yaml with names and no classes.txt, expected one of them")
-        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
     classes = dict(names if isinstance(names, dict) else enumerate(names))
     for number, name in classes.items():
         if type(number) is not int or not isinstance(name, str):
@@ -83,40 +93,47 @@ def yolo_names(root: Path) -> tuple[str, ...]:
 
 
 # %% ../../nbs/sources/10_yolo_cvat.ipynb #y0c1a010
+def images_of(
+    entry: str,  # of a YAML file
+    folder: Path,  # that of the file
+    base: Path,  # its `path`
+    images: dict[Path, Path],  # by their whole paths
+    root: Path,
+) -> list[Path]:
+    "Return the images below the folder that an entry names, or in the list; nothing outside `root` is looked at."
+    # Roboflow writes ../train/images for a folder that lies beside the file.
+    places = [base / entry, folder / re.sub(r"^(\.\./)+", "", entry.replace("\\", "/"))]
+    places = [Path(os.path.abspath(place)) for place in places]
+    place = next((place for place in places if Path(os.path.abspath(root)) in place.parents and place.exists()), None)
+    if place is None:
+        return []
+    if place.is_dir():
+        return [image for whole, image in images.items() if place in whole.parents]
+    lines = [line.strip() for line in place.read_text("utf-8", "replace").splitlines()]
+    listed = {Path(os.path.abspath(start / line)) for line in lines for start in (place.parent, base)}
+    return [image for whole, image in images.items() if whole in listed]
+
+
 def yolo_splits(root: Path, images: list[Path]) -> dict[Path, str]:
     "Return the published split of the images for which a YAML file tells one."
     content, path = yolo_settings(root)
     if path is None:
         return {}
-    base = path.parent / str(content.get("path") or "")
-    base, found = base if base.is_dir() else path.parent, {}
+    base, found = path.parent / str(content.get("path") or ""), {}
+    whole = {Path(os.path.abspath(image)): image for image in images}
     for split in ("train", "val", "test"):
         given = content.get(split) or []
         for entry in given if isinstance(given, list) else [given]:
-            # Roboflow writes ../train/images for a folder that lies beside the file.
-            places = [base / str(entry), path.parent / re.sub(r"^(\.\./)+", "", str(entry).replace("\\", "/"))]
-            place = next(
-                (place.resolve() for place in places if place.exists() and place.resolve() != root.resolve()), None
-            )
-            if place is None:
-                continue
-            listed = set()
-            if place.is_file():
-                lines = [line.strip() for line in place.read_text("utf-8").splitlines() if line.strip()]
-                listed = {(start / line).resolve() for line in lines for start in (place.parent, base)}
-            for image in images:
-                if image.resolve() in listed or place in image.resolve().parents:
-                    found[image] = split
+            found |= dict.fromkeys(images_of(str(entry), path.parent, base, whole, root), split)
     return found
 
 
-def yolo_label(image: Path, root: Path) -> Path:
-    "Return where the labels of an image are: below `labels` in place of the last `images`, or else beside it."
-    parts = image.relative_to(root).with_suffix(".txt").parts
+def yolo_label(image: Path, root: Path) -> Path | None:
+    "Return an image's text file: below `labels` in place of the last `images`, or beside it; None if it is no data."
+    parts, beside = image.relative_to(root).with_suffix(".txt").parts, image.with_suffix(".txt")
     last = max((number for number, part in enumerate(parts[:-1]) if part == "images"), default=None)
-    if last is None:
-        return image.with_suffix(".txt")
-    return root.joinpath(*parts[:last], "labels", *parts[last + 1 :])
+    below = None if last is None else root.joinpath(*parts[:last], "labels", *parts[last + 1 :])
+    return beside if beside.is_file() and not (below and below.is_file()) else below
 
 
 def yolo_shapes(
@@ -154,32 +171,32 @@ def read_yolo(
     group_pattern: str | None = None,
     class_names=(),  # the classes in the order of their ids; empty: those of the files
 ) -> tuple[list[Sample], list[str]]:
-    "Read images with YOLO's outlines; an image without a text file shows background, as it does for YOLO."
+    "Read images with YOLO's outlines; an image below `images` without a text file shows background."
     names, classes = class_names or yolo_names(root), yolo_classes(root)
     files = [*walk(root)]
-    images = [path for path in files if path.suffix.lower() in PICTURES]
-    splits, labels = yolo_splits(root, images), {image: yolo_label(image, root) for image in images}
+    pictures = {path: yolo_label(path, root) for path in files if path.suffix.lower() in PICTURES}
+    labels = {image: label for image, label in pictures.items() if label}
     lost = {path for path in files if path.suffix == ".txt" and "labels" in path.relative_to(root).parts[:-1]}
     lost -= {*labels.values(), *(path for path in lost if path.name == "classes.txt")}
     if lost:
         shown = first_few([str(path.relative_to(root)) for path in sorted(lost)])
         raise CrackSegError(f"{root}: found no image for {len(lost)} text files ({shown}), expected all")
     if not any(path.is_file() for path in labels.values()):
-        raise CrackSegError(f"{root}: found {len(images)} images and no text file, expected {YOLO_READER.layout}")
-    samples, empty = {}, []
-    for image in images:
+        raise CrackSegError(f"{root}: found {len(pictures)} images and no text file, expected {YOLO_READER.layout}")
+    splits, samples, empty = yolo_splits(root, [*labels]), {}, []
+    for image, label in labels.items():
         name, size = image.relative_to(root).with_suffix("").as_posix(), image_size(image)[0]
         if name in samples:
             raise CrackSegError(f"{image}: found a second image called {name}, expected one")
-        shapes = yolo_shapes(labels[image], classes, names, size) if labels[image].is_file() else []
+        shapes = yolo_shapes(label, classes, names, size) if label.is_file() else []
         if not shapes:
             empty.append(name)
-        mask = describe_shapes(labels[image], image, size, shapes)
+        mask = describe_shapes(label, image, size, shapes)
         group, split = group_of(name, group_pattern) or name, splits.get(image) or split_of(name)
         samples[name] = Sample(name, image, mask, group, split)
-    notes = [f"{len(empty)} images have no outline and show background ({first_few(empty)})"] if empty else []
-    samples = [*samples.values()]
-    return samples, notes + group_notes(samples, group_pattern)
+    others = [path.name for path, label in pictures.items() if label is None]
+    left_out = [f"{len(others)} images without a text file were left out ({first_few(others)})"] if others else []
+    return with_notes(samples, empty, "outline", left_out, group_pattern)
 
 
 YOLO_READER = Reader(
@@ -239,6 +256,7 @@ def cvat_mask(shape: ElementTree.Element) -> tuple:
     "Return a mask as its place and a picture of its window."
     left, top, width, height = (round(float(shape.get(name))) for name in ("left", "top", "width", "height"))
     counts = [int(word) for word in shape.get("rle").split(",")]
+    check_pixels("its window", width * height)
     if min(width, height) < 1 or min(counts) < 0 or sum(counts) != width * height:
         raise CrackSegError(f"found run lengths of {sum(counts)} pixels, expected {width} x {height}")
     window = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
@@ -271,8 +289,9 @@ def cvat_shape(shape: ElementTree.Element, label: int, line_width: float, where:
         if kind == "ellipse":
             return label, "polygon", cvat_ellipse(shape)
         points = cvat_points(shape.get("points"))
-        if len(points) < (3 if kind == "polygon" else 2) or any(len(point) != 2 for point in points):
-            raise CrackSegError(f"found {len(points)} corners, expected more of x,y")
+        least = 3 if kind == "polygon" else 2
+        if len(points) < least or any(len(point) != 2 for point in points):
+            raise CrackSegError(f"found {len(points)} corners, expected {least} or more, each x,y")
     except (AttributeError, ArithmeticError, TypeError, ValueError) as error:  # CrackSegError among them
         raise CrackSegError(f"{where}: found a {kind} ({name}) that cannot be drawn ({error})") from error
     return label, "line" if kind == "polyline" else kind, points
@@ -308,14 +327,8 @@ def read_cvat(
             mask = describe_shapes(path, image, size, shapes, line_width)
             split = split_word(entry.get("subset", "")) or split_of(name) or split_of_file(path, root)
             samples[name] = Sample(name, image, mask, group_of(name, group_pattern) or name, split)
-    if absent:
-        raise CrackSegError(
-            f"{root}: found no file for {len(absent)} of {len(absent) + len(samples)} images that CVAT files name "
-            f"({first_few(absent)}), expected all"
-        )
-    notes = [f"{len(empty)} images have no shape and show background ({first_few(empty)})"] if empty else []
-    samples = [*samples.values()]
-    return samples, notes + images.left_out(samples) + group_notes(samples, group_pattern)
+    check_all_found(root, absent, len(samples), "CVAT")
+    return with_notes(samples, empty, "shape", images.left_out(samples.values()), group_pattern)
 
 
 def cvat_order(shape: ElementTree.Element, where: str) -> int:

@@ -37,7 +37,6 @@ from ..data.splits import Splits
 from ..figures.photos import save_figure
 from ..metrics.calibration import Calibration
 from ..metrics.counts import BinaryMetrics
-from ..metrics.curves import Sums
 from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
@@ -117,7 +116,7 @@ def open_crack_model(model: str, outputs: str = "") -> TrainedModel:
 def score_on(
     trained: TrainedModel,
     opened: OpenedSet,
-    more: tuple[Sums, ...] = (),  # further metrics, to be filled with probabilities and masks
+    details: dict | None = None,  # to be filled by (data set, model) with Calibration and GeometryScores
 ) -> pd.DataFrame:
     "Return each image's scores at the model's own threshold; raise CrackSegError if its run learned some of them."
     config, splits, name = opened.config, opened.splits, trained.folder.name
@@ -127,15 +126,18 @@ def score_on(
     viewed = with_views(trained.model, trained.settings.get("tta", "none"), trained.settings.get("scales", (1.0,)))
     accelerator = create_accelerator(next(trained.model.parameters()).device)
 
+    threshold = 0.5 if trained.threshold is None else trained.threshold
+    more = Calibration(threshold=threshold), GeometryScores(threshold)
+    if details is not None:
+        details[opened.name, name] = more
+
     def add(batch: dict, probabilities: torch.Tensor) -> None:
         for probability, mask in zip(probabilities.numpy(), batch["target"].numpy()):
             for metric in more:
                 metric.update(probability, mask)
 
-    title = f"{name} on {opened.name}"
-    on_batch = add if more else None
+    title, on_batch = f"{name} on {opened.name}", None if details is None else add
     metrics, _ = evaluate(viewed, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
-    threshold = 0.5 if trained.threshold is None else trained.threshold
     table = image_scores(metrics, threshold, splits.test)
     table[["tp", "fp", "fn"]] = metrics.counts()[1][..., metrics.position(threshold)].T
     table.insert(1, "group", [splits.test[index].group for index in table["index"]])
@@ -147,19 +149,12 @@ def score_across(
     models: list[str],
     sets: list[DataSet],
     outputs: str = "",
-    details: dict | None = None,  # to be filled by (data set, model) with two metrics; takes about as long again
+    details: dict | None = None,  # see `score_on`; it takes longer
 ) -> pd.DataFrame:
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     trained = [open_crack_model(model, outputs) for model in models]
-    tables = []
-    for images in [open_set(dataset) for dataset in sets]:
-        for model in trained:
-            threshold, more = 0.5 if model.threshold is None else model.threshold, ()
-            if details is not None:
-                more = Calibration(threshold=threshold), GeometryScores(threshold)
-                details[images.name, model.folder.name] = more
-            tables.append(score_on(model, images, more))
-    return pd.concat(tables, ignore_index=True)
+    opened = [open_set(dataset) for dataset in sets]
+    return pd.concat([score_on(model, images, details) for images in opened for model in trained], ignore_index=True)
 
 
 def details_table(
@@ -225,7 +220,7 @@ class AcrossConfig:
 
     models: tuple[str, ...] = ("ready",)  # finished runs on cracks, by name or folder, and ready
     sets: str = ""  # data sets, such as CrackForest=path, walls=my/walls:threshold
-    details: bool = False  # calibration and recall by width as well; takes about as long again
+    details: bool = False  # calibration and recall by width as well; takes longer
     name: str = "across_data"  # folder of the tables below outputs
     outputs: str = ""  # folder of all runs
 
