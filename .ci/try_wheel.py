@@ -27,6 +27,9 @@ TINY = {
 def run(folder: Path, *words) -> str:
     "Run a command in `folder` and return what it printed; end with its messages if it fails."
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    environment["JUPYTER_PATH"] = str(
+        Path(sys.prefix, "share", "jupyter")
+    )  # the templates of pages, which are no packages
     done = subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(
