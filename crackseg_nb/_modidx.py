@@ -2805,6 +2805,108 @@ d = {
                 "crackseg_nb/models/encoders.py",
             ),
         },
+        "crackseg_nb.models.kernels": {
+            "crackseg_nb.models.kernels.Attention": ("models/kernels.html#attention", "crackseg_nb/models/kernels.py"),
+            "crackseg_nb.models.kernels.Attention.backward": (
+                "models/kernels.html#attention.backward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.Attention.forward": (
+                "models/kernels.html#attention.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.FewKernelAttention": (
+                "models/kernels.html#fewkernelattention",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.FewKernelAttention.forward": (
+                "models/kernels.html#fewkernelattention.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.FewKernelAttention.fused": (
+                "models/kernels.html#fewkernelattention.fused",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.Kept": ("models/kernels.html#kept", "crackseg_nb/models/kernels.py"),
+            "crackseg_nb.models.kernels.Kept.__init__": (
+                "models/kernels.html#kept.__init__",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.Kept.get": ("models/kernels.html#kept.get", "crackseg_nb/models/kernels.py"),
+            "crackseg_nb.models.kernels.KeptMaskBlock": (
+                "models/kernels.html#keptmaskblock",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.KeptMaskBlock.get_attn_mask": (
+                "models/kernels.html#keptmaskblock.get_attn_mask",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.KernelCounter": (
+                "models/kernels.html#kernelcounter",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.KernelCounter.__init__": (
+                "models/kernels.html#kernelcounter.__init__",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.KernelCounter.__torch_dispatch__": (
+                "models/kernels.html#kernelcounter.__torch_dispatch__",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.KernelCounter.total": (
+                "models/kernels.html#kernelcounter.total",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.UnitVectors": (
+                "models/kernels.html#unitvectors",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.UnitVectors.backward": (
+                "models/kernels.html#unitvectors.backward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.UnitVectors.forward": (
+                "models/kernels.html#unitvectors.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.attend": ("models/kernels.html#attend", "crackseg_nb/models/kernels.py"),
+            "crackseg_nb.models.kernels.counts_starts": (
+                "models/kernels.html#counts_starts",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.enlarge_by_products": (
+                "models/kernels.html#enlarge_by_products",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.forget_biases": (
+                "models/kernels.html#forget_biases",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.interpolation_matrix": (
+                "models/kernels.html#interpolation_matrix",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.save_kernels": (
+                "models/kernels.html#save_kernels",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.scale_and_bias": (
+                "models/kernels.html#scale_and_bias",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.share_biases": (
+                "models/kernels.html#share_biases",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.shared_biases": (
+                "models/kernels.html#shared_biases",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.strictly_repeatable": (
+                "models/kernels.html#strictly_repeatable",
+                "crackseg_nb/models/kernels.py",
+            ),
+        },
         "crackseg_nb.models.layers": {
             "crackseg_nb.models.layers.ASPP": ("models/layers.html#aspp", "crackseg_nb/models/layers.py"),
             "crackseg_nb.models.layers.ASPP.__init__": (

@@ -41,6 +41,7 @@ from torch import nn
 # %% ../../nbs/models/03_encoders.ipynb #e57a77c8
 from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, CrackSegError, check_number, choose, first_line
 from ..core.machine import logger
+from .kernels import save_kernels
 from .layers import BatchNorm2d
 from .settings import ENCODERS, SWINV2_ENCODERS, Architecture, check_encoder
 
@@ -198,6 +199,7 @@ class Encoder(nn.Module):
         self.shift = [(ours - theirs) / by for ours, theirs, by in zip(IMAGENET_MEAN, mean, std)]
         self.body = self.create()
         accept_any_size(self.body)
+        save_kernels(self.body)
         if self.architecture in mix_transformer_encoders:
             self.channels, self.strides = tuple(self.body.out_channels)[2:], STRIDES[1:]
         else:
