@@ -4233,6 +4233,10 @@ d = {
             ),
             "crackseg_nb.sources.images.naming": ("sources/images.html#naming", "crackseg_nb/sources/images.py"),
             "crackseg_nb.sources.images.normalize": ("sources/images.html#normalize", "crackseg_nb/sources/images.py"),
+            "crackseg_nb.sources.images.normalize_bytes": (
+                "sources/images.html#normalize_bytes",
+                "crackseg_nb/sources/images.py",
+            ),
             "crackseg_nb.sources.images.open_picture": (
                 "sources/images.html#open_picture",
                 "crackseg_nb/sources/images.py",

@@ -39,11 +39,12 @@ class CrackDataset(Dataset):
         progress: bool = True,  # show a bar while preloading
         cache: Path | None = None,  # folder for decoded images on disk; None: they are never kept there
         facts: dict[str, FileFacts] | None = None,  # by name, of an inspection; None: files are looked at again
+        raw: bool = False,  # images as uint8, a fourth of the bytes, for `normalize_bytes` on the device
     ):
         if not samples:
             raise CrackSegError("samples: found an empty list, expected at least one image")
         self.samples, self.mask_encoding, self.seed = list(samples), mask_encoding, seed
-        self.augmentation, self.progress = augmentation, progress
+        self.augmentation, self.progress, self.raw = augmentation, progress, raw
         self.resize = None if resize is None else check_image_size(resize)
         self.known_sizes = self.store = digests = None
         if facts:
@@ -69,7 +70,8 @@ class CrackDataset(Dataset):
         image, mask = self.pair(index)
         if self.augmentation:
             image, mask = self.augmentation(image, mask, seed_for(self.seed, epoch, index))
-        return {"image": normalize(image), "target": torch.from_numpy(np.array(mask)), "index": int(index)}
+        values = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")) if self.raw else normalize(image)
+        return {"image": values, "target": torch.from_numpy(np.array(mask)), "index": int(index)}
 
 
 # %% ../../nbs/data/07_dataset.ipynb #b86c28ff
