@@ -4691,6 +4691,22 @@ d = {
                 "studies/across_data.html#finish_across",
                 "crackseg_nb/studies/across_data.py",
             ),
+            "crackseg_nb.studies.across_data.learned_images": (
+                "studies/across_data.html#learned_images",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.leave_out": (
+                "studies/across_data.html#leave_out",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.line_interval": (
+                "studies/across_data.html#line_interval",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.matrix": (
+                "studies/across_data.html#matrix",
+                "crackseg_nb/studies/across_data.py",
+            ),
             "crackseg_nb.studies.across_data.open_crack_model": (
                 "studies/across_data.html#open_crack_model",
                 "crackseg_nb/studies/across_data.py",
@@ -4713,6 +4729,10 @@ d = {
             ),
             "crackseg_nb.studies.across_data.show_across": (
                 "studies/across_data.html#show_across",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.show_matrix": (
+                "studies/across_data.html#show_matrix",
                 "crackseg_nb/studies/across_data.py",
             ),
         },

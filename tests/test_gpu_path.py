@@ -123,7 +123,7 @@ def test_the_audit_sees_an_operation_that_cannot_be_repeated():
 
 @pytest.mark.parametrize(("checkpointing", "most"), [(True, 1850), (False, 1250)])
 def test_the_hybrid_starts_half_of_the_kernels_that_it_did(checkpointing, most):
-    "Starts limit its published recipe: 2,802 for two images, blocks recomputed, with timm's and torch's own operations."
+    "Starts limit its published recipe: 2,802 for two images with timm's and torch's own operations, blocks recomputed."
     found = operations_of("swinv2_hybrid", dict(encoder="swinv2_tiny"), 360, checkpointing)
     assert most * 0.9 < found.total <= most
     blocks = 12 * (2 if checkpointing else 1)

@@ -9,17 +9,23 @@ __all__ = [
     "OpenedSet",
     "open_set",
     "open_crack_model",
+    "learned_images",
+    "leave_out",
     "score_on",
     "score_across",
     "details_table",
+    "line_interval",
     "across_table",
     "show_across",
+    "matrix",
+    "show_matrix",
     "AcrossConfig",
     "begin_across",
     "finish_across",
 ]
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d04
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,8 +37,9 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d05
 from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import outputs_folder, write_table
+from ..core.files import outputs_folder, read_yaml, write_table
 from ..core.machine import get_device, logger
+from ..core.run_folder import locate_weights
 from ..data.splits import Splits
 from ..figures.photos import save_figure
 from ..metrics.calibration import Calibration
@@ -41,8 +48,8 @@ from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
 from ..models.views import with_views
-from ..runs.config import ExperimentConfig, configure, notebook_settings
-from ..runs.experiment import find_source, make_datasets, make_loaders, warn_of_seen_images
+from ..runs.config import FIRST_WEIGHTS, ExperimentConfig, configure, notebook_settings
+from ..runs.experiment import find_source, make_datasets, make_loaders, run_of_weights, warn_of_seen_images
 from ..runs.stages import image_scores
 from ..runs.trained_model import TrainedModel, open_model
 from ..sources.images import ENCODINGS
@@ -113,13 +120,56 @@ def open_crack_model(model: str, outputs: str = "") -> TrainedModel:
     return trained
 
 
+def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
+    "Return SHA-256 digests of the images that a run, or one before it, learned or was chosen by; None where unknown."
+    chosen = read_yaml(folder / "splits.yaml")
+    names = {*chosen["train"], *chosen["val"]}
+    try:
+        config = configure(config=folder / "config.yaml")
+        source = find_source(config)
+        before = [
+            run_of_weights(locate_weights(name, getattr(config, name), outputs))
+            for name in FIRST_WEIGHTS
+            if getattr(config, name)
+        ]
+    except CrackSegError:
+        return None
+    digests = {source.facts[sample.name].image_digest for sample in source.samples if sample.name in names}
+    for other in before:
+        earlier = other and learned_images(other, outputs)
+        if earlier is None:
+            return None
+        digests |= earlier
+    return digests
+
+
+def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> OpenedSet:
+    "Return a data set without the images that `model` has learned; raise CrackSegError if none is left."
+    splits = opened.splits
+    test = [one for one in splits.test if splits.facts[one.name].image_digest not in (learned or ())]
+    if len(test) < len(splits.test):
+        logger.info(
+            "%s: %d of %d images left out, which %s has learned",
+            opened.name,
+            len(splits.test) - len(test),
+            len(splits.test),
+            model,
+        )
+    if not test:
+        raise CrackSegError(f"sets: found {opened.name}, all of which {model} has learned; expected other images")
+    return replace(opened, splits=replace(splits, test=test))
+
+
 def score_on(
     trained: TrainedModel,
     opened: OpenedSet,
     details: dict | None = None,  # to be filled by (data set, model) with Calibration and GeometryScores
+    learned: set[str] | None = None,  # see `learned_images`
 ) -> pd.DataFrame:
-    "Return each image's scores at the model's own threshold; raise CrackSegError if its run learned some of them."
-    config, splits, name = opened.config, opened.splits, trained.folder.name
+    "Return each image's scores at the model's own threshold; with details also its centre line's F1 at 2 pixels."
+    name = trained.folder.name
+    opened = leave_out(opened, learned, name)
+    config, splits = opened.config, opened.splits
     for warning in warn_of_seen_images(replace(config, fine_tune=str(trained.source)), splits):
         logger.warning("%s: %s", opened.name, warning)
     loader = make_loaders(config, make_datasets(config, splits))["test"]
@@ -131,15 +181,19 @@ def score_on(
     if details is not None:
         details[opened.name, name] = more
 
+    lines = {}
+
     def add(batch: dict, probabilities: torch.Tensor) -> None:
-        for probability, mask in zip(probabilities.numpy(), batch["target"].numpy()):
-            for metric in more:
-                metric.update(probability, mask)
+        for index, probability, mask in zip(batch["index"].tolist(), probabilities.numpy(), batch["target"].numpy()):
+            more[0].update(probability, mask)
+            lines[index] = more[1].update(probability, mask)["centreline_f1"]
 
     title, on_batch = f"{name} on {opened.name}", None if details is None else add
     metrics, _ = evaluate(viewed, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
     table = image_scores(metrics, threshold, splits.test)
     table[["tp", "fp", "fn"]] = metrics.counts()[1][..., metrics.position(threshold)].T
+    if details is not None:
+        table["centreline_f1"] = table["index"].map(lines)
     table.insert(1, "group", [splits.test[index].group for index in table["index"]])
     return table.assign(model=name, set=opened.name, threshold=threshold)
 
@@ -154,7 +208,9 @@ def score_across(
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     trained = [open_crack_model(model, outputs) for model in models]
     opened = [open_set(dataset) for dataset in sets]
-    return pd.concat([score_on(model, images, details) for images in opened for model in trained], ignore_index=True)
+    learned = [learned_images(model.folder, outputs) for model in trained]
+    tables = [score_on(model, images, details, seen) for images in opened for model, seen in zip(trained, learned)]
+    return pd.concat(tables, ignore_index=True)
 
 
 def details_table(
@@ -168,6 +224,14 @@ def details_table(
         rows[key] = {"ece": errors["ece"], "near_ece": errors["near_ece"]}
         rows[key] |= {f"recall {width} px": recall for width, recall in widths.items()}
     return pd.DataFrame(rows).T.rename_axis(["set", "model"])
+
+
+def line_interval(images: pd.DataFrame) -> dict[str, float]:
+    "Return the mean over images of the centre line's F1, and its 95 % interval; nothing where it was not counted."
+    if "centreline_f1" not in images or not (known := images["centreline_f1"].notna()).any():
+        return {}
+    found = bootstrap(images.loc[known, ["centreline_f1"]], "centreline_f1", list(images.loc[known, "group"]))
+    return {"centreline_f1": found.value, "centreline_low": found.low, "centreline_high": found.high}
 
 
 def across_table(
@@ -191,6 +255,7 @@ def across_table(
                 "high": interval.high,
                 **{score: float(pooled[score]) for score in ("f1", "precision", "recall")},
                 "per_image_iou": table["iou"].mean(),
+                **line_interval(table),
             }
         )
     return pd.DataFrame(rows).set_index(["set", "model"])
@@ -210,6 +275,35 @@ def show_across(
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="pooled IoU, 95 % interval", xlim=(0, 1))
     axis.invert_yaxis()
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d17
+def matrix(
+    table: pd.DataFrame,  # as `across_table` returns it
+    score: str = "iou",
+) -> pd.DataFrame:
+    "Return the score of each model (rows) on each data set (columns), as a mean over runs `NAME`, `NAME-seed43`, …."
+    values = table[score].unstack("set")
+    kinds = {model: re.sub(r"-seed\d+$", "", model) for model in table.index.unique("model")}
+    return values.groupby(kinds).mean().loc[[*dict.fromkeys(kinds.values())], [*table.index.unique("set")]]
+
+
+def show_matrix(table: pd.DataFrame, score: str = "iou") -> Figure:
+    "Show `matrix` as numbers on colours."
+    values = matrix(table, score)
+    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * values.shape[1], 0.9 + 0.36 * len(values)), layout="constrained")
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, line in enumerate(values.to_numpy()):
+        for column, value in enumerate(line):
+            text = "learned" if np.isnan(value) else f"{value:.2f}"
+            axis.text(column, row, text, ha="center", va="center", color="white" if value > 0.6 else "black")
+    axis.set(
+        xticks=range(values.shape[1]), xticklabels=values.columns, yticks=range(len(values)), yticklabels=values.index
+    )
+    axis.set(xlabel="scored on", title=f"{score}: model in rows")
+    axis.tick_params(length=0)
+    axis.grid(visible=False)
     return figure
 
 
@@ -245,6 +339,8 @@ def finish_across(
     "Write the scores of images, the tables and the picture."
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(show_across(table), folder / "across_data.png")
+    if table.index.unique("model").size > 3:
+        save_figure(show_matrix(table), folder / "matrix.png")
     write_table(folder / "images.csv", images.drop(columns="index"))
     write_table(folder / "scores.csv", table, index=True)
     if details:
