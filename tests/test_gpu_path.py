@@ -127,7 +127,7 @@ def test_the_hybrid_starts_half_of_the_kernels_that_it_did(checkpointing, most):
     found = operations_of("swinv2_hybrid", dict(encoder="swinv2_tiny"), 360, checkpointing)
     assert most * 0.9 < found.total <= most
     blocks = 12 * (2 if checkpointing else 1)
-    assert found.counts["_scaled_dot_product_efficient_attention"] == blocks + 12  # once more for the gradients
+    assert 24 <= found.counts["_scaled_dot_product_efficient_attention"] <= blocks + 12  # once more for the gradients
     assert found.counts["_scaled_dot_product_efficient_attention_backward"] == 12
     assert not found.counts.keys() & {"_unsafe_index", "upsample_bilinear2d"}
 
