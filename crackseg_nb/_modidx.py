@@ -3708,6 +3708,7 @@ d = {
             "crackseg_nb.runs.stages.image_scores": ("runs/stages.html#image_scores", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.score_model": ("runs/stages.html#score_model", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.validate": ("runs/stages.html#validate", "crackseg_nb/runs/stages.py"),
         },
         "crackseg_nb.runs.sweep": {
             "crackseg_nb.runs.sweep.Batch": ("runs/sweep.html#batch", "crackseg_nb/runs/sweep.py"),

@@ -158,18 +158,19 @@ def describe_views(tta: str, scales: tuple[float, ...]) -> str:
 
 def check_scales(
     scales,  # numbers, or a text with commas between them
+    name: str = "scales",  # what an error calls them
 ) -> tuple[float, ...]:
     "Return the scales as numbers; raise CrackSegError unless each is a multiple of 0.25 from 0.25 to 4."
     words = [word.strip() for word in scales.split(",")] if isinstance(scales, str) else scales
     try:
-        found = tuple(check_number("scales", float(word), float) for word in words)
+        found = tuple(check_number(name, float(word), float) for word in words)
     except (TypeError, ValueError):
-        raise CrackSegError(f"scales: found {scales!r}, expected numbers, such as 0.5,1") from None
+        raise CrackSegError(f"{name}: found {scales!r}, expected numbers, such as 0.5,1") from None
     for scale in found:
         if not 0.25 <= scale <= 4 or scale % 0.25:  # on these a tile's pixels lie as the whole image's
-            raise CrackSegError(f"scales: found {scale:g}, expected multiples of 0.25 from 0.25 to 4")
+            raise CrackSegError(f"{name}: found {scale:g}, expected multiples of 0.25 from 0.25 to 4")
     if not found or len(set(found)) < len(found):
-        raise CrackSegError(f"scales: found {', '.join(map(str, found)) or 'none'}, expected each once, such as 0.5,1")
+        raise CrackSegError(f"{name}: found {', '.join(map(str, found)) or 'none'}, expected each once, such as 0.5,1")
     return found
 
 

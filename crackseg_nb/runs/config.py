@@ -279,11 +279,15 @@ class RunConfig:
     threshold_criterion: str = "pooled_f1"  # score that the threshold maximises on the validation images
     tta: str = "none"  # poses over which the test averages probabilities: none, flips (4) or all (8)
     scales: tuple[float, ...] = (1.0,)  # sizes at which the test shows an image, such as 0.5,1; each is a pass more
+    val_scales: tuple[float, ...] = (1.0,)  # sizes of validation images for the choice of the threshold, such as 1,2,3
     test_epoch: bool = False  # one epoch to see that everything works; its scores are marked as such
 
     def __post_init__(self):
         check_settings(self, RUN_CHOICES, RUN_BOUNDS)
-        object.__setattr__(self, "scales", check_scales(self.scales))
+        for name in ("scales", "val_scales"):
+            object.__setattr__(self, name, check_scales(getattr(self, name), name))
+        for size in self.val_scales:
+            check_scales([size * scale for scale in self.scales], "val_scales times scales")
         if self.device not in ("auto", "cpu"):  # these two are always there: torch need not be asked
             get_device(self.device)
         if self.run_name:

@@ -164,12 +164,14 @@ EPOCH_SCORES = {"IoU": "pooled IoU at threshold 0.5", "mIoU": "mean IoU over the
 def choice_rules(
     tested: Tested,
     criterion: str,  # that the threshold maximises
+    sizes: tuple[float, ...] = (1.0,),  # in which the validation images were shown
 ) -> dict[str, str]:
     "Return in words how the class or the threshold, and the epoch, were chosen."
     if tested.threshold is None:
         rules = {"class_rule": "the class with the highest logit"}
     elif tested.val_metrics:
-        rules = {"threshold_rule": f"highest {criterion} on the validation images"}
+        shown = "" if sizes == (1.0,) else f", shown at {', '.join(f'{size:g}' for size in sizes)} of their size"
+        rules = {"threshold_rule": f"highest {criterion} on the validation images{shown}"}
     else:
         rules = {"threshold_rule": "0.5, not chosen"}
     if tested.val_metrics:
@@ -190,7 +192,7 @@ def protocol_of(
     return {
         "epoch": trained.epoch,
         "epochs_trained": trained.epochs,
-        **choice_rules(tested, config.run.threshold_criterion),
+        **choice_rules(tested, config.run.threshold_criterion, config.run.val_scales),
         "evaluation": config.data.eval_fit + (f", {views}" if views else ""),
         "split": lengths,
         "text": " ".join(tested.metrics.protocol.split()),
