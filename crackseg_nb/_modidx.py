@@ -5233,6 +5233,40 @@ d = {
             ),
             "crackseg_nb.studies.race.wait_for": ("studies/race.html#wait_for", "crackseg_nb/studies/race.py"),
         },
+        "crackseg_nb.studies.scales": {
+            "crackseg_nb.studies.scales.ScalesConfig": (
+                "studies/scales.html#scalesconfig",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.ScalesConfig.__post_init__": (
+                "studies/scales.html#scalesconfig.__post_init__",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.ScalesConfig.sets": (
+                "studies/scales.html#scalesconfig.sets",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.begin_scales": (
+                "studies/scales.html#begin_scales",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.count_scales": (
+                "studies/scales.html#count_scales",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.finish_scales": (
+                "studies/scales.html#finish_scales",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.scales_table": (
+                "studies/scales.html#scales_table",
+                "crackseg_nb/studies/scales.py",
+            ),
+            "crackseg_nb.studies.scales.show_scales": (
+                "studies/scales.html#show_scales",
+                "crackseg_nb/studies/scales.py",
+            ),
+        },
         "crackseg_nb.studies.search": {
             "crackseg_nb.studies.search.Goal": ("studies/search.html#goal", "crackseg_nb/studies/search.py"),
             "crackseg_nb.studies.search.Goal.__post_init__": (
