@@ -27,7 +27,7 @@ from ..runs.experiment import load_splits, make_datasets, make_loaders
 from ..runs.trained_model import TrainedModel, open_model
 
 # %% ../../nbs/studies/12_scales.ipynb #2869ffe7
-CANDIDATES = "1; 0.75; 0.5; 0.75,1; 0.5,1; 0.5,0.75,1; 0.25,0.5,1; 1,1.5"
+CANDIDATES = "1; 0.75; 0.5; 0.75,1; 0.5,1; 0.5,0.75,1; 0.25,0.5,1"
 
 
 @dataclass(frozen=True)
