@@ -3424,6 +3424,10 @@ d = {
                 "runs/experiment.html#experiment.train_on_devices",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.building_device": (
+                "runs/experiment.html#building_device",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.check_same_world": (
                 "runs/experiment.html#check_same_world",
                 "crackseg_nb/runs/experiment.py",
@@ -3454,6 +3458,10 @@ d = {
             ),
             "crackseg_nb.runs.experiment.fitting_batch": (
                 "runs/experiment.html#fitting_batch",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.fitting_everywhere": (
+                "runs/experiment.html#fitting_everywhere",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.flat": ("runs/experiment.html#flat", "crackseg_nb/runs/experiment.py"),

@@ -32,11 +32,13 @@ __all__ = [
     "check_same_world",
     "describe_world",
     "lay_out",
+    "building_device",
     "find_precision",
     "fitting_batch",
     "checkpoint_sizes",
     "disk_line",
     "keep_best",
+    "fitting_everywhere",
     "train_in_process",
     "keep_tables",
     "prepare",
@@ -118,6 +120,8 @@ from crackseg_nb.training.checkpoint import (
     prune_checkpoints,
     remove_all_strays,
 )
+from ..training.evaluation import eager
+from ..training.exchange import gather_objects
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
@@ -343,7 +347,7 @@ def go_on(self: Experiment) -> None:
     self.built = replace(self.built, model=None)  # its memory is needed
     model = make_model(self.config, fresh=self.resume_from is None)
     model.weights = read_yaml(self.folder / "environment.yaml")["weights"]
-    lay_out(self.config, model, self.device)
+    lay_out(self.config, model, building_device(self.config, self.device))
     self.built = replace(self.built, model=model)
 
 
@@ -681,6 +685,11 @@ def lay_out(config: ExperimentConfig, model: nn.Module, device: torch.device) ->
     model.to(device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
 
 
+def building_device(config: ExperimentConfig, device: torch.device) -> torch.device:
+    "Return where the starting process builds the model: off the GPUs that several processes will train on."
+    return torch.device("cpu") if config.run.devices > 1 and config.train.epochs else device
+
+
 def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.device) -> str:
     "Return the effective value of `amp`: `auto` becomes the fastest one; without training it stays."
     train, size = config.train, config.data.image_size
@@ -700,11 +709,13 @@ def fitting_batch(config: ExperimentConfig, model: nn.Module, device: torch.devi
     if not train.epochs:
         return train.batch_size
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(train.amp, device))
+    estimate = None
     try:
         estimate = estimate_memory(model, train.batch_size, (size, size), device, dtype)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+    if estimate is None:  # only here is the traceback gone, and with it what the trial took
         clear_cache(device)
         logger.warning("OUT OF MEMORY while estimating: beginning with one image at a time")
         return 1
@@ -761,9 +772,11 @@ def build_model(self: Experiment) -> None:
     check_writable(self.folder.path, space)
     told = f"{parameters['total']:,} parameters, weights: {model.weights['loaded']}"
     logger.info("model: %s, %s", config.model, told)
-    lay_out(config, model, self.device)
+    place = building_device(config, self.device)
+    lay_out(config, model, place)
     self.config = settle(config, model.weights, find_precision(config, model, self.device))
-    self.built = Built(model, parameters, fitting_batch(self.config, model, self.device))
+    fitting = fitting_batch(self.config, model, place) if place == self.device else None
+    self.built = Built(model, parameters, fitting)
     self.record(model.weights)
 
 
@@ -795,10 +808,17 @@ def keep_best(trainer: Trainer, history: pd.DataFrame, seconds: float) -> Traine
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #4bff36b1
+def fitting_everywhere(config: ExperimentConfig, trainer: Trainer) -> int:
+    "Return how many images of a batch fit into the memory of every process's device."
+    with eager(trainer.model):
+        fitting = fitting_batch(config, trainer.model, trainer.accelerator.device)
+    return min(gather_objects(fitting, trainer.accelerator))
+
+
 def train_in_process(
     path: str,  # the run's folder
     minutes: float,  # time that is left; 0 for no limit
-    micro_batch: int,  # images at a time
+    micro_batch: int | None,  # images at a time; None: as many as fit on the fullest of the devices
     datasets: dict[str, CrackDataset | LabelDataset],  # of the starting process, whose decoded images are shared
 ) -> None:
     "Train the run in `path` as one of several processes, from its newest state if there is one."
@@ -826,7 +846,7 @@ def train_in_process(
                 metrics=create_metrics(config.data.classes.names, config.data.labelled),
             ),
         )
-        trainer.micro_batch = micro_batch
+        trainer.micro_batch = micro_batch or fitting_everywhere(config, trainer)
         fit(trainer, load_checkpoint(folder / "checkpoints", checkpoint) if checkpoint else None)
 
 
@@ -840,8 +860,6 @@ def share(self: Experiment) -> tuple:
 @patch
 def train_on_devices(self: Experiment) -> None:
     "Train in several processes up to a state that this process can take over; raise Stopped if they were stopped."
-    self.built.model.to("cpu")  # the first process wants this one's device for itself
-    clear_cache(self.device)
     code = launch(
         train_in_process,
         self.share(),
@@ -884,7 +902,7 @@ def train(
                 metrics=create_metrics(prepared.splits.classes.names, config.data.labelled),
             ),
         )
-        trainer.micro_batch = self.built.micro_batch
+        trainer.micro_batch = self.built.micro_batch or trainer.micro_batch
         history = fit(trainer, state)
     self.trained = keep_best(trainer, history, time.perf_counter() - start)
     return history

@@ -16,6 +16,7 @@ from .config import ExperimentConfig, configure
 from .experiment import Experiment, marking, prepare, run, train_in_process
 from ..training.checkpoint import latest_checkpoint
 from ..training.exchange import close, gather_objects
+from ..training.memory import clear_cache
 from ..training.window import create_accelerator
 
 # %% ../../nbs/runs/09_launch.ipynb #8ee47b0e
@@ -29,6 +30,8 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
     if accelerator.is_main_process:
         experiment = prepare(config)
         share = experiment.share()
+        experiment.built.model.to("cpu")  # which is trained is a model of its own
+        clear_cache(experiment.device)
     arguments = gather_objects(share, accelerator)[0]
     if experiment is None:
         train_in_process(*arguments)

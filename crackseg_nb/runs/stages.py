@@ -49,11 +49,11 @@ class Prepared:
 # %% ../../nbs/runs/03_stages.ipynb #6a904c8f
 @dataclass(frozen=True)
 class Built:
-    "Hold the model of a run before its training, on its device and in the memory layout used for training."
+    "Hold the model of a run before its training, laid out as it will train, on its device if one process does."
 
     model: nn.Module  # `model.weights` says where its weights come from
     parameters: dict[str, int]  # by part
-    micro_batch: int  # images at a time for which memory is estimated to suffice
+    micro_batch: int | None  # images at a time that memory should hold; None: each process asks its GPU
 
 
 # %% ../../nbs/runs/03_stages.ipynb #bf9808ee

@@ -246,7 +246,7 @@ def untouched(model: nn.Module):
     "Run a trial in training mode and restore the model afterwards: mode, buffers, random numbers."
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = sorted({value.get_device() for value in model.parameters() if value.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):
             yield model.train()
