@@ -5899,6 +5899,10 @@ d = {
                 "training/diagnosis.html#finiteguard.first_bad_step",
                 "crackseg_nb/training/diagnosis.py",
             ),
+            "crackseg_nb.training.diagnosis.FiniteGuard.spoil_gradients": (
+                "training/diagnosis.html#finiteguard.spoil_gradients",
+                "crackseg_nb/training/diagnosis.py",
+            ),
             "crackseg_nb.training.diagnosis.Watch": (
                 "training/diagnosis.html#watch",
                 "crackseg_nb/training/diagnosis.py",
@@ -6024,6 +6028,14 @@ d = {
                 "training/exchange.html#gather_objects",
                 "crackseg_nb/training/exchange.py",
             ),
+            "crackseg_nb.training.exchange.host_group": (
+                "training/exchange.html#host_group",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.join_gradients": (
+                "training/exchange.html#join_gradients",
+                "crackseg_nb/training/exchange.py",
+            ),
             "crackseg_nb.training.exchange.statistics_weights": (
                 "training/exchange.html#statistics_weights",
                 "crackseg_nb/training/exchange.py",
@@ -6034,6 +6046,10 @@ d = {
             ),
             "crackseg_nb.training.exchange.sum_over_processes": (
                 "training/exchange.html#sum_over_processes",
+                "crackseg_nb/training/exchange.py",
+            ),
+            "crackseg_nb.training.exchange.take_gradients": (
+                "training/exchange.html#take_gradients",
                 "crackseg_nb/training/exchange.py",
             ),
         },
@@ -6310,6 +6326,7 @@ d = {
                 "training/memory.html#memorymonitor.watch",
                 "crackseg_nb/training/memory.py",
             ),
+            "crackseg_nb.training.memory.NoRoom": ("training/memory.html#noroom", "crackseg_nb/training/memory.py"),
             "crackseg_nb.training.memory.activation_bytes": (
                 "training/memory.html#activation_bytes",
                 "crackseg_nb/training/memory.py",
@@ -6394,6 +6411,10 @@ d = {
             ),
             "crackseg_nb.training.optim.create_scheduler": (
                 "training/optim.html#create_scheduler",
+                "crackseg_nb/training/optim.py",
+            ),
+            "crackseg_nb.training.optim.create_sgd": (
+                "training/optim.html#create_sgd",
                 "crackseg_nb/training/optim.py",
             ),
             "crackseg_nb.training.optim.fused_available": (
@@ -6629,6 +6650,10 @@ d = {
                 "training/trainer.html#gradient_norm",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.guard_step": (
+                "training/trainer.html#guard_step",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.keep_evidence": (
                 "training/trainer.html#keep_evidence",
                 "crackseg_nb/training/trainer.py",
@@ -6643,6 +6668,10 @@ d = {
             ),
             "crackseg_nb.training.trainer.look_for_nan": (
                 "training/trainer.html#look_for_nan",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.loss_scale": (
+                "training/trainer.html#loss_scale",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.nan_message": (
@@ -6709,6 +6738,10 @@ d = {
                 "training/trainer.html#suspect_files",
                 "crackseg_nb/training/trainer.py",
             ),
+            "crackseg_nb.training.trainer.take_step": (
+                "training/trainer.html#take_step",
+                "crackseg_nb/training/trainer.py",
+            ),
             "crackseg_nb.training.trainer.train_epoch": (
                 "training/trainer.html#train_epoch",
                 "crackseg_nb/training/trainer.py",
@@ -6727,6 +6760,10 @@ d = {
             ),
             "crackseg_nb.training.trainer.validation_row": (
                 "training/trainer.html#validation_row",
+                "crackseg_nb/training/trainer.py",
+            ),
+            "crackseg_nb.training.trainer.window_gradient": (
+                "training/trainer.html#window_gradient",
                 "crackseg_nb/training/trainer.py",
             ),
             "crackseg_nb.training.trainer.write_scalars": (

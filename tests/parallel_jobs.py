@@ -12,6 +12,7 @@ from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.training import exchange as exchange_module
 from crackseg_nb.training.exchange import (
     RunningStatistics,
     any_process,
@@ -20,6 +21,7 @@ from crackseg_nb.training.exchange import (
     sum_gradients,
     sum_over_processes,
 )
+from crackseg_nb.training.memory import NoRoom
 
 MICRO_BATCHES = ((3, 2), (0, 1), (0, 0), (1, 1))  # of each process, in four windows
 
@@ -102,6 +104,22 @@ def unnumbered(accelerator):
         return str(error)
 
 
+def no_room(accelerator):
+    "Return what both processes say where the second has no memory for the exchange of gradients."
+
+    def full(parameters):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    join = exchange_module.join_gradients
+    exchange_module.join_gradients = full if accelerator.process_index == 1 else join
+    try:
+        sum_gradients(nn.Linear(1, 1).parameters(), accelerator)
+    except NoRoom as error:
+        return str(error)
+    finally:
+        exchange_module.join_gradients = join
+
+
 def everything(folder):
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
@@ -116,6 +134,7 @@ def everything(folder):
         buffers=statistics_of_windows(accelerator),
         any=[any_process(flag, accelerator) for flag in (False, rank == 1, True)],
         objects=gather_objects(dict(rank=rank), accelerator),
+        no_room=no_room(accelerator),
         sum=sum_over_processes(torch.tensor([1.0, 10.0 * rank]), accelerator).tolist(),
     )
     torch.save(answers, Path(folder) / f"{rank}.pt")

@@ -3,19 +3,40 @@
 import functools
 import importlib
 import inspect
+import math
+import warnings
 import weakref
+from collections import Counter
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
-from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.run_folder import RunFolder, create_run_folder
 from crackseg_nb.core.seeds import allow_fused_attention
+from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs import launch as launch_module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import prepare
+from crackseg_nb.training import exchange as exchange_module
+from crackseg_nb.training import losses as losses_module
+from crackseg_nb.training import optim as optim_module
+from crackseg_nb.training import trainer as trainer_module
+from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint
+from crackseg_nb.training.diagnosis import FiniteGuard
+from crackseg_nb.training.exchange import any_process, host_group, sum_gradients
+from crackseg_nb.training.losses import create_loss
+from crackseg_nb.training.memory import NoRoom
+from crackseg_nb.training.optim import create_optimizer
+from crackseg_nb.training.settings import OptimConfig, TrainConfig
+from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, next_step, restore, train_window, training_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,3 +150,284 @@ def test_a_launcher_s_first_process_puts_its_first_model_aside(tmp_path, monkeyp
     monkeypatch.setattr(launch_module, "run", lambda config, experiment: experiment)
     config = SimpleNamespace(run=SimpleNamespace(device="cpu"))
     assert launch_module.run_launched(config) is experiment and trained == ["cpu"]
+
+
+class Noise(Dataset):
+    "Eight images of noise."
+
+    sizes = [(8, 8)] * 8
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, key):
+        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(key[1]))
+        return {"image": image, "target": (image[0] > 1).long(), "index": key[1]}
+
+
+def make_trainer(folder, optim=None, **settings):
+    "Return a trainer with four steps in an epoch."
+    torch.manual_seed(0)
+    usual = dict(epochs=2, batch_size=2, accumulation=1, gradient_checkpointing=False, amp="off", channels_last=False)
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Conv2d(2, 1, 1))
+    return Trainer(
+        model,
+        create_loss("bce"),
+        create_loader(Noise(), 2, train=True, accumulation=1),
+        None,
+        TrainSettings(
+            TrainConfig(**usual | settings),
+            optim or OptimConfig(),
+            create_run_folder(folder, "run"),
+            torch.device("cpu"),
+        ),
+    )
+
+
+@pytest.fixture
+def half(tmp_path, monkeypatch):
+    "Return a function that makes a trainer for fp16, as far as the CPU allows: it scales the loss and may skip steps."
+    create = trainer_module.create_accelerator
+
+    def create_scaled(device, precision):
+        accelerator = create(device, precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu", **accelerator.scaler_handler.to_kwargs())
+        return accelerator
+
+    def make(**settings):
+        monkeypatch.setattr(trainer_module, "create_accelerator", create_scaled)
+        trainer = make_trainer(tmp_path, **settings)
+        trainer.accelerator.native_amp, trainer.accelerator.state._mixed_precision = True, "fp16"  # to clip with
+        return trainer
+
+    return make
+
+
+def overflow_in(trainer, steps):
+    "Let the gradients overflow in some steps, counted from 0 over the whole run."
+    taken = Counter()
+
+    def hook(gradient):
+        taken["step"] += 1
+        return gradient * math.inf if taken["step"] - 1 in steps else gradient
+
+    next(trainer.model.parameters()).register_hook(hook)
+
+
+def test_steps_that_overflow_in_fp16_are_counted(half, caplog):
+    "They use up the schedule, so the history says how many there were; torch has nothing to warn of."
+    trainer = half()
+    assert trainer.accelerator.scaler.get_scale() == 2**12
+    overflow_in(trainer, {0, 2, 3, 6})
+    caplog.set_level("INFO", "crackseg_nb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = fit(trainer)
+    assert history["train_skipped_steps"].tolist() == [3, 1] and trainer.accelerator.scaler.get_scale() == 2**8
+    assert "3 of 4 steps skipped, which overflowed in fp16" in caplog.text
+
+
+def test_the_count_of_skipped_steps_is_resumed(half):
+    first, second = half(), half()
+    overflow_in(first, {0, 1})
+    first.model.train()
+    for window in islice(first.train_loader, 3):
+        train_window(first, [window])
+    state = training_state(first)
+    restore(second, SimpleNamespace(name="a", model_state=first.model.state_dict(), training_state=state))
+    assert second.skipped.item() == 2
+    del state["skipped"]  # as version 0.1 wrote it
+    restore(second, SimpleNamespace(name="a", model_state=first.model.state_dict(), training_state=state))
+
+
+def test_without_fp16_there_is_no_such_column(tmp_path):
+    assert "train_skipped_steps" not in fit(make_trainer(tmp_path))
+
+
+NUMBERS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")  # ask a tensor for its number
+
+
+def fused_sgd(model, optim):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+
+
+@pytest.mark.parametrize("clip_norm", (0.0, 1.0))
+@pytest.mark.parametrize("fp16", (False, True))
+@pytest.mark.parametrize("create", (create_optimizer, fused_sgd))
+def test_a_step_asks_the_device_for_no_number(half, tmp_path, monkeypatch, create, fp16, clip_norm):
+    "Each would make the host wait for all that the device has to do."
+    monkeypatch.setattr(trainer_module, "create_optimizer", create)
+    # On the CPU the class ids of each batch are looked at, on a card those of the first one.
+    monkeypatch.setattr(losses_module.Loss, "sums", lambda self, *both: self.terms(losses_module.prepare(*both)))
+    trainer = half(clip_norm=clip_norm) if fp16 else make_trainer(tmp_path, clip_norm=clip_norm)
+    trainer.model.train()
+    windows, asked = list(trainer.train_loader), []
+    train_window(trainer, windows[:1])
+    with monkeypatch.context() as patch:
+        for name in NUMBERS:
+            real = getattr(torch.Tensor, name)
+            patch.setattr(torch.Tensor, name, lambda *args, name=name, real=real: asked.append(name) or real(*args))
+        train_window(trainer, windows[1:2])
+    assert asked == []
+
+
+@pytest.mark.parametrize("clip_norm", (0.0, 1.0))
+def test_a_loss_that_is_infinite_while_gradients_are_not_moves_no_weight_in_fp16(half, monkeypatch, clip_norm):
+    "A scaler looks at gradients alone, and an activation that overflows can leave them finite."
+    trainer = half(clip_norm=clip_norm)
+    gradient, before = trainer_module.window_gradient, []
+
+    def window_gradient(trainer, window):
+        found = gradient(trainer, window)
+        if trainer.step == 1:
+            before.extend(value.detach().clone() for value in trainer.model.parameters())
+            found[0] = math.inf
+        return found
+
+    monkeypatch.setattr(trainer_module, "window_gradient", window_gradient)
+    monkeypatch.setattr(trainer_module, "keep_evidence", lambda *args: None)
+    monkeypatch.setattr(trainer_module, "suspect_files", lambda *args: [])
+    with pytest.raises(CrackSegError, match="step 2 of 4"):
+        fit(trainer)
+    assert trainer.step == 4 and all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_sgd_takes_its_fused_form_on_a_card_alone(monkeypatch):
+    "On the CPU its last digits would be others; on a card a first step that is left out may not leave momenta unset."
+    optim, model = OptimConfig(optimizer="sgd"), nn.Linear(3, 2)
+    assert not create_optimizer(model, optim).param_groups[0]["fused"]
+    monkeypatch.setattr(optim_module, "fused_available", lambda *args: True)  # which a card would have to say
+    with FakeTensorMode():
+        optimizer = create_optimizer(nn.Linear(3, 2, device="cuda"), optim)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        assert [len(state) for state in optimizer.state.values()] == [1, 1]
+        assert FiniteGuard(optimizer, "cuda").on_device
+
+
+def test_momenta_that_begin_at_zero_change_no_step():
+    found = []
+    for zeros in (False, True):
+        weight = nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True, fused=True)
+        if zeros:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        for _ in range(3):
+            weight.grad = weight.detach().sin()
+            optimizer.step()
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.fixture
+def world(tmp_path):
+    "A process group of one."
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/world", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    exchange_module.close()
+
+
+def test_hosts_answer_each_other_without_their_devices(world, monkeypatch):
+    "Beside a group of devices there is one of hosts, made once; a tensor on a card would fail here."
+    accelerator, made = SimpleNamespace(num_processes=2, device=torch.device("cuda")), []
+    assert [any_process(flag, accelerator) for flag in (True, False)] == [True, False]
+    assert host_group(world) is world
+    host_group.cache_clear()
+    create = torch.distributed.new_group
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **how: made.append(how) or create(**how))
+    assert [any_process(flag, accelerator) for flag in (True, False)] == [True, False]
+    assert made == [dict(backend="gloo", timeout=exchange_module.PATIENCE)]
+
+
+class Large(TorchDispatchMode):
+    "Count the operations that make a new tensor of at least `size` numbers."
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.found = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made._base is None and made.numel() >= self.size:
+            self.found.append(func.overloadpacket.__name__)
+        return made
+
+
+def test_the_exchange_takes_one_copy_of_the_gradients(monkeypatch):
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
+    model(torch.ones(1, 30)).sum().backward()
+    before = [value.grad.clone() for value in model.parameters()]
+    monkeypatch.setattr(exchange_module, "any_process", lambda flag, accelerator: flag)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    with Large(sum(value.numel() for value in before)) as large:
+        sum_gradients(model.parameters(), SimpleNamespace(num_processes=2))
+    assert [name for name in large.found if name != "mul_"] == ["cat"]
+    assert all(torch.equal(value.grad, 2 * old) for value, old in zip(model.parameters(), before))
+
+
+def test_the_exchange_without_room_ends_all_processes_alike(monkeypatch):
+    "Also that which had the room: alone it would wait for the others."
+    monkeypatch.setattr(exchange_module, "any_process", lambda flag, accelerator: True)
+    accelerator = SimpleNamespace(num_processes=2, device="cuda:0")
+    with pytest.raises(NoRoom, match="expected GPUs that nothing else uses") as caught:
+        sum_gradients(nn.Linear(1, 1).parameters(), accelerator)
+    assert "\n" not in str(caught.value)
+
+    def full(parameters):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(exchange_module, "join_gradients", full)
+    monkeypatch.setattr(exchange_module, "any_process", lambda flag, accelerator: flag)
+    with pytest.raises(NoRoom):
+        sum_gradients([], accelerator)
+
+
+def test_what_was_learned_before_an_exchange_without_room_is_kept(tmp_path, monkeypatch):
+    "The state is that before the step: a resumed training, with its dropout and its statistics, repeats the whole one."
+    whole = make_trainer(tmp_path)
+    fit(whole)
+    cut = make_trainer(tmp_path)
+
+    def full(parameters, accelerator):
+        if cut.step == 2:
+            raise NoRoom("memory: full")
+
+    monkeypatch.setattr(trainer_module, "sum_gradients", full)
+    with pytest.raises(NoRoom):
+        fit(cut)
+    monkeypatch.undo()
+    name = latest_checkpoint(cut.folder / "checkpoints")
+    assert name == "epoch_0001_step_00002"
+    resumed = make_trainer(tmp_path)
+    fit(resumed, load_checkpoint(cut.folder / "checkpoints", name))
+    assert resumed.model.state_dict().keys() == whole.model.state_dict().keys()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("error", "saved"), [(NoRoom("memory: full"), 1), (CrackSegError("a worker died"), 0)])
+def test_several_processes_save_what_all_of_them_know(tmp_path, monkeypatch, error, saved):
+    trainer, states = make_trainer(tmp_path), []
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(trainer_module, "train_window", fail)
+    monkeypatch.setattr(trainer_module, "save_state", states.append)
+    with pytest.raises(type(error)):
+        next_step(trainer, iter(()))
+    assert len(states) == saved
+
+
+def test_an_optimiser_without_room_says_so_in_one_line(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(trainer.optimizer, "step", full)
+    with pytest.raises(CrackSegError, match="expected a smaller encoder, optimizer sgd") as caught:
+        fit(trainer)
+    assert "\n" not in str(caught.value) and caught.value.__context__ is None
+    assert latest_checkpoint(trainer.folder / "checkpoints") is None  # the weights may be between two steps

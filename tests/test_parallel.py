@@ -112,6 +112,11 @@ def test_gradients_are_summed_where_any_process_has_one(two):
         assert torch.equal(found["image"], torch.arange(24.0).view(2, 3, 2, 2) * 2)
 
 
+def test_both_processes_say_that_one_has_no_room_for_the_exchange(two):
+    first, second = (answer["no_room"] for answer in two[2])
+    assert first == second and first.startswith("memory: found no room on cpu:0, or on another,")
+
+
 def test_each_image_counts_once_in_the_metrics(two):
     expected = [jobs.metrics_of(range(count)).compute() for count in range(1, 8)]
     for answer in two[2]:

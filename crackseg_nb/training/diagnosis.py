@@ -20,6 +20,7 @@ __all__ = [
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import safetensors
@@ -46,12 +47,13 @@ class FiniteGuard:
         device: torch.device | str,
         scaled: bool = False,  # a GradScaler, which owns the switch, takes the steps
     ):
-        fused_adam = isinstance(optimizer, torch.optim.AdamW) and all(
+        fused = isinstance(optimizer, (torch.optim.AdamW, torch.optim.SGD)) and all(
             group["fused"] for group in optimizer.param_groups
         )
         self.on_device = (
-            fused_adam and not scaled and torch.device(device).type in ("cpu", "cuda")
+            fused and not scaled and torch.device(device).type in ("cpu", "cuda")
         )  # Apple's kernel ignores the switch
+        self.optimizer, self.scaled = optimizer, scaled
         self.bad = torch.zeros((), device=device)  # 1 from the first bad step on
         self.first = torch.zeros((), dtype=torch.int64, device=device)
         self.skip = False
@@ -70,8 +72,16 @@ class FiniteGuard:
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
         self.first += (~finite & (self.bad == 0)) * step
         self.bad.masked_fill_(~finite, 1.0)
-        if not self.on_device:
+        if self.scaled:
+            self.spoil_gradients()
+        elif not self.on_device:
             self.skip = bool(self.bad)
+
+    def spoil_gradients(self) -> None:
+        "Make a gradient NaN after a bad step, since all that a GradScaler looks at are gradients."
+        parameters = (value for group in self.optimizer.param_groups for value in group["params"])
+        for gradient in islice((value.grad for value in parameters if value.grad is not None), 1):
+            gradient.masked_fill_(self.bad > 0, math.nan)
 
     def first_bad_step(self) -> int | None:
         "Return the number of the first bad step, or None; waits for the device."

@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = [
+    "PATIENCE",
     "sum_over_processes",
+    "host_group",
     "any_process",
     "gather_objects",
+    "join_gradients",
+    "take_gradients",
     "sum_gradients",
     "gather_metrics",
     "statistics_weights",
@@ -19,6 +23,8 @@ __all__ = [
 # %% ../../nbs/training/06_exchange.ipynb #70a49518
 import gc
 from collections.abc import Iterable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 # %% ../../nbs/training/06_exchange.ipynb #9f0a7362
 from ..core.checks import CrackSegError
 from ..metrics.counts import ImageCounts
+from .memory import NoRoom, is_out_of_memory
 
 
 # %% ../../nbs/training/06_exchange.ipynb #5894572f
@@ -38,11 +45,26 @@ def sum_over_processes(tensor: torch.Tensor, accelerator: Accelerator) -> torch.
     return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
 
 
+# How long a process may wait for another, which may be the only one that decodes or downloads a large data set. NCCL
+# would give up after ten minutes. A process that fails ends all the others, whatever they wait for.
+PATIENCE = timedelta(hours=6)
+
+
+@cache
+def host_group(world: "torch.distributed.ProcessGroup") -> "torch.distributed.ProcessGroup":
+    "Return the group in which the hosts of `world` talk, made once; every process must call it at the same place."
+    if torch.distributed.get_backend(world) == "gloo":
+        return world
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    "Say whether `flag` holds in any process; several processes wait for their devices here, one does not."
+    "Say whether `flag` holds in any process; the hosts ask each other, and no device is waited for."
     if accelerator.num_processes == 1:
         return flag
-    return bool(sum_over_processes(torch.tensor(int(flag), device=accelerator.device), accelerator) > 0)
+    answers = torch.tensor(int(flag))
+    torch.distributed.all_reduce(answers, group=host_group(torch.distributed.group.WORLD))
+    return bool(answers)
 
 
 def gather_objects(value: Any, accelerator: Accelerator) -> list:
@@ -51,11 +73,9 @@ def gather_objects(value: Any, accelerator: Accelerator) -> list:
 
 
 # %% ../../nbs/training/06_exchange.ipynb #d54b6222
-def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    "Replace the gradient of each parameter by its sum over all processes."
-    if accelerator.num_processes == 1:
-        return
-    by_type = {}
+def join_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], torch.Tensor]]:
+    "Return the parameters of each type with one tensor: which of them have a gradient, then all the gradients."
+    by_type, joined = {}, []
     for parameter in parameters:
         if parameter.requires_grad:
             by_type.setdefault(parameter.dtype, []).append(parameter)
@@ -64,21 +84,44 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
             group[0].device, non_blocking=True
         )
         parts = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in group]
-        flat = sum_over_processes(torch.cat([present, *(part.reshape(-1) for part in parts)]), accelerator)
-        present, *parts = flat.split([len(group), *(parameter.numel() for parameter in group)])
-        missing = [parameter for parameter in group if parameter.grad is None]
-        # Only a process that lacks a gradient looks at the counts, since that waits for the device.
-        if missing:
-            for parameter, count in zip(group, present.tolist()):
-                if parameter.grad is None and count:
-                    parameter.grad = torch.empty_like(parameter)
-        pairs = [
-            (parameter.grad, part.view_as(parameter))
-            for parameter, part in zip(group, parts)
-            if parameter.grad is not None
-        ]
-        with torch.no_grad():
-            torch._foreach_copy_([grad for grad, _ in pairs], [part for _, part in pairs])
+        joined.append((group, torch.cat([present, *(part.reshape(-1) for part in parts)])))
+    return joined
+
+
+def take_gradients(group: list[nn.Parameter], flat: torch.Tensor) -> None:
+    "Give the parameters of one type the gradients that `join_gradients` joined, after they were summed."
+    present, *parts = flat.split([len(group), *(parameter.numel() for parameter in group)])
+    missing = [parameter for parameter in group if parameter.grad is None]
+    # Only a process that lacks a gradient looks at the counts, since that waits for the device.
+    if missing:
+        for parameter, count in zip(group, present.tolist()):
+            if parameter.grad is None and count:
+                parameter.grad = torch.empty_like(parameter)
+    pairs = [
+        (parameter.grad, part.view_as(parameter)) for parameter, part in zip(group, parts) if parameter.grad is not None
+    ]
+    with torch.no_grad():
+        torch._foreach_copy_([grad for grad, _ in pairs], [part for _, part in pairs])
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    "Replace the gradient of each parameter by its sum over all processes; raise NoRoom in all if one has no memory."
+    if accelerator.num_processes == 1:
+        return
+    joined = None
+    try:
+        joined = join_gradients(parameters)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    if any_process(joined is None, accelerator):
+        raise NoRoom(
+            f"memory: found no room on {accelerator.device}, or on another, for the copy of all gradients that "
+            "the devices exchange; expected GPUs that nothing else uses, a smaller encoder, or devices 1"
+        )
+    for group, flat in joined:
+        torch.distributed.all_reduce(flat)  # where it lies; accelerate's own sum would copy it once more
+        take_gradients(group, flat)
 
 
 # %% ../../nbs/training/06_exchange.ipynb #8326c99d
@@ -173,7 +216,9 @@ def combine(statistics: RunningStatistics, accelerator: Accelerator) -> None:
     own = torch.zeros(accelerator.num_processes, len(counts), dtype=torch.int64, device=device)
     own[rank] = torch.stack(counts) - before
     all_counts = sum_over_processes(own, accelerator)
-    weights = torch.stack(statistics_weights(all_counts, rank, statistics.momentum.to(device), before))
+    weights = torch.stack(
+        statistics_weights(all_counts, rank, statistics.momentum.to(device, non_blocking=True), before)
+    )
     sizes = torch.tensor([2 * size for size in statistics.sizes]).to(device, non_blocking=True)
     start, arrived, subtracted = weights.repeat_interleave(sizes, dim=1, output_size=2 * sum(statistics.sizes))
     old, new = torch.cat(saved).double(), torch.cat(values).double()
@@ -195,6 +240,7 @@ def close() -> None:
     "End the exchange between processes, once all have arrived here; do nothing without a process group."
     if not torch.distributed.is_initialized():
         return
+    host_group.cache_clear()
     gc.collect()  # what still holds a tensor of the group
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

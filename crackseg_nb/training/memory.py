@@ -17,6 +17,7 @@ __all__ = [
     "CacheCleaner",
     "release_cache",
     "clear_cache",
+    "NoRoom",
     "is_out_of_memory",
     "checkpointing_modules",
     "enable_gradient_checkpointing",
@@ -182,6 +183,10 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "unable to find an engine to execute this computation",
 )
+
+
+class NoRoom(CrackSegError):
+    "Say that memory does not suffice, found by all processes at the same place, with weights that are untouched."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ __all__ = [
     "undecayed_names",
     "parameter_groups",
     "fused_available",
+    "create_sgd",
     "create_optimizer",
     "cosine_between",
     "cosine_factor",
@@ -78,24 +79,37 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 # %% ../../nbs/training/03_optim.ipynb #c06684e0
-def fused_available(parameters: list[nn.Parameter]) -> bool:
-    "Tell whether torch's fused AdamW actually runs on the devices and dtypes of `parameters`."
+def fused_available(parameters: list[nn.Parameter], kind: type[Optimizer] = torch.optim.AdamW) -> bool:
+    "Tell whether torch's fused optimiser actually runs on the devices and dtypes of `parameters`."
     try:
         for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters}:
             probe = nn.Parameter(torch.zeros(4, device=device, dtype=dtype))
             probe.grad = torch.ones_like(probe)
-            torch.optim.AdamW([probe], fused=True).step()
+            kind([probe], fused=True).step()
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         return False
     return True
 
 
 # %% ../../nbs/training/03_optim.ipynb #acbdd319
+def create_sgd(groups: list[dict], config: OptimConfig) -> torch.optim.SGD:
+    "Return SGD over `groups`; on CUDA torch's fused one, whose momenta begin at 0."
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    fused = all(parameter.is_cuda for parameter in parameters) and fused_available(parameters, torch.optim.SGD)
+    momentum = config.betas[0]
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True if fused else None
+    )
+    for parameter in parameters if fused and momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def create_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     "Return the optimiser of `config` over `parameter_groups(model, config)`; equal runs give equal bits."
     groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], nesterov=config.betas[0] > 0)
+        return create_sgd(groups, config)
     fused = fused_available([parameter for group in groups for parameter in group["params"]])
     return torch.optim.AdamW(
         groups,

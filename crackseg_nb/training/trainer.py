@@ -13,7 +13,11 @@ __all__ = [
     "set_up_optimizer",
     "begin_epoch",
     "set_up_progress",
+    "window_gradient",
     "gradient_norm",
+    "guard_step",
+    "loss_scale",
+    "take_step",
     "train_window",
     "look_for_nan",
     "check_loss_scale",
@@ -79,13 +83,21 @@ from crackseg_nb.training.exchange import (
 )
 from .interrupt import StopRequest
 from .losses import Loss
-from .memory import CacheCleaner, MemoryMonitor, enable_gradient_checkpointing, keep_freed_memory
+from crackseg_nb.training.memory import (
+    CacheCleaner,
+    MemoryMonitor,
+    NoRoom,
+    enable_gradient_checkpointing,
+    is_out_of_memory,
+    keep_freed_memory,
+)
 from .optim import create_optimizer, create_scheduler
 from .precision import choose_precision
 from .settings import OptimConfig, TrainConfig
 from crackseg_nb.training.window import (
     accumulate_window,
     create_accelerator,
+    forget_window,
     split_batch,
     to_device,
     window_normalizers,
@@ -187,10 +199,13 @@ def create_guard(trainer: Trainer) -> FiniteGuard:
 def set_up_optimizer(trainer: Trainer, optim: OptimConfig) -> None:
     "Create optimiser, schedule and guard for the trainer's model."
     optim = optim.for_batch(trainer.sampler.window_size)
-    trainer.optimizer = trainer.accelerator.prepare_optimizer(create_optimizer(trainer.model, optim))
+    optimizer = create_optimizer(trainer.model, optim)
     trainer.steps_per_epoch = trainer.sampler.windows_per_epoch
     total_steps = trainer.steps_per_epoch * trainer.config.epochs
-    trainer.scheduler = create_scheduler(trainer.optimizer.optimizer, optim, total_steps)
+    # Before accelerate wraps the optimiser: a schedule made later would not see the steps, and torch would warn.
+    trainer.scheduler = create_scheduler(optimizer, optim, total_steps)
+    trainer.optimizer = trainer.accelerator.prepare_optimizer(optimizer)
+    loss_scale(trainer)  # creates it, for a process that has no image in the first window too
     trainer.guard = create_guard(trainer)
     trainer.statistics = RunningStatistics(trainer.model)
     trainer.cleaner = CacheCleaner(trainer.config.empty_cache_every, trainer.accelerator.device)
@@ -203,6 +218,7 @@ def begin_epoch(trainer: Trainer) -> None:
     device = trainer.accelerator.device
     trainer.loss_sum = torch.zeros((), device=device, dtype=sum_type(device))
     trainer.tallies = torch.zeros(len(trainer.criterion.tallies), device=device, dtype=sum_type(device))
+    trainer.skipped = torch.zeros((), device=device, dtype=torch.int64)  # steps that overflowed in fp16
     trainer.rate = trainer.scheduler.get_last_lr()[-1]
 
 
@@ -217,6 +233,21 @@ def set_up_progress(trainer: Trainer) -> None:
     begin_epoch(trainer)
 
 
+# %% ../../nbs/training/14_trainer.ipynb #6d0e83b2
+def window_gradient(trainer: Trainer, window: list[dict]) -> torch.Tensor:
+    "Give the model the gradient of a window, of all processes, and return `(1 + K,)`: its loss and the tallies."
+    accelerator, rng_state = trainer.accelerator, capture_rng_state()
+    found, trainer.micro_batch = accumulate_window(
+        trainer.model, trainer.criterion, window, accelerator, trainer.statistics, trainer.micro_batch, rng_state
+    )
+    try:
+        sum_gradients(trainer.model.parameters(), accelerator)
+    except NoRoom:
+        forget_window(trainer.model, trainer.statistics, rng_state)
+        raise
+    return found
+
+
 # %% ../../nbs/training/14_trainer.ipynb #17377a73
 def gradient_norm(trainer: Trainer) -> list[torch.Tensor]:
     "Clip the gradients if that is set and return their norm; nothing in fp16, where a step that overflows is skipped."
@@ -228,21 +259,53 @@ def gradient_norm(trainer: Trainer) -> list[torch.Tensor]:
     return [] if accelerator.scaler is not None else [norm]
 
 
+def guard_step(trainer: Trainer, loss: torch.Tensor) -> None:
+    "Let the guard look at the loss and the gradients, which are clipped if that is set."
+    step, guard = trainer.step + 1, trainer.guard
+    if trainer.accelerator.scaler is None:
+        guard.check(step, loss, *gradient_norm(trainer))
+    else:  # before the scaler looks at the gradients, as it does to clip them
+        guard.check(step, loss)
+        gradient_norm(trainer)
+    if guard.skip:
+        look_for_nan(trainer)  # the guard cannot stop this optimiser on the device; the host already has the result
+
+
+# %% ../../nbs/training/14_trainer.ipynb #e04c7a19
+def loss_scale(trainer: Trainer) -> torch.Tensor | None:
+    "Return the present scale of the loss, on the device; None but in fp16."
+    scaler = trainer.accelerator.scaler
+    return None if scaler is None else scaler.scale(torch.ones((), device=trainer.accelerator.device))
+
+
+def take_step(trainer: Trainer) -> None:
+    "Let the optimiser move the weights, and count a step that the scaler skipped; raise CrackSegError without memory."
+    before, failed = loss_scale(trainer), False
+    try:
+        trainer.optimizer.step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    if failed:
+        raise CrackSegError(
+            f"memory: found no room on {trainer.accelerator.device} for the running means of the optimiser; "
+            f"expected a smaller encoder, optimizer sgd, or a GPU that nothing else uses; {last_good(trainer, '')}"
+        )
+    if before is not None:
+        trainer.skipped += loss_scale(trainer) < before
+
+
+# %% ../../nbs/training/14_trainer.ipynb #a7f20c5e
 def train_window(trainer: Trainer, window: list[dict]) -> None:
     "Take one optimiser step on this process's batches of a window."
-    accelerator, sampler = trainer.accelerator, trainer.sampler
-    found, trainer.micro_batch = accumulate_window(
-        trainer.model, trainer.criterion, window, accelerator, trainer.statistics, trainer.micro_batch
-    )
+    sampler, found = trainer.sampler, window_gradient(trainer, window)
     trainer.updating = True
-    found = sum_over_processes(found, accelerator)
+    found = sum_over_processes(found, trainer.accelerator)
     loss, tallies = found[0], found[1:]
-    trainer.statistics.combine(accelerator)
-    sum_gradients(trainer.model.parameters(), accelerator)
-    trainer.guard.check(trainer.step + 1, loss, *gradient_norm(trainer))
-    if trainer.guard.skip:
-        look_for_nan(trainer)  # the guard cannot stop this optimiser on the device; the host already has the result
-    trainer.optimizer.step()
+    trainer.statistics.combine(trainer.accelerator)
+    guard_step(trainer, loss)
+    take_step(trainer)
     trainer.scheduler.step()
     trainer.cleaner.step()
     images = min(sampler.window_size, sampler.num_samples - trainer.step * sampler.window_size)
@@ -330,12 +393,11 @@ def keep_evidence(
 
 
 # %% ../../nbs/training/14_trainer.ipynb #eb21b2c4
-def last_good(trainer: Trainer) -> str:
+def last_good(trainer: Trainer, advice: str = ", with a lower -p lr, -p clip_norm 1 or -p amp off") -> str:
     "Say how to resume from the newest state, if there is one."
-    advice = "with a lower -p lr, -p clip_norm 1 or -p amp off"
     if trainer.saved_at is None:
-        return f"no state was written yet; begin anew {advice}"
-    return f"-p resume {display_path(trainer.folder.path)} goes on from {state_name(*trainer.saved_at)}, {advice}"
+        return f"no state was written yet; begin anew{advice.lstrip(',')}"
+    return f"-p resume {display_path(trainer.folder.path)} goes on from {state_name(*trainer.saved_at)}{advice}"
 
 
 def nan_message(trainer: Trainer, step: int, finding: Finding | None, names: list[str], kept: Path | None) -> str:
@@ -370,9 +432,10 @@ def next_step(trainer: Trainer, batches: Iterator[dict]) -> None:
     try:
         with trainer.train_loader.named_faults():
             train_window(trainer, list(islice(batches, len(trainer.sampler.bounds(trainer.step)) - 1)))
-    except CrackSegError:
-        # Other processes do not know of it, and a state takes all of them.
-        if trainer.accelerator.num_processes == 1 and not trainer.updating:
+    except CrackSegError as error:
+        # A state takes all processes, and most errors are known to one of them alone.
+        together = trainer.accelerator.num_processes == 1 or isinstance(error, NoRoom)
+        if together and not trainer.updating:
             save_state(trainer)
         raise
 
@@ -414,6 +477,7 @@ def training_state(trainer: Trainer) -> dict:
         "step": trainer.step,
         "loss_sum": trainer.loss_sum,
         "tallies": trainer.tallies,
+        "skipped": trainer.skipped,
         "images_done": trainer.images_done,
         "rate": trainer.rate,
         "optimizer": trainer.optimizer.state_dict(),
@@ -511,6 +575,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.rate = trainer.scheduler.get_last_lr()[-1]  # another lr: the epoch is trained with it from here on
     trainer.guard = create_guard(trainer)  # loading may have changed whether the optimiser is fused
     trainer.loss_sum, trainer.tallies = (state[name].to(accelerator.device) for name in ("loss_sum", "tallies"))
+    trainer.skipped.fill_(state.get("skipped", 0))  # states of 0.1 count none
     trainer.history, trainer.performance = list(state["history"]), list(state["performance"])
     trainer.saved_at = trainer.position
     if accelerator.is_main_process:
@@ -598,7 +663,14 @@ def training_row(trainer: Trainer, train_loss: float) -> dict:
         f"train_{name}": value.item() / trainer.images_done
         for name, value in zip(trainer.criterion.tallies, trainer.tallies)
     }
-    return {"epoch": trainer.epoch + 1, "train_loss": train_loss, **shares, "train_learning_rate": trainer.rate}
+    skipped = {} if trainer.accelerator.scaler is None else {"train_skipped_steps": trainer.skipped.item()}
+    return {
+        "epoch": trainer.epoch + 1,
+        "train_loss": train_loss,
+        **shares,
+        "train_learning_rate": trainer.rate,
+        **skipped,
+    }
 
 
 def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -> str:
@@ -612,6 +684,10 @@ def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -
         "val top-5": "val_top5_accuracy",
     }
     numbers = [f"{label} {row[name]:.4f}" for label, name in known.items() if name in row]
+    if row.get("train_skipped_steps"):
+        numbers.append(
+            f"{row['train_skipped_steps']} of {trainer.steps_per_epoch} steps skipped, which overflowed in fp16"
+        )
     memory = performance.get("peak_cuda_mib", performance["peak_rss_mib"])
     return (
         f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, "

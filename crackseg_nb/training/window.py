@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "PATIENCE",
+    "FIRST_SCALE",
     "create_accelerator",
     "split_batch",
     "to_device",
@@ -17,25 +17,21 @@ __all__ = [
 
 # %% ../../nbs/training/12_window.ipynb #f81042ec
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
 from torch import nn
 
-from ..core.checks import CrackSegError
 from ..core.machine import logger
 from ..core.seeds import capture_rng_state, restore_rng_state
-from .exchange import RunningStatistics, any_process, sum_over_processes
+from .exchange import PATIENCE, RunningStatistics, any_process, sum_over_processes
 from .losses import Loss
-from .memory import clear_cache, is_out_of_memory
+from .memory import NoRoom, clear_cache, is_out_of_memory
 
 # %% ../../nbs/training/12_window.ipynb #da5165dd
-# How long a process may wait for another, which may be the only one that decodes or downloads a large data set. NCCL
-# would give up after ten minutes. A process that fails ends all the others, whatever they wait for.
-PATIENCE = timedelta(hours=6)
+FIRST_SCALE = 2.0**12  # of the loss in fp16; from torch's 2**16 the first steps of a training are often lost
 
 
 def create_accelerator(
@@ -45,8 +41,8 @@ def create_accelerator(
     "Return a fresh accelerator for `device`; in a launched process, for this process's share of the devices."
     # accelerate remembers its first precision for the whole process; a notebook may train twice.
     AcceleratorState._reset_state(reset_partial_state=True)
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=[patience])
+    handlers = [InitProcessGroupKwargs(timeout=PATIENCE), GradScalerKwargs(init_scale=FIRST_SCALE)]
+    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu", kwargs_handlers=handlers)
 
 
 # %% ../../nbs/training/12_window.ipynb #68c17b51
@@ -105,10 +101,10 @@ def smaller_micro_batch(
     tried: int,  # images that were too many
     device: torch.device,
 ) -> int:
-    "Return half of `tried`, rounded up; raise CrackSegError when a single image was too much."
+    "Return half of `tried`, rounded up; raise NoRoom when a single image was too much."
     if tried > 1:
         return (tried + 1) // 2
-    raise CrackSegError(
+    raise NoRoom(
         f"memory: not even a single image fits on {device}; "
         "expected gradient_checkpointing true, a smaller image_size, "
         "a smaller encoder, or amp bf16"
@@ -131,12 +127,13 @@ def accumulate_window(
     accelerator: Accelerator,
     statistics: RunningStatistics,
     micro_batch: int,  # images that go through the model at once
+    rng_state: dict | None = None,  # random numbers with which the window begins; None: the present ones
 ) -> tuple[torch.Tensor, int]:
     "Do the same as `backward_window`, in smaller parts if memory runs out; return also the micro-batch that fitted."
     window = [to_device(batch, accelerator.device) for batch in window]
     normalizers = window_normalizers(criterion, window, accelerator)
     statistics.snapshot()
-    rng_state, total = capture_rng_state(), None
+    rng_state, total = rng_state or capture_rng_state(), None
     while True:
         try:
             total = backward_window(model, criterion, window, accelerator, normalizers, micro_batch)
