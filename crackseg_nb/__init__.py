@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING
 # Large tensors get pages of 2 MiB, which cost the system less time than small ones; torch looks at this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# Photos of many sizes leave a GPU's memory in pieces that nothing fits into; segments that grow leave none.
+if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 # torch, timm and what comes with them are a million objects that stay. Each full collection looks at all of them, and
 # by default there are several while they load: together a second. Young objects are collected as often as before.
 _young, _middle, _full = gc.get_threshold()

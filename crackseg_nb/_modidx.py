@@ -3515,6 +3515,10 @@ d = {
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.marking": ("runs/experiment.html#marking", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.naming_last_state": (
+                "runs/experiment.html#naming_last_state",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.note_resume": (
                 "runs/experiment.html#note_resume",
                 "crackseg_nb/runs/experiment.py",
@@ -5969,6 +5973,10 @@ d = {
             ),
         },
         "crackseg_nb.training.evaluation": {
+            "crackseg_nb.training.evaluation.AtOnce": (
+                "training/evaluation.html#atonce",
+                "crackseg_nb/training/evaluation.py",
+            ),
             "crackseg_nb.training.evaluation.eager": (
                 "training/evaluation.html#eager",
                 "crackseg_nb/training/evaluation.py",
@@ -6463,12 +6471,20 @@ d = {
                 "training/precision.html#cpu_computes_bf16",
                 "crackseg_nb/training/precision.py",
             ),
+            "crackseg_nb.training.precision.emulates_bf16": (
+                "training/precision.html#emulates_bf16",
+                "crackseg_nb/training/precision.py",
+            ),
             "crackseg_nb.training.precision.make_step": (
                 "training/precision.html#make_step",
                 "crackseg_nb/training/precision.py",
             ),
             "crackseg_nb.training.precision.time_precisions": (
                 "training/precision.html#time_precisions",
+                "crackseg_nb/training/precision.py",
+            ),
+            "crackseg_nb.training.precision.warn_if_emulated": (
+                "training/precision.html#warn_if_emulated",
                 "crackseg_nb/training/precision.py",
             ),
         },

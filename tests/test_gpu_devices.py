@@ -4,6 +4,9 @@ import functools
 import importlib
 import inspect
 import math
+import os
+import subprocess
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -17,14 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from crackseg_nb.core.checks import CrackSegError
+from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.core.run_folder import RunFolder, create_run_folder
-from crackseg_nb.core.seeds import allow_fused_attention
+from crackseg_nb.core.seeds import allow_fused_attention, capture_rng_state, restore_rng_state
 from crackseg_nb.data.loaders import create_loader
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs import launch as launch_module
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import prepare
+from crackseg_nb.runs.experiment import find_precision, prepare
+from crackseg_nb.runs.jobs import visible_gpus
+from crackseg_nb.runs.recipes import RECIPES
 from crackseg_nb.training import exchange as exchange_module
 from crackseg_nb.training import losses as losses_module
 from crackseg_nb.training import optim as optim_module
@@ -35,6 +40,7 @@ from crackseg_nb.training.exchange import any_process, host_group, sum_gradients
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.memory import NoRoom
 from crackseg_nb.training.optim import create_optimizer
+from crackseg_nb.training.precision import choose_precision
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
 from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, next_step, restore, train_window, training_state
 
@@ -140,13 +146,17 @@ def test_a_launcher_s_first_process_puts_its_first_model_aside(tmp_path, monkeyp
     "The model that trains is another; beside this one it would have less room than was estimated."
     model, trained = Remembering(1, 1).to("cuda"), []
     experiment = SimpleNamespace(
-        built=SimpleNamespace(model=model), device="cuda", config=None, folder=RunFolder(tmp_path), share=lambda: ()
+        built=SimpleNamespace(model=model),
+        device="cuda",
+        config=None,
+        folder=RunFolder(tmp_path),
+        share=lambda: (str(tmp_path),),
     )
     accelerator = SimpleNamespace(is_main_process=True, num_processes=1)
     monkeypatch.setattr(launch_module, "create_accelerator", lambda device: accelerator)
     monkeypatch.setattr(launch_module, "prepare", lambda config: experiment)
     monkeypatch.setattr(launch_module, "marking", lambda method: method)
-    monkeypatch.setattr(launch_module, "train_in_process", lambda: trained.append(model.last))
+    monkeypatch.setattr(launch_module, "train_in_process", lambda path: trained.append(model.last))
     monkeypatch.setattr(launch_module, "run", lambda config, experiment: experiment)
     config = SimpleNamespace(run=SimpleNamespace(device="cpu"))
     assert launch_module.run_launched(config) is experiment and trained == ["cpu"]
@@ -431,3 +441,119 @@ def test_an_optimiser_without_room_says_so_in_one_line(tmp_path, monkeypatch):
         fit(trainer)
     assert "\n" not in str(caught.value) and caught.value.__context__ is None
     assert latest_checkpoint(trainer.folder / "checkpoints") is None  # the weights may be between two steps
+
+
+def test_evaluation_remembers_from_epoch_to_epoch_how_many_images_fit(tmp_path, monkeypatch):
+    "Else each validation would begin with the same errors of memory."
+    trainer, calls = make_trainer(tmp_path, epochs=3), []
+    trainer.val_loader = create_loader(Noise(), 4, train=False)
+
+    def greedy(self, image):
+        if not self.training:
+            calls.append(len(image))
+            if len(image) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return nn.Sequential.forward(self, image)
+
+    trainer.model.forward = functools.partial(greedy, trainer.model)
+    fit(trainer)
+    assert Counter(calls) == {4: 1, 2: 1, 1: 24}
+
+
+@pytest.mark.parametrize(
+    ("saved", "device", "warned"),
+    [(8, "cuda", False), (8, "cuda:0", False), (1, "cuda:0", False), (1, None, False)]  # others are no matter
+    + [(0, "cuda", True), (1, "cuda:1", True), (0, None, True), (0, "cpu", False)],
+)
+def test_random_numbers_of_other_cards_are_not_missed(monkeypatch, caplog, saved, device, warned):
+    "A state of a node with eight cards goes on on one with two, and that of a run on the CPU anywhere."
+    state = {**capture_rng_state(), "cuda": [torch.zeros(1, dtype=torch.uint8)] * saved}
+    found = dict(is_available=lambda: True, device_count=lambda: 2, current_device=lambda: 0)
+    for name, function in (found | dict(set_rng_state=lambda state, index: None)).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    restore_rng_state(state, device and torch.device(device))
+    assert ("the resumed run will differ" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("capability", "amp", "warned"), [(7, "bf16", 1), (8, "bf16", 0), (7, "fp16", 0)])
+def test_bf16_on_a_card_that_emulates_it_is_said_once(monkeypatch, caplog, capability, amp, warned):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    config = SimpleNamespace(train=TrainConfig(amp=amp), data=SimpleNamespace(image_size=32))
+    find_precision(config, None, torch.device("cuda"))
+    assert caplog.text.count("found bf16 on Tesla T4, which emulates it") == warned
+    assert choose_precision("auto", torch.device("cuda")) == ("bf16" if capability >= 8 else "fp16")
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "expected"),
+    [("0,3", 2, ["0", "3"]), ("0,-1,1", 1, ["0"]), ("MIG-a,MIG-b", 1, ["MIG-a", "MIG-b"]), (None, 2, ["0", "1"])],
+)
+def test_local_runs_take_the_cards_that_are_named(monkeypatch, named, there, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert visible_gpus() == expected
+
+
+def test_a_card_that_is_not_there_is_refused(monkeypatch):
+    "Its run would see no GPU and train on the CPU."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
+    with pytest.raises(CrackSegError, match="^CUDA_VISIBLE_DEVICES: found 0,7, of which only the first 1 can be used"):
+        visible_gpus()
+
+
+WHERE_IT_GOES_ON = "a process failed, and its launcher ends the others, which wait for it: -p resume"
+
+
+def test_a_process_that_fails_says_where_the_run_goes_on(tmp_path, monkeypatch):
+    def launch(*arguments):
+        raise CrackSegError("devices: process 1 was ended by SIGKILL")
+
+    monkeypatch.setattr(experiment_module, "launch", launch)
+    experiment = prepare(tiny(tmp_path, device="cpu", devices=2, amp="off"))
+    with pytest.raises(CrackSegError, match="SIGKILL"):
+        experiment.train()
+    log = (experiment.folder / "training.log").read_text()
+    assert log.count(WHERE_IT_GOES_ON) == 1 and "goes on from the beginning" in log
+
+
+@pytest.mark.parametrize(("error", "lines"), [(CrackSegError("full"), 1), (Stopped("in time"), 0)])
+def test_a_process_of_a_launcher_says_it_too(tmp_path, monkeypatch, caplog, error, lines):
+    (tmp_path / "checkpoints").mkdir()
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(launch_module, "create_accelerator", lambda device: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(launch_module, "gather_objects", lambda share, accelerator: [(str(tmp_path),)])
+    monkeypatch.setattr(launch_module, "train_in_process", fail)
+    with pytest.raises(type(error)):
+        launch_module.run_launched(SimpleNamespace(run=SimpleNamespace(device="cpu")))
+    assert caplog.text.count(WHERE_IT_GOES_ON) == lines
+
+
+def test_no_step_clears_the_memory_that_torch_keeps():
+    "It waits for the card, gives all back, and asks for it anew; who wants it says so."
+    assert TrainConfig().empty_cache_every == 0
+    assert not any("empty_cache_every" in recipe.settings for recipe in RECIPES.values())
+
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, EXPANDABLE)] + [(own, own) for own in ({name: "backend:native"} for name in ALLOCATOR)],
+)
+def test_a_card_s_memory_grows_in_segments_unless_the_user_says_otherwise(given, found):
+    code = f"import os, crackseg_nb; print({{name: os.environ[name] for name in {ALLOCATOR} if name in os.environ}})"
+    own = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", code], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(found)

@@ -18,11 +18,15 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 # %% ../../nbs/core/04_seeds.ipynb #2a9dd974
 from .machine import logger
+
+if TYPE_CHECKING:
+    import torch
 
 
 # %% ../../nbs/core/04_seeds.ipynb #ec349944
@@ -92,8 +96,11 @@ def capture_rng_state() -> dict:
 
 
 # %% ../../nbs/core/04_seeds.ipynb #4d4d9ed3
-def restore_rng_state(state: dict) -> None:
-    "Continue all random numbers from `capture_rng_state()`; warn when the number of CUDA devices differs."
+def restore_rng_state(
+    state: dict,
+    device: "torch.device | None" = None,  # that draws them; None: a GPU where there is one
+) -> None:
+    "Continue all random numbers from `capture_rng_state()`; warn where it has none for the GPU that draws them."
     import torch
 
     version, words, gauss = state["python"]
@@ -102,11 +109,13 @@ def restore_rng_state(state: dict) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
-        logger.warning(
-            f"random numbers: found {len(state['cuda'])} saved CUDA states for {devices} devices; "
-            "the resumed run will differ from one that never stopped"
-        )
+    if devices and (device is None or device.type == "cuda"):
+        own = torch.cuda.current_device() if device is None or device.index is None else device.index
+        if own >= len(state["cuda"]):
+            logger.warning(
+                f"random numbers: found no saved state for cuda:{own} among {len(state['cuda'])}; "
+                "the resumed run will differ from one that never stopped"
+            )
     for index, cuda_state in enumerate(state["cuda"][:devices]):
         torch.cuda.set_rng_state(cuda_state.cpu(), index)
     if torch.backends.mps.is_available():

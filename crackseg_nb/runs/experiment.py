@@ -40,6 +40,7 @@ __all__ = [
     "keep_best",
     "fitting_everywhere",
     "train_in_process",
+    "naming_last_state",
     "keep_tables",
     "prepare",
     "run",
@@ -50,8 +51,8 @@ import functools
 import os
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,7 +126,7 @@ from ..training.exchange import gather_objects
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
 from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
-from ..training.precision import choose_precision, time_precisions
+from ..training.precision import choose_precision, time_precisions, warn_if_emulated
 from ..training.processes import launch
 from ..training.trainer import Trainer, TrainSettings, fit
 from ..training.weights import load_encoder_weights, load_model_weights, read_weights
@@ -693,6 +694,7 @@ def building_device(config: ExperimentConfig, device: torch.device) -> torch.dev
 def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.device) -> str:
     "Return the effective value of `amp`: `auto` becomes the fastest one; without training it stays."
     train, size = config.train, config.data.image_size
+    warn_if_emulated(train.amp, device)
     if train.amp != "auto" or not train.epochs:
         return train.amp
 
@@ -850,6 +852,22 @@ def train_in_process(
         fit(trainer, load_checkpoint(folder / "checkpoints", checkpoint) if checkpoint else None)
 
 
+@contextmanager
+def naming_last_state(folder: RunFolder) -> Iterator[None]:
+    "Log where the run can go on when one of several processes fails: the others wait for it, and are ended."
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, Stopped):
+            newest = [BEGINNING, *states_of(folder)][-1]
+            logger.error(
+                "a process failed, and its launcher ends the others, which wait for it: -p resume %s goes on from %s",
+                display_path(folder.path),
+                newest,
+            )
+        raise
+
+
 @patch
 def share(self: Experiment) -> tuple:
     "Return the arguments of `train_in_process`, which can be sent to another process."
@@ -860,12 +878,8 @@ def share(self: Experiment) -> tuple:
 @patch
 def train_on_devices(self: Experiment) -> None:
     "Train in several processes up to a state that this process can take over; raise Stopped if they were stopped."
-    code = launch(
-        train_in_process,
-        self.share(),
-        self.config.run.devices,
-        self.device,
-    )
+    with naming_last_state(self.folder):
+        code = launch(train_in_process, self.share(), self.config.run.devices, self.device)
     self.resume_from = latest_checkpoint(self.folder / "checkpoints")
     if code == RESUME_CODE:
         raise Stopped(f"stopped at {self.resume_from}; go on with -p resume {display_path(self.folder.path)}")

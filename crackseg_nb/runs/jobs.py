@@ -34,6 +34,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -262,13 +263,21 @@ class JobConfig:
 
 # %% ../../nbs/runs/10_jobs.ipynb #ede2b9ce
 def visible_gpus() -> list[str]:
-    "Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."
+    "Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; refuse those that are missing."
     import torch
 
     if not torch.cuda.is_available():
         return []
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-    return [name.strip() for name in named.split(",") if name.strip()]
+    there = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(there))))
+    names = [*takewhile(lambda name: name != "-1", (name.strip() for name in named.split(",") if name.strip()))]
+    # A process sees no more than one part of a divided card, so names of parts are not counted.
+    if len(names) > there and all(name.isdigit() for name in names):
+        raise CrackSegError(
+            f"CUDA_VISIBLE_DEVICES: found {named}, of which only the first {there} can be used; expected numbers of "
+            "cards that this machine has, each once"
+        )
+    return names
 
 
 def local_shares(

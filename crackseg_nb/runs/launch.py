@@ -11,9 +11,10 @@ import os
 import sys
 
 from ..core.machine import get_device
+from ..core.run_folder import RunFolder
 from .command import command, given_parameters, take_parameters
 from .config import ExperimentConfig, configure
-from .experiment import Experiment, marking, prepare, run, train_in_process
+from .experiment import Experiment, marking, naming_last_state, prepare, run, train_in_process
 from ..training.checkpoint import latest_checkpoint
 from ..training.exchange import close, gather_objects
 from ..training.memory import clear_cache
@@ -33,10 +34,11 @@ def run_launched(config: ExperimentConfig) -> Experiment | None:
         experiment.built.model.to("cpu")  # which is trained is a model of its own
         clear_cache(experiment.device)
     arguments = gather_objects(share, accelerator)[0]
-    if experiment is None:
-        train_in_process(*arguments)
-    else:
-        marking(lambda self: train_in_process(*arguments))(experiment)
+    with naming_last_state(RunFolder(arguments[0])):
+        if experiment is None:
+            train_in_process(*arguments)
+        else:
+            marking(lambda self: train_in_process(*arguments))(experiment)
     close()
     if experiment is None:
         return None

@@ -96,7 +96,6 @@ PUBLISHED_360 = {
     "accumulation": 8,  # 16 images a step
     "amp": "auto",
     "gradient_checkpointing": True,
-    "empty_cache_every": 100,
     "patience": 20,
     "checkpoint_every": 5,
 }

@@ -285,7 +285,7 @@ class TrainConfig:
     checkpoint_every: int = 5  # epochs between full training states; 0 keeps none beyond the run
     checkpoint_minutes: float = 10.0  # minutes after which a state is written within an epoch; 0 never
     gradient_checkpointing: bool = True
-    empty_cache_every: int = 100  # optimiser steps between clearings of the device's memory cache; 0 never
+    empty_cache_every: int = 0  # steps between clearings of the device's memory cache, which cost time; 0 never
     channels_last: bool = True  # memory layout that convolutions prefer
     compile: bool = False  # torch.compile: minutes of compiling, then faster steps
 

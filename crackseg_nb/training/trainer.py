@@ -73,7 +73,7 @@ from ..core.seeds import capture_rng_state, restore_rng_state
 from ..metrics.counts import BinaryMetrics, ImageCounts
 from .checkpoint import Checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from .diagnosis import Finding, FiniteGuard, first_nonfinite, keep_batch
-from .evaluation import evaluate, sum_type
+from .evaluation import AtOnce, evaluate, sum_type
 from crackseg_nb.training.exchange import (
     RunningStatistics,
     any_process,
@@ -227,7 +227,7 @@ def set_up_progress(trainer: Trainer) -> None:
     trainer.epoch, trainer.history, trainer.performance = 0, [], []
     trainer.best = BestSoFar(trainer.config.patience)
     trainer.best_weights, trainer.best_rows = None, None  # of the best epoch: on the CPU, and its validation counts
-    trainer.micro_batch = trainer.config.batch_size
+    trainer.micro_batch, trainer.at_once = trainer.config.batch_size, AtOnce()
     trainer.updating = False  # the weights are between two steps' values
     trainer.saved_at, trainer.saved_time = None, time.monotonic()  # position and time of the last state written
     begin_epoch(trainer)
@@ -591,7 +591,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
                 name,
                 now,
             )
-    restore_rng_state(state["rng"][accelerator.process_index % len(state["rng"])])
+    restore_rng_state(state["rng"][accelerator.process_index % len(state["rng"])], accelerator.device)
 
 
 def restore_schedule(trainer: Trainer, state: dict) -> None:
@@ -644,6 +644,7 @@ def validation_row(trainer: Trainer) -> dict:
             trainer.criterion,
             interrupt=(lambda: pause_if_asked(trainer)) if alone else None,
             metrics=trainer.metrics.blank(),
+            at_once=trainer.at_once,
         )
     except CrackSegError:
         if alone:
