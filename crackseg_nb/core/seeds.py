@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 # %% ../../nbs/core/04_seeds.ipynb #2a9dd974
+from .checks import LateModule
 from .machine import logger
 
 if TYPE_CHECKING:
     import torch
+else:
+    torch = LateModule("torch")
 
 
 # %% ../../nbs/core/04_seeds.ipynb #ec349944

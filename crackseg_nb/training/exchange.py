@@ -108,13 +108,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) 
     "Replace the gradient of each parameter by its sum over all processes; raise NoRoom in all if one has no memory."
     if accelerator.num_processes == 1:
         return
-    joined = None
+    joined, full = [], False
     try:
         joined = join_gradients(parameters)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    if any_process(joined is None, accelerator):
+        full = True
+    if any_process(full, accelerator):
         raise NoRoom(
             f"memory: found no room on {accelerator.device}, or on another, for the copy of all gradients that "
             "the devices exchange; expected GPUs that nothing else uses, a smaller encoder, or devices 1"

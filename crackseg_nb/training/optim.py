@@ -79,7 +79,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 # %% ../../nbs/training/03_optim.ipynb #c06684e0
-def fused_available(parameters: list[nn.Parameter], kind: type[Optimizer] = torch.optim.AdamW) -> bool:
+def fused_available(parameters: list[nn.Parameter], kind: Callable[..., Optimizer] = torch.optim.AdamW) -> bool:
     "Tell whether torch's fused optimiser actually runs on the devices and dtypes of `parameters`."
     try:
         for device, dtype in {(parameter.device, parameter.dtype) for parameter in parameters}:
