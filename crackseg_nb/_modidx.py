@@ -3392,6 +3392,10 @@ d = {
                 "runs/experiment.html#experiment.load_data",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.Experiment.make_room": (
+                "runs/experiment.html#experiment.make_room",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.Experiment.pause": (
                 "runs/experiment.html#experiment.pause",
                 "crackseg_nb/runs/experiment.py",
@@ -3448,6 +3452,10 @@ d = {
                 "runs/experiment.html#disk_line",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.estimate_room": (
+                "runs/experiment.html#estimate_room",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.find_precision": (
                 "runs/experiment.html#find_precision",
                 "crackseg_nb/runs/experiment.py",
@@ -3490,6 +3498,10 @@ d = {
                 "runs/experiment.html#load_splits",
                 "crackseg_nb/runs/experiment.py",
             ),
+            "crackseg_nb.runs.experiment.loader_processes": (
+                "runs/experiment.html#loader_processes",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.make_criterion": (
                 "runs/experiment.html#make_criterion",
                 "crackseg_nb/runs/experiment.py",
@@ -3524,6 +3536,10 @@ d = {
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.prepare": ("runs/experiment.html#prepare", "crackseg_nb/runs/experiment.py"),
+            "crackseg_nb.runs.experiment.recompute_if_crowded": (
+                "runs/experiment.html#recompute_if_crowded",
+                "crackseg_nb/runs/experiment.py",
+            ),
             "crackseg_nb.runs.experiment.run": ("runs/experiment.html#run", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.run_of_weights": (
                 "runs/experiment.html#run_of_weights",
@@ -3855,6 +3871,10 @@ d = {
             "crackseg_nb.runs.verify.evaluate_again": ("runs/verify.html#evaluate_again", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.evaluated": ("runs/verify.html#evaluated", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.flatten": ("runs/verify.html#flatten", "crackseg_nb/runs/verify.py"),
+            "crackseg_nb.runs.verify.images_at_a_time": (
+                "runs/verify.html#images_at_a_time",
+                "crackseg_nb/runs/verify.py",
+            ),
             "crackseg_nb.runs.verify.is_number": ("runs/verify.html#is_number", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.look_for_changes": (
                 "runs/verify.html#look_for_changes",

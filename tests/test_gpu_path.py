@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import gpu_day
 import pytest
@@ -9,14 +10,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.seeds import allow_fused_attention, seed_everything
 from crackseg_nb.models import base, kernels
 from crackseg_nb.models.kernels import KernelCounter
 from crackseg_nb.models.registry import create_model
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import load_splits, make_datasets, make_loaders
+from crackseg_nb.runs.experiment import load_splits, make_datasets, make_loaders, prepare, run
+from crackseg_nb.runs.verify import images_at_a_time
 from crackseg_nb.studies.training_speed import algorithms
+from crackseg_nb.training import memory
 from crackseg_nb.training.memory import OUT_OF_MEMORY, enable_gradient_checkpointing, is_out_of_memory
 
 FAMILIES = {
@@ -194,6 +198,74 @@ def test_only_a_run_on_a_gpu_pins_memory(tmp_path, monkeypatch, device, pinned):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(experiment_module, "get_device", lambda name: torch.device(device))
     assert {loader.pin_memory for loader in make_loaders(config, datasets).values()} == {pinned}
+
+
+TINY = dict(
+    synthetic_images=12, image_size=64, epochs=2, batch_size=2, accumulation=2, device="cpu", amp="off", run_name="tiny"
+)
+
+
+def test_photos_that_travel_as_bytes_change_no_digit(tmp_path, monkeypatch):
+    "A run on a GPU has them normalised there; the whole run, training, validation and test, is the same."
+    found, plain = [], experiment_module.CrackDataset
+
+    def as_bytes(*args, raw, **settings):
+        found.append(raw)
+        return plain(*args, raw=True, **settings)
+
+    settings = TINY | dict(model="unet", encoder="test_resnet", pretrained="false")
+    runs = [run(configure(**settings, outputs=str(tmp_path / "floats")))]
+    monkeypatch.setattr(experiment_module, "CrackDataset", as_bytes)
+    runs.append(run(configure(**settings, outputs=str(tmp_path / "bytes"))))
+    assert next(iter(runs[1].prepared.loaders["train"]))["image"].dtype == torch.uint8 and not any(found)
+    for name in ("history.csv", "predictions/per_image.csv"):
+        assert (runs[0].folder / name).read_bytes() == (runs[1].folder / name).read_bytes()
+    weights = [dict(one.trained.model.state_dict()) for one in runs]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(("device", "raw"), [("cpu", False), ("cuda", True)])
+def test_only_a_gpu_gets_bytes(tmp_path, monkeypatch, device, raw):
+    config = configure(synthetic_images=12, image_size=32, device="cpu", outputs=str(tmp_path))
+    monkeypatch.setattr(experiment_module, "get_device", lambda name: torch.device(device))
+    assert {dataset.raw for dataset in make_datasets(config, load_splits(config)).values()} == {raw}
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "devices", "processes"),
+    [(None, "cpu", 1, 0), (None, "cuda", 1, 5), (None, "cuda", 2, 2), (None, "cuda", 8, 0), (3, "cuda", 1, 3)],
+)
+def test_a_gpu_gets_a_share_of_the_cores_to_prepare_its_batches(monkeypatch, asked, device, devices, processes):
+    monkeypatch.setattr(experiment_module, "get_device", lambda name: torch.device(device))
+    monkeypatch.setattr(experiment_module, "cores", lambda: 6)
+    given = {} if asked is None else dict(num_workers=asked)
+    config = configure(device="cpu", devices=devices, **given)
+    assert experiment_module.loader_processes(config) == processes
+    assert configure(num_workers="auto").data.num_workers is None
+
+
+@pytest.mark.parametrize(
+    ("room", "asked", "recomputed"), [(2**40, None, False), (2**29, None, True), (2**40, True, True)]
+)
+def test_activations_are_recomputed_where_they_would_fill_the_memory(tmp_path, monkeypatch, room, asked, recomputed):
+    monkeypatch.setattr(memory, "available_memory", lambda device: room)
+    given = {} if asked is None else dict(gradient_checkpointing=asked)
+    settings = TINY | dict(recipe="swinv2_hybrid_360", **FAMILIES["swinv2_hybrid"], pretrained="false")
+    experiment = prepare(configure(**settings, **given, outputs=str(tmp_path)))
+    stages = [part for part in experiment.built.model.modules() if hasattr(part, "grad_checkpointing")]
+    assert any(part.grad_checkpointing for part in stages) == recomputed
+    kept = read_yaml(experiment.folder / "config.yaml")["train"]["gradient_checkpointing"]
+    assert kept == recomputed and experiment.built.micro_batch == 2
+    assert configure(recipe="swinv2_hybrid_360").train.gradient_checkpointing is None
+    again = configure(config=str(experiment.folder / "config.yaml"), gradient_checkpointing="auto")
+    assert again.train.gradient_checkpointing is None
+
+
+def test_a_repetition_with_other_batches_says_so():
+    runs = [SimpleNamespace(results={"performance": {"images_at_a_time": number}}) for number in (8, 4)]
+    assert images_at_a_time(runs[0], runs[0]) == []
+    (told,) = images_at_a_time(*runs)
+    assert told.outcome == "noted" and "8 in the run, 4 now" in told.lines[0]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ __all__ = [
     "PARTS",
     "DERIVED",
     "WEIGHTING",
+    "LEFT_OPEN",
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
     "SETTLED",
@@ -119,7 +120,6 @@ DATA_CHOICES = {
 }
 DATA_BOUNDS = {
     "image_size": (int, 32),
-    "num_workers": (int, 0),
     "loader_timeout": (float, 0),
     "synthetic_images": (int, 4),
     "line_width": (float, 0),
@@ -148,13 +148,15 @@ class DataConfig:
     train_set: str = "train"  # images that are learned: train, or trainval (nothing is chosen on val then)
     augmentation: str = "crack"  # none, mirror, basic, enhanced, crack; of labelled images none, basic, advanced
     preload: str = "auto"  # decoded images in memory (true), in a mapped file (disk), in either (auto), or false
-    num_workers: int = 0  # processes that prepare batches; 0 prepares them in the training process
+    num_workers: int | None = None  # processes that prepare batches; 0: none; None: a GPU gets a share of the cores
     loader_timeout: float = 300.0  # seconds to wait for a batch from them before the run stops; 0 waits for ever
     synthetic_images: int = 240  # how many synthetic images to make, in all
     synthetic_width: tuple[float, float] = (1.0, 12.0)  # narrowest and widest synthetic crack, in pixels
 
     def __post_init__(self):
         check_settings(self, DATA_CHOICES, DATA_BOUNDS)
+        if self.num_workers is not None:
+            check_settings(self, {}, {"num_workers": (int, 0)})
         choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
         check_fractions(self.fractions)
         check_eval_size(self)
@@ -450,6 +452,9 @@ def known_parameters() -> dict[str, tuple[str, Any, Any]]:
 
 
 # %% ../../nbs/runs/02_config.ipynb #dce2b578
+LEFT_OPEN = ("gradient_checkpointing", "num_workers")  # where None leaves it to the machine, and `auto` says so
+
+
 def to_number(text) -> Any:
     "Return a string as a number if it is one, else as it is."
     for kind in (int, float):
@@ -482,7 +487,8 @@ def coerce(parameter: str, value, kind) -> Any:
         raise CrackSegError(f"{parameter}: found a section ({first_few(list(value))}), expected one value")
     if isinstance(kind, types.UnionType):
         members = typing.get_args(kind)
-        if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in members):
+        nothing = ("none", "auto") if parameter in LEFT_OPEN else ("none",)
+        if value is None or (isinstance(value, str) and value.lower() in nothing and type(None) in members):
             return None
         return coerce(parameter, value, next(member for member in members if member is not types.NoneType))
     if kind is str and isinstance(value, (list, tuple)):
@@ -564,7 +570,7 @@ SAME_NUMBERS = (
     "outputs",
 )
 OTHER_NUMBERS = ("lr", "clip_norm", "amp")
-SETTLED = ("amp", "pretrained")  # `auto` is written down as what it came to
+SETTLED = ("amp", "pretrained", "gradient_checkpointing")  # `auto` is written down as what it came to
 # Where and how a run is carried out.
 NOT_THE_RESULT = ("run_name", *(name for name in SAME_NUMBERS if name != "data_dir"))
 
@@ -577,7 +583,7 @@ def differences(
     "Return the names of `settings` that differ from a run's own; `auto` equals the value that it was resolved to."
 
     def same(name, value):
-        return value == own.get(name) or name in SETTLED and value == "auto"
+        return value == own.get(name) or name in SETTLED and value in ("auto", None)
 
     return [name for name, value in settings.items() if name not in but and not same(name, value)]
 

@@ -22,6 +22,7 @@ __all__ = [
     "load_splits",
     "learned_splits",
     "make_datasets",
+    "loader_processes",
     "make_loaders",
     "weigh_classes",
     "make_criterion",
@@ -34,6 +35,8 @@ __all__ = [
     "lay_out",
     "building_device",
     "find_precision",
+    "estimate_room",
+    "recompute_if_crowded",
     "fitting_batch",
     "checkpoint_sizes",
     "disk_line",
@@ -74,7 +77,7 @@ from crackseg_nb.core.files import (
     write_text,
     write_yaml,
 )
-from ..core.machine import describe_environment, get_device, log_to, logger, now, this_process
+from ..core.machine import cores, describe_environment, get_device, log_to, logger, now, this_process
 from ..core.run_folder import RunFolder, create_run_folder, locate_weights
 from ..core.seeds import seed_everything, seed_for
 from ..data.audit import Audit, audit
@@ -125,7 +128,13 @@ from ..training.evaluation import eager
 from ..training.exchange import gather_objects
 from ..training.interrupt import StopRequest
 from ..training.losses import Loss
-from ..training.memory import clear_cache, enable_gradient_checkpointing, estimate_memory, is_out_of_memory
+from crackseg_nb.training.memory import (
+    MemoryEstimate,
+    clear_cache,
+    enable_gradient_checkpointing,
+    estimate_memory,
+    is_out_of_memory,
+)
 from ..training.precision import choose_precision, time_precisions, warn_if_emulated
 from ..training.processes import launch
 from ..training.trainer import Trainer, TrainSettings, fit
@@ -453,6 +462,7 @@ def make_datasets(
             resize=None if split == "train" else data.eval_resize,
             cache=outputs_folder(config.run.outputs) / "cache",
             facts=splits.facts,
+            raw=get_device(config.run.device).type == "cuda",  # bytes on the way there, normalised where they arrive
         )
         for split, samples in splits.items()
         if samples
@@ -463,6 +473,16 @@ def make_datasets(
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #1e740b73
+def loader_processes(config: ExperimentConfig) -> int:
+    "Return how many processes prepare batches: as asked, else none for a CPU, and for a GPU its share of the cores."
+    if config.data.num_workers is not None:
+        return config.data.num_workers
+    if get_device(config.run.device).type != "cuda":
+        return 0
+    shares = max(config.run.devices, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(0, min(8, cores() // shares - 1))
+
+
 def make_loaders(
     config: ExperimentConfig,
     datasets: dict[str, CrackDataset],
@@ -481,7 +501,7 @@ def make_loaders(
             sizes[split],
             train=split == "train",
             seed=config.run.seed,
-            num_workers=config.data.num_workers,
+            num_workers=loader_processes(config),
             accumulation=config.train.accumulation if split == "train" else 1,
             rank=rank,
             world=world,
@@ -705,20 +725,40 @@ def find_precision(config: ExperimentConfig, model: nn.Module, device: torch.dev
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #66726c58
-def fitting_batch(config: ExperimentConfig, model: nn.Module, device: torch.device) -> int:
-    "Return how many images of a batch fit into memory, by a lower bound; raise CrackSegError if none does."
+def estimate_room(config: ExperimentConfig, model: nn.Module, device: torch.device) -> MemoryEstimate | None:
+    "Return the memory that training takes at least; None where memory did not suffice to find out."
     train, size = config.train, config.data.image_size
-    if not train.epochs:
-        return train.batch_size
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(train.amp, device))
-    estimate = None
     try:
-        estimate = estimate_memory(model, train.batch_size, (size, size), device, dtype)
+        return estimate_memory(model, train.batch_size, (size, size), device, dtype)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    if estimate is None:  # only here is the traceback gone, and with it what the trial took
-        clear_cache(device)
+    clear_cache(device)  # only here is the traceback gone, and with it what the trial took
+    return None
+
+
+def recompute_if_crowded(model: nn.Module, estimate: MemoryEstimate | None) -> bool:
+    "Let `model` recompute its activations if training would fill more than half of the memory; return whether it does."
+    if estimate is not None and 2 * estimate.total <= estimate.available:
+        return False
+    try:
+        enable_gradient_checkpointing(model)
+    except CrackSegError:
+        return False  # it cannot
+    logger.info("gradient_checkpointing: activations are recomputed, since they would fill the memory")
+    return True
+
+
+def fitting_batch(
+    config: ExperimentConfig, model: nn.Module, device: torch.device, estimate: MemoryEstimate | None = None
+) -> int:
+    "Return how many images of a batch fit into memory, by a lower bound; raise CrackSegError if none does."
+    train = config.train
+    if not train.epochs:
+        return train.batch_size
+    estimate = estimate or estimate_room(config, model, device)
+    if estimate is None:
         logger.warning("OUT OF MEMORY while estimating: beginning with one image at a time")
         return 1
     logger.info("memory: %s", estimate)
@@ -777,9 +817,27 @@ def build_model(self: Experiment) -> None:
     place = building_device(config, self.device)
     lay_out(config, model, place)
     self.config = settle(config, model.weights, find_precision(config, model, self.device))
-    fitting = fitting_batch(self.config, model, place) if place == self.device else None
-    self.built = Built(model, parameters, fitting)
+    self.built = Built(model, parameters, self.make_room(model, place))
     self.record(model.weights)
+
+
+@patch
+def make_room(
+    self: Experiment,
+    model: nn.Module,
+    place: torch.device,  # where it lies
+) -> int | None:
+    "Settle whether activations are recomputed; return how many images go through at once, None where each GPU says."
+    train, alone = self.config.train, place == self.device
+    estimate = None
+    if train.gradient_checkpointing is None:
+        if train.epochs and alone:
+            estimate = estimate_room(self.config, model, place)
+        # Several GPUs are asked by their own processes, which have to agree before they are.
+        recompute = bool(train.epochs) and recompute_if_crowded(model, estimate)
+        self.config = replace(self.config, train=replace(train, gradient_checkpointing=recompute))
+        estimate = None if recompute else estimate
+    return fitting_batch(self.config, model, place, estimate) if alone else None
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #13eba590

@@ -95,7 +95,7 @@ PUBLISHED_360 = {
     "batch_size": 2,  # what 8 GB hold
     "accumulation": 8,  # 16 images a step
     "amp": "auto",
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": None,  # where memory is short, as on the published experiment's GPU
     "patience": 20,
     "checkpoint_every": 5,
 }

@@ -77,12 +77,15 @@ def settle(
     config: ExperimentConfig,
     weights: dict,  # of the model: what was requested and what was loaded
     amp: str,  # the precision of the training: bf16, fp16 or off; auto where none follows
+    recompute: bool | None = None,  # whether activations are recomputed; None: as `config` says
 ) -> ExperimentConfig:
-    "Return `config` with the precision and the weights that are actually used on this machine."
+    "Return `config` with the precision, the weights and the checkpointing that are actually used on this machine."
     settings = dict(config.model_settings)
     if weights["requested"] == "auto":  # a repetition has to begin with the same weights
         settings["pretrained"] = "false" if weights["loaded"] == "from scratch" else "true"
-    return replace(config, model_settings=settings, train=replace(config.train, amp=amp))
+    recompute = config.train.gradient_checkpointing if recompute is None else recompute
+    train = replace(config.train, amp=amp, gradient_checkpointing=recompute)
+    return replace(config, model_settings=settings, train=train)
 
 
 # %% ../../nbs/runs/03_stages.ipynb #6102b8ec

@@ -35,6 +35,7 @@ __all__ = [
     "evaluated",
     "weights_digest",
     "changed_on_the_way",
+    "images_at_a_time",
     "compare_training",
     "trained",
     "read_splits",
@@ -536,10 +537,19 @@ def changed_on_the_way(run: KeptRun) -> dict:
     }
 
 
+def images_at_a_time(run: KeptRun, new: KeptRun) -> list[Check]:
+    "Note that a repetition took its batches in other parts, as memory allowed: batch normalisation sees others then."
+    kept, found = (part.results["performance"].get("images_at_a_time") for part in (run, new))
+    if kept in (None, found):
+        return []
+    return [Check("images at a time", "noted", [f"{kept} in the run, {found} now: batch normalisation saw others"])]
+
+
 def compare_training(run: KeptRun, new: KeptRun, exact: bool) -> list[Check]:
     "Compare a repeated training with the run's own."
+    checks = images_at_a_time(run, new)
+    exact = exact and not checks
     otherwise = "different" if exact else "noted"
-    checks = []
     if "sha256" in run.environment["weights"]:
         checks.append(
             compare(

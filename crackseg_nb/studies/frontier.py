@@ -44,6 +44,7 @@ from crackseg_nb.runs.experiment import (
     make_model,
 )
 from ..runs.stages import score_model
+from ..sources.images import normalize_bytes
 from crackseg_nb.studies.compression import (
     DistillationLoss,
     Ensemble,
@@ -237,7 +238,9 @@ def train_on(
 # %% ../../nbs/studies/08_frontier.ipynb #38fb11ce
 def quantised(frontier: Frontier) -> tuple[nn.Module, str]:
     "Return the student in INT8, calibrated on training images."
-    batches = [batch["image"] for batch in islice(frontier.loaders["train"], frontier.config.calibration)]
+    batches = [
+        normalize_bytes(batch["image"]) for batch in islice(frontier.loaders["train"], frontier.config.calibration)
+    ]
     model = quantize_int8(frontier.student.model, batches, frontier.folder / "student_int8.onnx")
     return model, f"calibrated on {sum(map(len, batches))} training images"
 

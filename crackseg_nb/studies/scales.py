@@ -25,6 +25,7 @@ from ..models.views import with_views
 from ..runs.config import configure, notebook_settings
 from ..runs.experiment import load_splits, make_datasets, make_loaders
 from ..runs.trained_model import TrainedModel, open_model
+from ..sources.images import normalize_bytes
 
 # %% ../../nbs/studies/12_scales.ipynb #2869ffe7
 CANDIDATES = "1; 0.75; 0.5; 0.75,1; 0.5,1; 0.5,0.75,1; 0.25,0.5,1"
@@ -73,7 +74,7 @@ def count_scales(trained: TrainedModel, config: ScalesConfig) -> dict[tuple[tupl
     looks = {size: with_views(trained.model, tta, (size,)) for size in sizes}
     with torch.inference_mode():
         for batch in tqdm(loader, desc="validation images"):
-            image = batch["image"].to(device)
+            image = normalize_bytes(batch["image"].to(device))
             maps = {size: look(image).float().sigmoid()[:, 0].cpu() for size, look in looks.items()}
             for (scales, size), counts in metrics.items():
                 mean = torch.stack([maps[size * scale] for scale in scales]).mean(0)

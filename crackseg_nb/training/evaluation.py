@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.machine import logger
 from ..metrics.counts import BinaryMetrics, ImageCounts
+from ..sources.images import normalize_bytes
 from .exchange import gather_metrics, sum_over_processes
 from .losses import Loss
 from .memory import clear_cache, is_out_of_memory
@@ -90,7 +91,7 @@ def evaluate(
     )
 
     def score(image, target, index):
-        logits = model(image).float()
+        logits = model(normalize_bytes(image)).float()
         found = None if criterion is None else (criterion.sums(logits, target), criterion.normalizers(target))
         return metrics.observe(logits, target, index), found  # last: what is repeated was not counted before
 

@@ -284,7 +284,7 @@ class TrainConfig:
     patience: int = 20  # epochs without a better validation score before training stops; 0 never stops
     checkpoint_every: int = 5  # epochs between full training states; 0 keeps none beyond the run
     checkpoint_minutes: float = 10.0  # minutes after which a state is written within an epoch; 0 never
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | None = None  # recompute activations; None: where they would fill the memory
     empty_cache_every: int = 0  # steps between clearings of the device's memory cache, which cost time; 0 never
     channels_last: bool = True  # memory layout that convolutions prefer
     compile: bool = False  # torch.compile: minutes of compiling, then faster steps

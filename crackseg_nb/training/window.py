@@ -26,6 +26,7 @@ from torch import nn
 
 from ..core.machine import logger
 from ..core.seeds import capture_rng_state, restore_rng_state
+from ..sources.images import normalize_bytes
 from .exchange import PATIENCE, RunningStatistics, any_process, sum_over_processes
 from .losses import Loss
 from .memory import NoRoom, clear_cache, is_out_of_memory
@@ -58,8 +59,9 @@ def split_batch(
 
 # %% ../../nbs/training/12_window.ipynb #8854bff7
 def to_device(batch: dict, device: torch.device) -> dict:
-    "Return a batch whose tensors lie on `device`."
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    "Return a batch whose tensors lie on `device`; images that came as bytes are normalised there."
+    there = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return there | {"image": normalize_bytes(there["image"])}
 
 
 def window_normalizers(criterion: Loss, window: list[dict], accelerator: Accelerator) -> torch.Tensor:
