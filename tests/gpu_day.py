@@ -5,20 +5,25 @@ checks that failed. `--device cpu --tiny` goes the same way without a card, as a
 """
 
 import argparse
+import contextlib
 import json
+import signal
 import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
 
+from crackseg_nb.core.checks import Stopped
 from crackseg_nb.core.machine import describe_environment, get_device
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.core.seeds import seed_everything
+from crackseg_nb.models import base, kernels
 from crackseg_nb.models.registry import create_model
-from crackseg_nb.runs.config import configure
+from crackseg_nb.runs.config import configure, read_config
 from crackseg_nb.runs.experiment import prepare, run
 from crackseg_nb.training.checkpoint import load_checkpoint
 from crackseg_nb.training.losses import create_loss
@@ -87,6 +92,54 @@ def agrees(day) -> dict:
         found[family] = float(away.sqrt())
     assert max(found.values()) < 1e-3, found
     return found
+
+
+def resumes(day) -> dict:
+    "A run stopped after its first epoch and resumed ends at the weights of one that was not, dropout included."
+    found = {}
+    for amp in ("auto", "fp16") if day.device == "cuda" else ("off",):
+        whole = train(day, f"whole-{amp}", day.families[0], amp=amp)
+        settings = read_config(whole / "config.yaml") | dict(amp=amp, outputs=str(day.folder), run_name=f"cut-{amp}")
+        cut = prepare(configure(**settings))
+        with contextlib.suppress(Stopped):
+            cut.train(on_epoch=lambda trainer: trainer.stop.note(signal.SIGTERM, None))
+        assert cut.folder.state == "stopped", cut.folder.state
+        resumed = run(configure(resume=str(cut.folder.path), outputs=str(day.folder))).folder
+        found[amp] = all(torch.equal(value, weights_of(resumed)[key]) for key, value in weights_of(whole).items())
+    assert all(found.values()), found
+    return found
+
+
+def few_kernels(day) -> dict:
+    "The hybrid with fused attention and enlargement by matrix products: the same gradients, and how much faster."
+    seed_everything(1)
+    side = 64 if day.tiny else 360
+    model = create_model("swinv2_hybrid", encoder="swinv2", image_size=side, pretrained="false").to(day.device).train()
+    images, found, gradients = torch.rand(2, 3, side, side, device=day.device), {}, {}
+    for way in ("few", "many", "few", "many"):
+        with contextlib.ExitStack() as patches:
+            for module in (base, kernels):
+                patches.enter_context(mock.patch.object(module, "counts_starts", lambda tensor, way=way: way == "few"))
+            for step in range(3 if day.tiny else 13):
+                if step == 2:
+                    start = clock(day)
+                torch.manual_seed(1)
+                model.zero_grad()
+                model(images).square().mean().backward()
+            found[f"{way}, ms"] = round(1000 * (clock(day) - start) / (step - 1), 2)
+            gradient = torch.cat([value.grad.flatten() for value in model.parameters()]).double()
+        again = gradients.setdefault(way, gradient)
+        assert torch.equal(again, gradient), f"{way}: found other gradients the second time"
+    away = float((gradients["few"] - gradients["many"]).norm() / gradients["many"].norm())
+    assert away < 1e-3, away
+    return found | {"difference of gradients": away}
+
+
+def clock(day) -> float:
+    "Return the time once the card has done its work."
+    if day.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def waits(day) -> dict:
@@ -169,7 +222,7 @@ def speed(day) -> dict:
     return found
 
 
-CHECKS = (machine, repeats, agrees, waits, fits, halves, speed)
+CHECKS = (machine, repeats, resumes, agrees, few_kernels, waits, fits, halves, speed)
 
 
 def main(words: list[str] | None = None) -> int:
