@@ -42,7 +42,16 @@ from crackseg_nb.training.memory import NoRoom
 from crackseg_nb.training.optim import create_optimizer
 from crackseg_nb.training.precision import choose_precision
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
-from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, next_step, restore, train_window, training_state
+from crackseg_nb.training.trainer import (
+    Trainer,
+    TrainSettings,
+    fit,
+    load_optimizer_state,
+    next_step,
+    restore,
+    train_window,
+    training_state,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -312,6 +321,17 @@ def test_sgd_takes_its_fused_form_on_a_card_alone(monkeypatch):
         assert all(group["fused"] for group in optimizer.param_groups)
         assert [len(state) for state in optimizer.state.values()] == [1, 1]
         assert FiniteGuard(optimizer, "cuda").on_device
+
+
+def test_a_state_of_an_optimiser_that_is_not_fused_goes_on_in_fp16():
+    "A scaler would hand over a switch that only fused ones have."
+    weight = nn.Parameter(torch.ones(3))
+    plain, fused = (torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=fused) for fused in (None, True))
+    load_optimizer_state(fused, plain.state_dict())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+    scaler.step(fused)
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
 def test_momenta_that_begin_at_zero_change_no_step():

@@ -567,6 +567,7 @@ SAME_NUMBERS = (
     "time_limit",
     "checkpoint_minutes",
     "checkpoint_every",
+    "empty_cache_every",
     "outputs",
 )
 OTHER_NUMBERS = ("lr", "clip_norm", "amp")

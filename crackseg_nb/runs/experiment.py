@@ -867,7 +867,7 @@ def keep_best(trainer: Trainer, history: pd.DataFrame, seconds: float) -> Traine
     )
 
 
-# %% ../../nbs/runs/05_experiment.ipynb #4bff36b1
+# %% ../../nbs/runs/05_experiment.ipynb #b61f0d94
 def fitting_everywhere(config: ExperimentConfig, trainer: Trainer) -> int:
     "Return how many images of a batch fit into the memory of every process's device."
     with eager(trainer.model):
@@ -875,6 +875,7 @@ def fitting_everywhere(config: ExperimentConfig, trainer: Trainer) -> int:
     return min(gather_objects(fitting, trainer.accelerator))
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #4bff36b1
 def train_in_process(
     path: str,  # the run's folder
     minutes: float,  # time that is left; 0 for no limit
@@ -910,6 +911,7 @@ def train_in_process(
         fit(trainer, load_checkpoint(folder / "checkpoints", checkpoint) if checkpoint else None)
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #70ae92f6
 @contextmanager
 def naming_last_state(folder: RunFolder) -> Iterator[None]:
     "Log where the run can go on when one of several processes fails: the others wait for it, and are ended."

@@ -545,6 +545,8 @@ def save_epoch(trainer: Trainer, improved: bool) -> None:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     "Load `state` into `optimizer`, each tensor in the memory layout of its parameter."
     optimizer.load_state_dict(state)
+    # A GradScaler goes by this, and the state decides whether the optimiser is fused.
+    optimizer._step_supports_amp_scaling = all(group["fused"] for group in optimizer.param_groups)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
