@@ -25,7 +25,7 @@ def draw(photo: Path, folder: Path):
         axes, (photo, overlay, photo), ("photo", "cracks marked by the model", "their widths")
     ):
         axis.imshow(Image.open(path))
-        axis.set(xticks=[], yticks=[], ylim=(448, 150), title=title)  # above is water
+        axis.set(xticks=[], yticks=[], ylim=(298, 0), title=title)
     drawn = axes[2].scatter(points["column"], points["row"], c=points["width_px"], s=4, cmap="plasma", vmin=0)
     figure.colorbar(drawn, ax=axes[2], label="width [px]", shrink=0.9)
     return figure

@@ -3819,6 +3819,10 @@ d = {
                 "runs/trained_model.html#open_model",
                 "crackseg_nb/runs/trained_model.py",
             ),
+            "crackseg_nb.runs.trained_model.say_terms": (
+                "runs/trained_model.html#say_terms",
+                "crackseg_nb/runs/trained_model.py",
+            ),
         },
         "crackseg_nb.runs.verify": {
             "crackseg_nb.runs.verify.Check": ("runs/verify.html#check", "crackseg_nb/runs/verify.py"),
