@@ -41,7 +41,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=[PACKAGE, PACKAGE + ".*"]),
-    package_data={PACKAGE: ["py.typed", "figures/*.mplstyle", "ready/*.yaml", "ready/*/*"]},
+    package_data={PACKAGE: ["py.typed", "figures/*.mplstyle", "ready/*.*", "ready/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={

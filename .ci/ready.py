@@ -16,7 +16,7 @@ from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.training.checkpoint import load_checkpoint, save_checkpoint
 
-KEPT = ("config.yaml", "splits.yaml", "status.yaml")
+KEPT = ("config.yaml", "images.csv", "splits.yaml", "status.yaml")
 
 
 def halved(source: Path, target: Path) -> None:

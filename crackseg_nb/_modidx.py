@@ -2815,8 +2815,13 @@ d = {
                 "models/kernels.html#attention.forward",
                 "crackseg_nb/models/kernels.py",
             ),
+            "crackseg_nb.models.kernels.Choice": ("models/kernels.html#choice", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.FewKernelAttention": (
                 "models/kernels.html#fewkernelattention",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.FewKernelAttention.__getstate__": (
+                "models/kernels.html#fewkernelattention.__getstate__",
                 "crackseg_nb/models/kernels.py",
             ),
             "crackseg_nb.models.kernels.FewKernelAttention.forward": (
@@ -2884,6 +2889,10 @@ d = {
             ),
             "crackseg_nb.models.kernels.interpolation_matrix": (
                 "models/kernels.html#interpolation_matrix",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.own_operations": (
+                "models/kernels.html#own_operations",
                 "crackseg_nb/models/kernels.py",
             ),
             "crackseg_nb.models.kernels.save_kernels": (
@@ -3734,6 +3743,7 @@ d = {
             "crackseg_nb.runs.stages.Tested": ("runs/stages.html#tested", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.Trained": ("runs/stages.html#trained", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.image_scores": ("runs/stages.html#image_scores", "crackseg_nb/runs/stages.py"),
+            "crackseg_nb.runs.stages.join_sizes": ("runs/stages.html#join_sizes", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.score_model": ("runs/stages.html#score_model", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.settle": ("runs/stages.html#settle", "crackseg_nb/runs/stages.py"),
             "crackseg_nb.runs.stages.validate": ("runs/stages.html#validate", "crackseg_nb/runs/stages.py"),
@@ -4738,6 +4748,10 @@ d = {
             ),
             "crackseg_nb.studies.across_data.line_interval": (
                 "studies/across_data.html#line_interval",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.listed_images": (
+                "studies/across_data.html#listed_images",
                 "crackseg_nb/studies/across_data.py",
             ),
             "crackseg_nb.studies.across_data.matrix": (

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = [
     "VIEWS",
+    "CHOICE",
     "MATRICES",
     "MASKS",
     "KernelCounter",
+    "Choice",
+    "own_operations",
     "counts_starts",
     "Kept",
     "interpolation_matrix",
@@ -31,6 +34,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +69,35 @@ class KernelCounter(TorchDispatchMode):
 
 
 # %% ../../nbs/models/03_kernels.ipynb #493d1496
+@dataclass
+class Choice:
+    "Hold whether the operations of this chapter may take the place of torch's and timm's own."
+
+    few: bool = True
+
+
+CHOICE = Choice()
+
+
+@contextmanager
+def own_operations():
+    "Let torch's and timm's own operations run wherever tensors lie, as they do on the CPU."
+    before, CHOICE.few = CHOICE.few, False
+    try:
+        yield
+    finally:
+        CHOICE.few = before
+
+
 def counts_starts(tensor: torch.Tensor) -> bool:
     "Tell whether `tensor` lies where few kernels are faster: on a GPU of NVIDIA or AMD, or on `meta`, which counts."
-    compiling = torch.compiler.is_compiling()  # a compiler merges kernels itself
-    return tensor.device.type in ("cuda", "meta") and not compiling
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a compiler merges kernels itself
+    return CHOICE.few and tensor.device.type in ("cuda", "meta") and not traced
 
 
 # %% ../../nbs/models/03_kernels.ipynb #9e7368a1
 class Kept:
-    "Keep the last few tensors that depend on their key alone."
+    "Keep the tensors that were used last and depend on their key alone."
 
     def __init__(
         self,
@@ -86,7 +110,9 @@ class Kept:
         "Return what `make` returned for `key`; made anew where `like` shows that operations are traced, not run."
         if type(like) is not torch.Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling():
             return make()
-        if key not in self.values:
+        if key in self.values:
+            self.values[key] = self.values.pop(key)  # used last
+        else:
             with torch.inference_mode(False), torch.no_grad():  # training may use it next
                 value = make()
             if type(value) is not torch.Tensor or value.nbytes > self.largest:
@@ -204,6 +230,10 @@ class FewKernelAttention(WindowAttention):
 
     shared: tuple[torch.Tensor, torch.Tensor] | None = None  # scale and bias, while the whole network runs
 
+    def __getstate__(self) -> dict:
+        "Leave out what an interrupted pass may have left behind, which cannot be copied."
+        return {name: value for name, value in self.__dict__.items() if name != "shared"}
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         dropout = self.training and (self.attn_drop.p or self.proj_drop.p)
         if dropout or self.qkv_bias_separate or not counts_starts(x):
@@ -243,6 +273,7 @@ def shared_biases(parts: list[WindowAttention]) -> list[tuple[torch.Tensor, torc
 
 def share_biases(body: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     "Give all attentions of `body` their scale and bias; a hook before its forward pass."
+    forget_biases(body)  # of a pass that was interrupted
     recomputes = any(getattr(part, "grad_checkpointing", False) for part in body.modules())
     if recomputes or not counts_starts(inputs[0]):
         return

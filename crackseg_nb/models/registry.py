@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # %% ../../nbs/models/11_registry.ipynb #0bd5e88f
 from ..core.checks import choose
 from .deeplab_lite import DeepLabOptimized, DeepLabOriginal
+from .kernels import own_operations
 from .settings import MODEL_SETTINGS
 from .swin_classifier import SwinClassifier
 from .swinv2_hybrid import SwinV2Hybrid
@@ -69,7 +70,7 @@ def count_flops(
     counter = FlopCounterMode(display=False)
     try:
         model.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.no_grad(), own_operations(), sdpa_kernel(SDPBackend.MATH), counter:
             model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
     finally:
         for part, training in modes:

@@ -321,6 +321,10 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.data.labelled and (views := describe_views(self.run.tta, self.run.scales)):
             raise CrackSegError(f"tta, scales: found a {views} for labels of whole images, expected none and 1")
+        if self.run.val_scales != (1.0,) and (self.data.labelled or not self.data.classes.binary):
+            raise CrackSegError(
+                "val_scales: found sizes for several classes, which have no threshold to choose; expected 1"
+            )
         if self.run.test_epoch:
             object.__setattr__(self, "train", replace(self.train, epochs=1))
         check_model_of(self.model, self.data.data)

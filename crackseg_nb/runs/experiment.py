@@ -473,14 +473,14 @@ def make_datasets(
 
 
 # %% ../../nbs/runs/05_experiment.ipynb #1e740b73
-def loader_processes(config: ExperimentConfig) -> int:
+def loader_processes(config: ExperimentConfig, split: str = "train") -> int:
     "Return how many processes prepare batches: as asked, else none for a CPU, and for a GPU its share of the cores."
     if config.data.num_workers is not None:
         return config.data.num_workers
     if get_device(config.run.device).type != "cuda":
         return 0
     shares = max(config.run.devices, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return max(0, min(8, cores() // shares - 1))
+    return max(0, min(8 if split == "train" else 2, cores() // shares - 1))
 
 
 def make_loaders(
@@ -501,7 +501,7 @@ def make_loaders(
             sizes[split],
             train=split == "train",
             seed=config.run.seed,
-            num_workers=loader_processes(config),
+            num_workers=loader_processes(config, split),
             accumulation=config.train.accumulation if split == "train" else 1,
             rank=rank,
             world=world,
@@ -746,7 +746,10 @@ def recompute_if_crowded(model: nn.Module, estimate: MemoryEstimate | None) -> b
         enable_gradient_checkpointing(model)
     except CrackSegError:
         return False  # it cannot
-    logger.info("gradient_checkpointing: activations are recomputed, since they would fill the memory")
+    reason = (
+        "they would fill more than half of the memory" if estimate else "memory is short, or not asked by one process"
+    )
+    logger.info("gradient_checkpointing: activations are recomputed, since %s", reason)
     return True
 
 

@@ -9,6 +9,7 @@ __all__ = [
     "OpenedSet",
     "open_set",
     "open_crack_model",
+    "listed_images",
     "learned_images",
     "leave_out",
     "score_on",
@@ -48,7 +49,7 @@ from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
 from ..models.views import with_views
-from ..runs.config import FIRST_WEIGHTS, ExperimentConfig, configure, notebook_settings
+from ..runs.config import FIRST_WEIGHTS, ExperimentConfig, configure, notebook_settings, read_config
 from ..runs.experiment import find_source, make_datasets, make_loaders, run_of_weights, warn_of_seen_images
 from ..runs.stages import image_scores
 from ..runs.trained_model import TrainedModel, open_model
@@ -120,43 +121,48 @@ def open_crack_model(model: str, outputs: str = "") -> TrainedModel:
     return trained
 
 
-def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
-    "Return SHA-256 digests of the images that a run, or one before it, learned or was chosen by; None where unknown."
-    chosen = read_yaml(folder / "splits.yaml")
-    names = {*chosen["train"], *chosen["val"]}
+def listed_images(folder: Path) -> set[str] | None:
+    "Return SHA-256 digests of the image files that a run learned or was chosen by; None where it cannot be told."
+    if (folder / "images.csv").is_file():
+        images = pd.read_csv(folder / "images.csv")
+        return set(images.loc[images["split"] != "test", "image"])
+    chosen = read_yaml(folder / "splits.yaml")  # of runs before version 0.2
     try:
-        config = configure(config=folder / "config.yaml")
-        source = find_source(config)
-        before = [
-            run_of_weights(locate_weights(name, getattr(config, name), outputs))
-            for name in FIRST_WEIGHTS
-            if getattr(config, name)
-        ]
+        source = find_source(configure(config=folder / "config.yaml"))
     except CrackSegError:
         return None
-    digests = {source.facts[sample.name].image_digest for sample in source.samples if sample.name in names}
-    for other in before:
-        earlier = other and learned_images(other, outputs)
-        if earlier is None:
+    names = {*chosen["train"], *chosen["val"]}
+    return {source.facts[sample.name].image_digest for sample in source.samples if sample.name in names}
+
+
+def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
+    "Return `listed_images` of a run and of those whose weights it began with."
+    digests, settings = listed_images(folder), read_config(folder / "config.yaml")
+    for name in FIRST_WEIGHTS:
+        if digests is None or not settings.get(name):
+            continue
+        try:
+            before = run_of_weights(locate_weights(name, settings[name], outputs))
+        except CrackSegError:
             return None
-        digests |= earlier
+        earlier = before and learned_images(before, outputs)
+        digests = None if earlier is None else digests | earlier
     return digests
 
 
-def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> OpenedSet:
-    "Return a data set without the images that `model` has learned; raise CrackSegError if none is left."
+def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> OpenedSet | None:
+    "Return a data set without the images that `model` has learned; None if those of one photo at most are left."
     splits = opened.splits
-    test = [one for one in splits.test if splits.facts[one.name].image_digest not in (learned or ())]
+    if learned is None:
+        logger.warning("%s: whether %s has learned some of these images cannot be told", opened.name, model)
+        return opened
+    test = [one for one in splits.test if splits.facts[one.name].image_digest not in learned]
+    if len({one.group for one in test}) < 2:
+        logger.warning("%s: not scored, since %s has learned it", opened.name, model)
+        return None
     if len(test) < len(splits.test):
-        logger.info(
-            "%s: %d of %d images left out, which %s has learned",
-            opened.name,
-            len(splits.test) - len(test),
-            len(splits.test),
-            model,
-        )
-    if not test:
-        raise CrackSegError(f"sets: found {opened.name}, all of which {model} has learned; expected other images")
+        told = (opened.name, len(splits.test) - len(test), len(splits.test), model)
+        logger.info("%s: %d of %d images left out, which %s has learned", *told)
     return replace(opened, splits=replace(splits, test=test))
 
 
@@ -164,12 +170,9 @@ def score_on(
     trained: TrainedModel,
     opened: OpenedSet,
     details: dict | None = None,  # to be filled by (data set, model) with Calibration and GeometryScores
-    learned: set[str] | None = None,  # see `learned_images`
 ) -> pd.DataFrame:
     "Return each image's scores at the model's own threshold; with details also its centre line's F1 at 2 pixels."
-    name = trained.folder.name
-    opened = leave_out(opened, learned, name)
-    config, splits = opened.config, opened.splits
+    config, splits, name = opened.config, opened.splits, trained.folder.name
     for warning in warn_of_seen_images(replace(config, fine_tune=str(trained.source)), splits):
         logger.warning("%s: %s", opened.name, warning)
     loader = make_loaders(config, make_datasets(config, splits))["test"]
@@ -209,7 +212,14 @@ def score_across(
     trained = [open_crack_model(model, outputs) for model in models]
     opened = [open_set(dataset) for dataset in sets]
     learned = [learned_images(model.folder, outputs) for model in trained]
-    tables = [score_on(model, images, details, seen) for images in opened for model, seen in zip(trained, learned)]
+    pairs = [
+        (model, leave_out(images, seen, model.folder.name))
+        for images in opened
+        for model, seen in zip(trained, learned)
+    ]
+    tables = [score_on(model, images, details) for model, images in pairs if images]
+    if not tables:
+        raise CrackSegError("sets: found only images that the models have learned, expected others")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -67,7 +67,7 @@ from ..metrics.statistics import compare_repeats, least_effect
 from ..models.registry import count_flops, count_parameters
 from ..models.settings import ENCODERS
 from ..runs.config import SYNTHETIC, ExperimentConfig, coerce, configure, to_number
-from ..runs.experiment import load_splits, make_model
+from ..runs.experiment import load_splits, loader_processes, make_model
 from ..runs.jobs import JobConfig
 from ..runs.results import class_table
 from ..runs.sweep import Sweep, rank, read_fixed, read_settings, score
@@ -498,7 +498,7 @@ def loading(
         splits.mask_encoding,
         augmentation,
         rounds=self.config.rounds,
-        num_workers=config.data.num_workers,
+        num_workers=loader_processes(config),
     )
     rows = {f"loading from {name}": speed for name, speed in found["images/s"].items()}
     batch = BATCHES[-1]

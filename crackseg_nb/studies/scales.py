@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/studies/12_scales.ipynb #173ed5a1
 from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import find_path, outputs_folder, write_table
+from ..core.files import display_path, find_path, outputs_folder, write_table
 from ..figures.photos import save_figure
 from ..metrics.counts import BinaryMetrics
 from ..models.settings import check_scales
 from ..models.views import with_views
 from ..runs.config import configure, notebook_settings
 from ..runs.experiment import load_splits, make_datasets, make_loaders
+from ..runs.stages import join_sizes
 from ..runs.trained_model import TrainedModel, open_model
 from ..sources.images import normalize_bytes
 
@@ -60,7 +61,8 @@ class ScalesConfig:
 # %% ../../nbs/studies/12_scales.ipynb #59485d12
 def count_scales(trained: TrainedModel, config: ScalesConfig) -> dict[tuple[tuple[float, ...], float], BinaryMetrics]:
     "Return counts of the validation images by candidate and size; raise CrackSegError where a run has none of them."
-    given = dict(config=trained.folder / "config.yaml") | (dict(data_dir=config.data_dir) if config.data_dir else {})
+    given = dict(config=trained.folder / "config.yaml", device="auto", eval_batch_size=1)
+    given |= dict(data_dir=config.data_dir) if config.data_dir else {}
     settings = configure(**given)
     splits = load_splits(settings)
     if not splits.val or trained.labelled or not trained.classes.binary:
@@ -90,11 +92,7 @@ def scales_table(
     rows = {}
     for scales in dict.fromkeys(scales for scales, _ in metrics):
         parts = {size: counts for (other, size), counts in metrics.items() if other == scales}
-        total = BinaryMetrics()
-        for number, counts in enumerate(parts.values()):
-            state = counts.state()
-            state[:, 0] += number * len(state)  # the same image in another size is another image
-            total.add_state(state)
+        total = join_sizes([*parts.values()], BinaryMetrics())
         threshold = total.best_threshold(criterion)
         rows[",".join(f"{scale:g}" for scale in scales)] = {
             "threshold": threshold,
@@ -129,10 +127,11 @@ def begin_scales(
     criterion = trained.settings.get("threshold_criterion", "pooled_f1")
     table = scales_table(count_scales(trained, config), criterion)
     sizes = ",".join(f"{size:g}" for size in config.val_scales)
-    command = (
-        f"crackseg_run -p config {config.run}/config.yaml -p fine_tune {config.run} -p epochs 0 "
-        f"-p scales {table.index[0]} -p val_scales {sizes}"
-    )
+    place = display_path(trained.folder)
+    command = f"crackseg_run -p config {place}/config.yaml -p fine_tune {place} -p epochs 0 "
+    for name in ("data_dir", "outputs"):
+        command += f"-p {name} {value} " if (value := getattr(config, name)) else ""
+    command += f"-p scales {table.index[0]} -p val_scales {sizes}"
     return table, command, outputs_folder(config.outputs) / config.name
 
 

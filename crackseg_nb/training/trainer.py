@@ -353,7 +353,8 @@ def check_loss_scale(trainer: Trainer) -> None:
 def batches_of_step(trainer: Trainer, step: int) -> list[dict]:
     "Return this process's batches of a step of the present epoch, counted from 1."
     dataset = trainer.train_loader.dataset
-    return [default_collate([dataset[key] for key in keys]) for keys in trainer.sampler.window(step - 1)]
+    batches = [default_collate([dataset[key] for key in keys]) for keys in trainer.sampler.window(step - 1)]
+    return [to_device(batch, torch.device("cpu")) for batch in batches]  # normalised, if they came as bytes
 
 
 def repeat_step(trainer: Trainer, batches: list[dict]) -> Finding | None:
