@@ -7,6 +7,7 @@ __all__ = [
     "VOID",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "ODD_LETTERS",
     "RESUME_CODE",
     "OTHER_WORDS",
     "PLAIN",
@@ -20,6 +21,7 @@ __all__ = [
     "choose",
     "check_number",
     "check_settings",
+    "check_file_name",
     "check_folder_name",
     "plain_variables",
     "first_few",
@@ -32,6 +34,8 @@ import difflib
 import importlib
 import inspect
 import math
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +45,17 @@ VOID = 255  # mask value of a pixel that counts nowhere
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per RGB channel, images scaled to 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
 # %% ../../nbs/core/01_checks.ipynb #9bb6e7e5
+ODD_LETTERS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+)  # end lines, steer terminals, or are no UTF-8
+
+
 class CrackSegError(ValueError):
     "Report a user's mistake in one line: where it is, what was found, what is expected."
+
+    def __str__(self):  # what was found may hold line ends
+        return ODD_LETTERS.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 # %% ../../nbs/core/01_checks.ipynb #bab30275
@@ -194,9 +205,19 @@ def check_settings(
 
 
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326
+def check_file_name(path: Path) -> None:
+    "Raise CrackSegError for a file whose name no table, log or result could hold."
+    if ODD_LETTERS.search(str(path)):
+        raise CrackSegError(f"{str(path)!a}: found this name, expected UTF-8 without control characters; rename it")
+    if (length := len(os.fsencode(path.name))) > 230:  # file systems take 255 bytes, and endings are added
+        raise CrackSegError(
+            f"{path.parent}: found a file name of {length} bytes ({path.name[:20]}...), expected up to 230"
+        )
+
+
 def check_folder_name(parameter: str, name: str) -> str:
     "Return `name`; raise CrackSegError unless it is the plain name of a folder that is not hidden."
-    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
+    if not name or Path(name).name != name or name.startswith(".") or ODD_LETTERS.search(name):
         raise CrackSegError(f"{parameter}: found {name!r}, expected a plain folder name")
     if (length := len(name.encode())) > 200:  # file systems take 255 bytes, and numbers and endings are added
         raise CrackSegError(f"{parameter}: found a name of {length} bytes ({name[:20]}...), expected at most 200")

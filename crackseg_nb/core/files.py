@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "UNFINISHED",
+    "UMASK",
+    "PLAIN_YAML",
     "atomic_write",
     "write_text",
     "remove_unfinished",
@@ -13,6 +15,7 @@ __all__ = [
     "write_yaml",
     "OnceLoader",
     "read_yaml",
+    "read_lines",
     "read_if_there",
     "sha256_file",
     "fingerprint_of",
@@ -33,6 +36,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,6 +53,8 @@ from .checks import CrackSegError, choose
 
 # %% ../../nbs/core/02_files.ipynb #7803094f
 UNFINISHED = ".part"  # ending of a file that is being written
+UMASK = os.umask(0o077)  # who may read what is written; it can only be read by setting it
+os.umask(UMASK)
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def atomic_write(path, mode: str = "wb"):
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o644)
+        os.chmod(handle.name, 0o666 & ~UMASK)
         os.replace(handle.name, path)
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
@@ -117,7 +123,20 @@ def write_yaml(path, data) -> None:
 
 # %% ../../nbs/core/02_files.ipynb #af9ca6d3
 class OnceLoader(yaml.SafeLoader):
-    "Load plain YAML and refuse duplicate keys; PyYAML itself silently takes the last one."
+    """Load plain YAML as it is written, with `true` and `false`, decimal numbers, and text.
+    PyYAML itself takes 010 for 8, 1:30 for 90 and no for false, the last of two equal keys, and aliases of aliases,
+    of which ten lines hold a thousand million values."""
+
+    within = 0  # anchors around the present node
+
+    def compose_node(self, parent, index):
+        if self.within and self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias within an anchor")
+        held = not self.check_event(yaml.AliasEvent) and self.peek_event().anchor is not None
+        self.within += held
+        node = super().compose_node(parent, index)
+        self.within -= held
+        return node
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -126,19 +145,42 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+PLAIN_YAML = {  # what text stands for, by the letters with which it may begin
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    "merge": ("<<", "<"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+}
+OnceLoader.yaml_implicit_resolvers = {}
+for kind, (pattern, first) in PLAIN_YAML.items():
+    OnceLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
 def read_yaml(path):
     "Read YAML from `path` without running anything in it; raise CrackSegError if it is missing or not YAML."
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise CrackSegError(f"{path}: no such file; expected a YAML file")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CrackSegError(f"{path}: found no readable YAML ({reason}); expected plain YAML without tags") from error
 
 
 # %% ../../nbs/core/02_files.ipynb #32667c5a
+def read_lines(path: Path) -> list[str]:
+    "Return the lines of a text file that are not empty; raise CrackSegError if it is no UTF-8."
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise CrackSegError(f"{path}: found no text ({error}), expected UTF-8") from error
+
+
 def read_if_there(path: Path):
     "Return a YAML file's content, or an empty dictionary before it is written."
     return read_yaml(path) if path.is_file() else {}
@@ -181,7 +223,7 @@ def project_root() -> Path | None:
 def outputs_folder(outputs: str = "") -> Path:
     "Return where run folders go: `outputs` if given, else `outputs/` of the checkout or of the working directory."
     if outputs:
-        return Path(outputs).expanduser().resolve()
+        return Path(os.path.expanduser(outputs)).resolve()
     return (project_root() or Path.cwd()) / "outputs"
 
 
@@ -198,7 +240,7 @@ def display_path(path) -> str:
 # %% ../../nbs/core/02_files.ipynb #d97bd1f9
 def find_path(path) -> Path:
     "Return `path`; a relative one that is not in the working directory is looked for in the project."
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown ~name
     inside = (project_root() or Path()) / path
     # Path.exists raises for a name that is too long for a file; this says no.
     return inside if os.path.exists(inside) and not os.path.exists(path) else path
