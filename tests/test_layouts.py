@@ -447,7 +447,7 @@ def polygon(**more):
         (polygon(points=[[1, 2]]), {}, "found a polygon of 1 points (crack), expected 3 or more"),
         (polygon(points=[["a", 2]] * 3), {}, "found a shape that cannot be drawn"),
         (polygon(shape_type="mask"), {}, "found a shape with mask none, expected text"),
-        (polygon(shape_type="mask", mask="bm90IGEgcGljdHVyZQ=="), {}, "found a shape that cannot be drawn"),
+        (polygon(shape_type="mask", mask="bm90IGEgcGljdHVyZQ=="), {}, "its mask: found a damaged or unreadable image"),
         (polygon(), dict(class_names=("crack", "spall")), "class_names such as background,crack,spall"),
         (
             polygon(),

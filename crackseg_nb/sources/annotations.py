@@ -18,6 +18,7 @@ __all__ = [
     "fill_runs",
     "fill_line",
     "finite_points",
+    "grey_of",
     "fill_shape",
     "draw_shapes",
     "describe_shapes",
@@ -25,6 +26,7 @@ __all__ = [
     "check_all_found",
     "with_notes",
     "split_of_file",
+    "each_once",
     "parsed",
     "read_json",
     "class_id",
@@ -43,9 +45,9 @@ __all__ = [
 
 # %% ../../nbs/sources/09_annotations.ipynb #1b4af768
 import base64
-import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -54,9 +56,9 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/09_annotations.ipynb #879f04d5
-from ..core.checks import VOID, CrackSegError, first_few, unknown_name
+from ..core.checks import VOID, CrackSegError, first_few, first_line, unknown_name
 from .folders import PICTURES, group_notes, group_of, split_of, split_word, walk
-from .images import Drawn, check_pixels, image_size
+from .images import Content, Drawn, check_pixels, image_size, open_picture
 from .samples import VOID_NAMES, Reader, Sample
 
 
@@ -149,14 +151,19 @@ def finite_points(values) -> np.ndarray:
     return points
 
 
+def grey_of(picture: Image.Image) -> np.ndarray:
+    "Return an opened picture's pixels as grey."
+    return np.asarray(picture.convert("L"))
+
+
 def fill_shape(size: tuple[int, int], kind: str, values, line_width: float = 0) -> np.ndarray:
     "Return a bool mask (H, W) of one shape."
     if kind == "runs":
         return fill_runs(size, values)
     if kind == "picture":
         (left, top), text = values
-        mask, small = np.zeros(size[::-1], bool), base64.b64decode(text)
-        patch = np.asarray(Image.open(io.BytesIO(small)).convert("L")) > 0
+        (left, top), mask = (round(left), round(top)), np.zeros(size[::-1], bool)
+        patch = open_picture(Content(Path("its mask"), base64.b64decode(text)), grey_of) > 0
         patch, top, left = patch[max(-top, 0) :, max(-left, 0) :], max(top, 0), max(left, 0)  # it may begin outside
         place = mask[top : top + patch.shape[0], left : left + patch.shape[1]]
         place |= patch[: place.shape[0], : place.shape[1]]
@@ -278,10 +285,19 @@ def split_of_file(path: Path, root: Path) -> str | None:
     return split_of(path.relative_to(root).as_posix()) or next(filter(None, words), None)
 
 
+def each_once(pairs: list) -> dict:
+    "Return an object of JSON; raise ValueError for a key that stands twice, of which Python takes the last."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:40]!r} stands twice")
+    return found
+
+
 @lru_cache(maxsize=4096)  # the names of the classes are asked for before the shapes
 def parsed(path: Path, changed: int):
     "Return what a JSON file holds, without the photos that labelme puts into it."
-    content = json.loads(path.read_bytes())
+    content = json.loads(path.read_bytes(), object_pairs_hook=each_once)
     if isinstance(content, dict):
         content.pop("imageData", None)
     return content
@@ -291,8 +307,8 @@ def read_json(path: Path):
     "Return what a JSON file holds; raise CrackSegError if it is damaged."
     try:
         return parsed(path, path.stat().st_mtime_ns)
-    except ValueError as error:
-        raise CrackSegError(f"{path}: found a damaged file ({error}), expected JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise CrackSegError(f"{path}: found a damaged file ({first_line(error)}), expected JSON") from error
 
 
 BACKGROUND = ("background", "_background_")  # names under which shapes show nothing
@@ -362,6 +378,11 @@ def coco_files(root: Path) -> dict[Path, dict]:
         for part, keys in COCO_PARTS.items():
             for entry in content[part]:
                 check_entry(f"{path}: found an entry of {part}", entry, keys)
+        for part in ("images", "categories"):
+            if twice := [
+                number for number, count in Counter(entry["id"] for entry in content[part]).items() if count > 1
+            ]:
+                raise CrackSegError(f"{path}: found the id {twice[0]!r} twice among {part}, expected each once")
         lost = {entry["image_id"] for entry in content["annotations"]} - {entry["id"] for entry in content["images"]}
         if lost:
             raise CrackSegError(
@@ -507,7 +528,7 @@ def labelme_shape(shape: dict, label: int, line_width: float, path: Path) -> tup
             f"{path}: found a {found} of {len(points)} points ({shape['label']}), expected {CORNERS[kind]} or more"
         )
     if kind == "picture":
-        return label, kind, ([round(value) for value in points[0]], shape["mask"])
+        return label, kind, (points[0], shape["mask"])
     return label, kind, points
 
 

@@ -54,7 +54,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
-from ..core.checks import CrackSegError, first_few, unknown_name
+from ..core.checks import CrackSegError, check_file_name, first_few, unknown_name
 from .samples import Reader, Sample
 
 # %% ../../nbs/sources/03_folders.ipynb #5a1c07de
@@ -66,6 +66,9 @@ def of_the_system(name: str) -> bool:
     return name.lower().startswith(SYSTEM_NAMES)
 
 
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+
+
 def walk(folder: Path) -> Iterator[Path]:
     "Yield the files below `folder`, sorted, those in linked folders too; files left by the system are skipped."
     above = {str(folder): {os.path.realpath(folder)}}
@@ -75,11 +78,15 @@ def walk(folder: Path) -> Iterator[Path]:
         # A link to a folder above is a circle.
         names[:] = sorted(name for name, home in homes.items() if home not in seen)
         above |= {os.path.join(place, name): seen | {homes[name]} for name in names}
-        yield from (Path(place, name) for name in sorted(files) if not of_the_system(name))
+        for path in (Path(place, name) for name in sorted(files) if not of_the_system(name)):
+            if path.exists() and not path.is_file():  # a pipe or a device, which could be read without end
+                continue
+            if path.suffix.lower() in PICTURES:
+                check_file_name(path)
+            yield path
 
 
 # %% ../../nbs/sources/03_folders.ipynb #83c7719e
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 # Pictures in other formats; they are named where they were left out.
 OTHER_PICTURES = {
     ".arw",

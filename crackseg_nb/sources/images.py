@@ -112,8 +112,11 @@ def read_content(
     what: str = "an image",  # for the error
 ) -> Content:
     "Read a file's bytes; raise CrackSegError if it is missing or cannot be read."
+    path = Path(path)
     try:
-        return Content(Path(path), Path(path).read_bytes())
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or a device has no end
+            raise CrackSegError(f"{path}: found no regular file, expected {what}")
+        return Content(path, path.read_bytes())
     except FileNotFoundError as error:
         raise CrackSegError(f"{path}: no such file; expected {what}") from error
     except OSError as error:
@@ -186,7 +189,7 @@ def check_pixels(path, pixels: int) -> None:
     "Raise CrackSegError if a picture is too large to be decoded."
     if pixels > MAX_PIXELS:
         raise TooLarge(
-            f"{path}: found {pixels / 1e6:.0f} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
+            f"{path}: found {pixels / 1e6:.6g} million pixels, expected at most {MAX_PIXELS / 1e6:g} million"
         )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 # %% ../../nbs/sources/08_labelled.ipynb #b7e374b5
 from ..core.checks import CrackSegError, first_few, nearest
+from ..core.files import read_lines
 from .folders import PICTURES, files_below, group_notes, group_of, split_word, subfolders
 from .samples import LABELS, Reader, Sample
 
@@ -99,7 +100,7 @@ def read_rows(path: Path, columns: int) -> list[list[str]]:
     "Return the columns of each line, between tabs; raise CrackSegError if the file is missing or a line too short."
     if not path.is_file():
         raise CrackSegError(f"{path}: no such file; expected {TINY_IMAGENET_READER.layout}")
-    rows = [line.split("\t") for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
+    rows = [line.split("\t") for line in read_lines(path)]
     if short := [row for row in rows if len(row) < columns]:
         raise CrackSegError(f"{path}: found the line {' '.join(short[0])!r}, expected {columns} columns between tabs")
     return [[value.strip() for value in row] for row in rows]

@@ -31,6 +31,7 @@ from pathlib import Path
 
 # %% ../../nbs/sources/06_published.ipynb #def6ca7f
 from ..core.checks import CrackSegError, first_few
+from ..core.files import read_lines
 from .duplicates import photo_numbers, same_photos
 from .folders import IMAGE_FOLDERS, MASK_FOLDERS, pair_folders, subfolder
 from .inspection import FileFacts
@@ -162,11 +163,7 @@ def voc_lists(folder: Path) -> dict[str | None, list[str]]:
     }
     if paths["train"].is_file():
         paths.pop(None)
-    lists = {
-        split: [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-        for split, path in paths.items()
-        if path.is_file()
-    }
+    lists = {split: [line.split()[0] for line in read_lines(path)] for split, path in paths.items() if path.is_file()}
     names = Counter(name for listed in lists.values() for name in listed)
     if twice := [name for name, count in names.items() if count > 1]:
         raise CrackSegError(

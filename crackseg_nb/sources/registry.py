@@ -18,6 +18,7 @@ __all__ = [
 
 # %% ../../nbs/sources/11_registry.ipynb #493bf26c
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,10 +65,10 @@ def check_folder(name: str, data_dir) -> Path:
     layout = f"expected the folder of {name!r}: {SOURCES[name].layout}"
     if data_dir is None or str(data_dir) == "":
         raise CrackSegError(f"data_dir: found {data_dir!r}, {layout}")
-    root = Path(data_dir).expanduser()
-    if root.is_dir():
+    root = Path(os.path.expanduser(data_dir))
+    if os.path.isdir(root):  # the methods of Path raise for a name that is too long
         return root
-    if root.exists():
+    if os.path.exists(root):
         raise CrackSegError(f"data_dir: found {str(root)!r}, which is a file, {layout}")
     beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     close = nearest(root.name, beside)

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/sources/01_samples.ipynb #0ed5581f
-from ..core.checks import CrackSegError, first_few
+from ..core.checks import ODD_LETTERS, CrackSegError, first_few
 
 
 # %% ../../nbs/sources/01_samples.ipynb #180f2008
@@ -52,7 +52,9 @@ MAX_CLASSES = 254
 
 def check_names(names) -> tuple[str, ...]:
     "Return class names as a tuple; raise CrackSegError unless they are two or more different ones."
-    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name.strip() for name in names)
+    listed = isinstance(names, (list, tuple)) and all(
+        isinstance(name, str) and name.strip() and not ODD_LETTERS.search(name) for name in names
+    )
     if not listed:
         raise CrackSegError(f"class_names: found {names!r}, expected a list of names, the first for id 0")
     if not 2 <= len(names) <= MAX_CLASSES:

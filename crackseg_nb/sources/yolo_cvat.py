@@ -40,7 +40,7 @@ from PIL import Image
 
 # %% ../../nbs/sources/10_yolo_cvat.ipynb #y0c1a005
 from ..core.checks import CrackSegError, first_few
-from ..core.files import read_yaml
+from ..core.files import read_lines, read_yaml
 from crackseg_nb.sources.annotations import (
     Images,
     check_all_found,
@@ -77,7 +77,7 @@ def yolo_classes(root: Path) -> dict[int, str]:
         path = next((path for path in walk(root) if path.name == "classes.txt"), None)
         if path is None:
             raise CrackSegError(f"{root}: found no data.yaml with names and no classes.txt, expected one of them")
-        names = [line.strip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
+        names = read_lines(path)
     classes = dict(names if isinstance(names, dict) else enumerate(names))
     for number, name in classes.items():
         if type(number) is not int or not isinstance(name, str):
@@ -109,7 +109,7 @@ def images_of(
         return []
     if place.is_dir():
         return [image for whole, image in images.items() if place in whole.parents]
-    lines = [line.strip() for line in place.read_text("utf-8", "replace").splitlines()]
+    lines = read_lines(place)
     listed = {Path(os.path.abspath(start / line)) for line in lines for start in (place.parent, base)}
     return [image for whole, image in images.items() if whole in listed]
 
@@ -144,7 +144,7 @@ def yolo_shapes(
 ) -> list:
     "Return the shapes of a text file; raise CrackSegError naming the first line that holds no outline."
     shapes = []
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
         words, where = line.split(), f"{path}: line {number}"
         if not words:
             continue
@@ -322,7 +322,7 @@ def read_cvat(
             if not shapes:
                 empty.append(name)
             size = tuple(
-                int(entry.get(side, "")) if entry.get(side, "").isdigit() else 0 for side in ("width", "height")
+                int(entry.get(side, "")) if entry.get(side, "").isdecimal() else 0 for side in ("width", "height")
             )
             mask = describe_shapes(path, image, size, shapes, line_width)
             split = split_word(entry.get("subset", "")) or split_of(name) or split_of_file(path, root)
