@@ -10,7 +10,9 @@ __all__ = [
     "take_outputs",
     "take_parameters",
     "given_parameters",
+    "check_once",
     "run_notebook",
+    "check_working_folder",
     "command",
     "command_line",
     "main",
@@ -20,6 +22,7 @@ __all__ = [
 import argparse
 import contextlib
 import functools
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -94,7 +97,16 @@ def take_parameters(parser: argparse.ArgumentParser, what: str = "a parameter") 
 
 def given_parameters(given: argparse.Namespace) -> dict:
     "Return the parameters that a command was given."
+    check_once(given)
     return {name: parse_value(name, text) for name, text in given.parameters}
+
+
+def check_once(given: argparse.Namespace) -> None:
+    "Raise CrackSegError for a parameter that a command was given twice with different values."
+    first: dict[str, str] = {}
+    for name, text in given.parameters:
+        if first.setdefault(name, text) != text:
+            raise CrackSegError(f"{name}: found {first[name]!r} and {text!r}, expected one value")
 
 
 # %% ../../nbs/runs/08_command.ipynb #c0895c56
@@ -127,16 +139,34 @@ def run_notebook(
 
 
 # %% ../../nbs/runs/08_command.ipynb #a6a168b8
+def check_working_folder() -> None:
+    "Raise CrackSegError if the working directory was deleted: nothing could be found, and libraries end the process."
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise CrackSegError("working directory: found it deleted, expected one that is there; change to it") from error
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     "Turn CrackSegError into one printed line and exit status 1, or RESUME_CODE where the run can be resumed."
 
     @functools.wraps(main)
     def reporting(words: list[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal of ASCII gets other letters as their numbers
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(words)
+            check_working_folder()
+            code = main(words)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
         except CrackSegError as error:
             print(one_line(error), file=sys.stderr)
             return RESUME_CODE if isinstance(error, Stopped) else 1
+        except BrokenPipeError:  # of `| head`, which has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
     return reporting
 

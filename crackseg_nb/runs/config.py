@@ -72,6 +72,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/runs/02_config.ipynb #0880e6ba
 from crackseg_nb.core.checks import (
+    ODD_LETTERS,
     CrackSegError,
     check_folder_name,
     check_number,
@@ -264,7 +265,7 @@ def num_channels(self: DataConfig) -> int:
 # %% ../../nbs/runs/02_config.ipynb #49759b9a
 CRITERIA = tuple(f"{kind}_{score}" for kind in ("pooled", "per_image") for score in ("iou", "f1"))
 RUN_CHOICES = {"threshold_criterion": CRITERIA, "tta": tuple(POSES)}
-RUN_BOUNDS = {"seed": (int, 0), "devices": (int, 1), "time_limit": (float, 0)}
+RUN_BOUNDS = {"seed": (int, 0, 2**63 - 1), "devices": (int, 1), "time_limit": (float, 0)}
 
 
 @dataclass(frozen=True)
@@ -485,7 +486,7 @@ def coerce(parameter: str, value, kind) -> Any:
     "Return `value` as `kind`; raise CrackSegError if it is not one, or text of several lines."
     if isinstance(value, str) and parameter.endswith("class_colours"):
         value = "; ".join(value.strip().splitlines())  # a table may be given as it stands
-    if isinstance(value, str) and any(ord(letter) < 32 and letter != "\t" for letter in value.strip()):
+    if isinstance(value, str) and ODD_LETTERS.search(value.strip().replace("\t", " ")):
         raise CrackSegError(f"{parameter}: found {value[:80]!r}, expected one line without control characters")
     if isinstance(value, dict):
         raise CrackSegError(f"{parameter}: found a section ({first_few(list(value))}), expected one value")
