@@ -27,6 +27,7 @@ __all__ = [
 
 # %% ../../nbs/inference/01_photos.ipynb #52c63bc7
 import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -277,7 +278,9 @@ def find_photos(
         paths = [path for one in images for path in list_photos(one)]
     else:
         paths = list_photos(images)
-    paths = sorted(dict.fromkeys(paths))
+    paths = sorted({os.path.abspath(path): path for path in reversed(paths)}.values())  # one photo, two spellings
+    if not paths:
+        raise CrackSegError("images: found none, expected photos, folders of photos or patterns")
     first: dict[str, Path] = {}
     for path in paths:
         if path.stem.lower() in first:
@@ -291,8 +294,8 @@ def find_photos(
 
 def list_photos(images) -> list[Path]:
     "Return the photos of one file, folder or pattern."
-    path = Path(images).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(images))  # Path.expanduser raises for an unknown ~name
+    if os.path.isdir(path):
         files = sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
         photos = [one for one in files if one.suffix.lower() in SUFFIXES]
         if photos:
@@ -302,8 +305,8 @@ def list_photos(images) -> list[Path]:
             f"{path}: found no photo ({first_few(kinds) or 'an empty folder'}), expected files such as "
             f"{first_few(sorted(SUFFIXES), 20)}"
         )
-    if path.exists() or not glob.has_magic(str(path)):
-        if not path.is_file():
+    if os.path.exists(path) or not glob.has_magic(str(path)):
+        if not os.path.isfile(path):
             raise CrackSegError(f"{path}: no such file or folder; expected photos")
         return [path]
     photos = [Path(one) for one in glob.glob(str(path), recursive=True)]

@@ -15,6 +15,7 @@ __all__ = [
     "count_workers",
     "predict_photo",
     "describe_place",
+    "kept_record",
     "read_record",
     "write_manifest",
     "versions",
@@ -32,7 +33,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 # %% ../../nbs/inference/07_prediction.ipynb #911d1850
-from ..core.checks import CrackSegError, check_number, choose
+from ..core.checks import CrackSegError, check_file_name, check_number, choose
 from ..core.files import check_writable, in_threads, raise_first, sha256_file, write_text
 from ..core.machine import cores, free_memory, logger, package_versions
 from ..core.run_folder import claim
@@ -112,8 +113,9 @@ def open_network(
 
 # %% ../../nbs/inference/07_prediction.ipynb #ddf2f250
 def check_places(folder: Path, paths: list[Path]) -> None:
-    "Raise CrackSegError if results would be written into the folder of the photos."
+    "Raise CrackSegError if results would be written into the folder of the photos, or under a name that cannot be."
     for path in paths:
+        check_file_name(path)
         if path.parent.resolve() == folder.resolve():
             raise CrackSegError(
                 f"out: found {folder}, the folder of {path.name}, expected another one, so that no result is taken for "
@@ -201,7 +203,7 @@ def predict_photo(
         plan = plan_for(photo, network, settings)
         key = {"photo": digest, "size": [photo.height, photo.width], **describe_model(network, settings)}
         key["tiles"] = plan.describe()
-        record, million = work.with_suffix(".json"), photo.height * photo.width / 1e6
+        record, million = work.with_name(f"{work.name}.json"), photo.height * photo.width / 1e6
         if (entry := read_record(record, key, folder)) is not None:
             progress.update(million)
             return entry
@@ -247,16 +249,25 @@ def describe_place(photo: Photo) -> dict[str, Any]:
     return described
 
 
-def read_record(path: Path, key: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    "Return the entry of a photo that is done with the same key and whose files are all there; None otherwise."
-    if not path.is_file():
-        return None
+def kept_record(path: Path) -> dict[str, Any]:
+    "Return what a photo's record holds; raise CrackSegError if it is damaged."
     try:
         kept = json.loads(path.read_text("utf-8"))
-        whole = kept["key"] == json.loads(json.dumps(key))
-        whole = whole and all((folder / file["name"]).is_file() for file in kept["entry"]["files"].values())
-    except (ValueError, KeyError, TypeError):
+        names = [file["name"] for file in kept["entry"]["files"].values()]
+        return {"key": dict(kept["key"]), "entry": kept["entry"], "names": names}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CrackSegError(
+            f"{path}: found a damaged record of a photo, expected a whole one; remove it, and predict that photo again"
+        ) from error
+
+
+def read_record(path: Path, key: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    "Return the entry of a photo that is done with the same key and whose files are all there; None otherwise."
+    try:
+        kept = kept_record(path) if path.is_file() else {}
+    except CrackSegError:
         return None
+    whole = kept.get("key") == json.loads(json.dumps(key)) and all((folder / name).is_file() for name in kept["names"])
     return kept["entry"] if whole else None
 
 
@@ -267,7 +278,7 @@ def write_manifest(folder: Path, network: Network, settings: PredictSettings) ->
     with claim(folder / ".crackseg" / "manifest", patience=60):
         entries = []
         for record in sorted((folder / ".crackseg").glob("*.json")):
-            kept = json.loads(record.read_text("utf-8"))
+            kept = kept_record(record)
             if all(kept["key"].get(name) == value for name, value in described.items()):
                 entries.append(kept["entry"])
         manifest = {"format": 1, **described, "photos": entries, "versions": versions()}
@@ -312,7 +323,7 @@ def predict(
     pixels = check_all(paths, folder, settings.depth)
     network = open_network(model, device, outputs, settings.tta, settings.scales)
     rules_of(network, settings)  # raises for a hysteresis above the threshold
-    (folder / ".crackseg").mkdir(exist_ok=True)
+    check_writable(folder / ".crackseg")
     shown = "{l_bar}{bar}| {n:.1f}/{total:.1f} Mpx [{elapsed}<{remaining}]"
     try:
         with tqdm(total=pixels / 1e6, desc="predicting", disable=not progress, bar_format=shown) as bar:
@@ -322,6 +333,7 @@ def predict(
         return write_manifest(folder, network, settings)
     except OSError as error:
         raise CrackSegError(
-            f"{folder}: could not be written ({error.strerror or error}), expected free space; "
+            f"{folder}: could not be written ({error.strerror or error}), expected free space, and no folder "
+            "or other file in the place of a result; "
             "the same call goes on where this one stopped"
         ) from error
