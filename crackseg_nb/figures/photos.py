@@ -271,7 +271,7 @@ TILE = (120, 144)  # height and width of a picture in a grid, in pixels
 
 def name_tile(axis: Axes, title: str, side: str = "center") -> None:
     "Write a title close above a picture."
-    axis.set_title(title, size="medium", pad=2, loc=side)
+    axis.set_title(title, size="medium", pad=2, loc=side, parse_math=False)  # names may hold dollars
 
 
 @styled

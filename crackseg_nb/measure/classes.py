@@ -59,8 +59,11 @@ def width_limits(
         return classes
     if isinstance(classes, str):
         return WIDTH_CLASSES[choose("classes", classes, WIDTH_CLASSES)]
-    limits = tuple(float(limit) for limit in classes)
-    if not limits or min(limits) <= 0 or list(limits) != sorted(set(limits)):
+    try:
+        limits = tuple(float(limit) for limit in classes)
+    except (TypeError, ValueError):
+        limits = ()
+    if not limits or not all(0 < limit < float("inf") for limit in limits) or list(limits) != sorted(set(limits)):
         raise CrackSegError(f"classes: found limits {list(classes)}, expected numbers above 0 that rise")
     names = [f"up to {limits[0]:g} mm", *(f"{a:g} to {b:g} mm" for a, b in zip(limits, limits[1:]))]
     return WidthClasses(limits, (*names, f"above {limits[-1]:g} mm"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.checks import CrackSegError, choose
 from ..core.files import check_writable, display_path, door
 from .photos import REPORT, find_predictions
-from ..runs.command import command, new_parser, take_parameters
+from ..runs.command import check_once, command, new_parser, take_parameters
 from ..runs.notebook import SignalRelay, execute_notebook, write_page
 
 
@@ -52,6 +52,7 @@ def as_number(name: str, text: str) -> float | str:
 def measure_main(words: list[str] | None = None) -> int:
     "Run the command `crackseg_measure` and return its exit status."
     given = measure_parser().parse_args(words)
+    check_once(given)
     parameters = {choose("-p", name, REPORT): as_number(name, text) for name, text in given.parameters}
     parameters["masks"] = given.masks
     find_predictions(given.masks)  # refuses before a kernel is started

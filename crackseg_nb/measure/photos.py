@@ -14,6 +14,7 @@ __all__ = [
     "read_plane",
     "Folder",
     "measure_prediction",
+    "check_values",
     "chosen_threshold",
     "measure_folder",
     "show_overview",
@@ -26,6 +27,7 @@ __all__ = [
 
 # %% ../../nbs/measure/06_photos.ipynb #3e6c90fd
 import json
+import os
 import re
 import warnings
 from dataclasses import replace
@@ -40,8 +42,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
-from ..core.checks import CrackSegError, check_number, first_few, plain_variables
-from ..core.files import write_text
+from ..core.checks import CrackSegError, check_file_name, check_number, first_few, plain_variables
+from ..core.files import check_writable, write_text
 from ..figures.style import styled
 from ..inference.photos import need_rasterio, reason_for_windows
 from .classes import WidthClasses, classify, width_limits
@@ -49,7 +51,7 @@ from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
 from .scale import Scale, check_scale, scale_from_geotiff
 from .widths import widen
-from ..sources.images import TooLarge, open_picture
+from ..sources.images import TooLarge, naming, open_picture, value_counts
 
 
 # %% ../../nbs/measure/06_photos.ipynb #4da3c918
@@ -101,9 +103,15 @@ def as_fraction(values: np.ndarray) -> np.ndarray:
     "Return a probability in 0..1 from one in 8 or 16 bit."
     values = np.asarray(values)
     if values.dtype.kind == "f":
+        if values.size and not 0 <= np.min(values) <= np.max(values) <= 1:  # of NaN, too
+            raise CrackSegError(
+                f"probability: found values from {np.min(values):g} to {np.max(values):g}, expected 0 to 1"
+            )
         return values
     if values.dtype.kind == "b":
         return values.astype(np.float32)
+    if values.dtype.kind != "u":
+        raise CrackSegError(f"probability: found values of type {values.dtype}, expected 0 to 1, or 8 or 16 bits")
     return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
 
 
@@ -130,11 +138,16 @@ class Prediction(NamedTuple):
 
 def find_predictions(place) -> list[Prediction]:
     "Return the predictions in a folder, or that of one file, by name; raise CrackSegError where there are none."
+    if not isinstance(place, str | Path):
+        raise CrackSegError(f"masks: found {place!r}, expected a folder of masks, or one mask")
     place = Path(place)
-    if not place.exists():
+    if not os.path.exists(place):  # Path.exists raises for a name that is too long
         raise CrackSegError(f"{place}: no such file or folder, expected masks of a prediction")
     files = sorted(place.iterdir()) if place.is_dir() else sorted(place.parent.iterdir())
     files = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    files = [path for path in files if path.is_file()]
+    for path in files:
+        check_file_name(path)
     found: dict[str, dict[str, Path]] = {}
     plain = {}
     for path in files:
@@ -147,6 +160,8 @@ def find_predictions(place) -> list[Prediction]:
             raise CrackSegError(f"{path}: found beside {planes[kind].name}, expected one {kind[1:]} for each photo")
         planes[kind] = path
     if not place.is_dir():
+        if place not in files:
+            raise CrackSegError(f"{place}: found no picture, expected a mask of {', '.join(SUFFIXES)}")
         name = re.sub("_(mask|probability)$", "", place.stem)
         planes = found.get(name, {}) if place in found.get(name, {}).values() else {"_mask": place}
         return [Prediction(name, planes.get("_mask"), planes.get("_probability"))]
@@ -232,10 +247,13 @@ def measure_prediction(
         raise CrackSegError(
             f"{prediction.probability}: found shape {probability.shape}, expected that of the mask, {mask.shape}"
         )
+    if mask is not None:
+        with naming(prediction.mask):
+            check_values(mask)
     if class_id is not None:
         if mask is None:
             raise CrackSegError(f"class_id: found {class_id} for {prediction.name}, which has no mask; expected none")
-        mask = mask == class_id
+        mask = mask == check_number("class_id", class_id, int, 1, 255)
         # The probability is that of all classes together.
         probability = None if probability is None else np.where(mask | (planes["mask"] == 0), probability, 0)
     if mm_per_pixel is None and frame.crs is not None:
@@ -244,15 +262,35 @@ def measure_prediction(
     return measure_photo(mask, probability, mm_per_pixel, name, known=covered, frame=frame, **settings)
 
 
+def check_values(mask: np.ndarray) -> None:
+    "Raise CrackSegError unless a mask holds 0 and one value, or ids of classes; greys would all be cracks."
+    values = np.flatnonzero(value_counts(mask)) if mask.dtype == np.uint8 else np.unique(mask)
+    found = values[values != 0]
+    if len(found) > 1 and (found[-1] > 100 or found[0] < 0 or (found % 1).any()):
+        raise CrackSegError(
+            f"found mask values {first_few(found, 5)}, expected 0 and one value, or ids of classes up to 100; "
+            "cut greys, and what is void, before; the file of a probability ends in _probability"
+        )
+
+
 def chosen_threshold(
     place,  # folder of a prediction or of masks, or one file
 ) -> float:
     "Return the threshold at which a prediction's masks were cut, as its manifest says; 0.5 where there is none."
     manifest = (Path(place) if Path(place).is_dir() else Path(place).parent) / "manifest.json"
-    try:
-        return float(json.loads(manifest.read_text("utf-8"))["mask"]["threshold"])
-    except (OSError, ValueError, TypeError, LookupError):  # masks from elsewhere
+    if not manifest.is_file():  # masks from elsewhere
         return 0.5
+    try:
+        content = json.loads(manifest.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CrackSegError(
+            f"{manifest}: found a damaged file, expected the threshold of these masks; write it anew with the same "
+            "crackseg_predict, or give -p threshold"
+        ) from error
+    mask = content.get("mask") if isinstance(content, dict) else None
+    if not isinstance(mask, dict):  # of another program
+        return 0.5
+    return check_number(f"{manifest}: threshold", mask.get("threshold"), float, 0.01, 0.99)
 
 
 def measure_folder(
@@ -270,13 +308,17 @@ def measure_folder(
         mm_per_pixel = Scale(check_scale(mm_per_pixel, "mm_per_pixel"))
     check_number("threshold", settings.get("threshold", 0.5), float, 0.01, 0.99)
     check_number("width_error", settings.get("width_error", 0.0), float, 0, 1)
+    check_number("min_length_px", settings.get("min_length_px", 0.0), float, 0)
     if settings.get("classes") is not None:
         width_limits(settings["classes"])
     predictions, place = find_predictions(place), Path(place)
-    settings.setdefault("threshold", chosen_threshold(place))
+    if "threshold" not in settings:
+        settings["threshold"] = chosen_threshold(place)
     if isinstance(mm_per_pixel, dict) and (lacking := [p.name for p in predictions if p.name not in mm_per_pixel]):
         raise CrackSegError(f"mm_per_pixel: found no scale for {first_few(lacking)}, expected one for each photo")
     target = (place if place.is_dir() else place.parent) if out is None or out is False else Path(out)
+    if out is not False:
+        check_writable(target)
     lines, tables, files = [], {name: [] for name in Tables._fields}, []
     for prediction in tqdm(predictions, "measure", disable=not progress, delay=10, leave=False):
         scale = mm_per_pixel[prediction.name] if isinstance(mm_per_pixel, dict) else mm_per_pixel
@@ -348,7 +390,7 @@ def show_overview(
         colours = points[f"width_{unit}"]
         drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis", vmin=0, vmax=highest)
         length = getattr(photo, f"length_{unit}")
-        axis.set_title(f"{photo.photo}: {photo.cracks} pieces, {length:.4g} {unit}")
+        axis.set_title(f"{photo.photo}: {photo.cracks} pieces, {length:.4g} {unit}", parse_math=False)
     for axis in axes.flat[len(photos) :]:
         axis.axis("off")
     if drawn is not None:
@@ -390,7 +432,7 @@ def show_worst(
         widths = [getattr(crack, f"width_max{end}_{unit}") for end in ("", "_low", "_high")]
         interval = f"\n{widths[1]:.2f} to {widths[2]:.2f}" if np.isfinite(widths[1]) else "\nno interval"
         title = f"{crack.photo}, crack {crack.crack}: {widths[0]:.2f} {unit}{interval} {unit if widths[1] >= 0 else ''}"
-        axis.set_title(title)
+        axis.set_title(title, parse_math=False)
     for axis in axes.flat[len(cracks) :]:
         axis.axis("off")
     return figure
@@ -431,7 +473,7 @@ def begin_report(variables: dict) -> tuple[Folder, dict]:  # the notebook's `glo
         raise CrackSegError("masks: found nothing, expected a folder of masks, such as -p masks PATH")
     classes = settings.get("classes")
     if isinstance(classes, (str, int, float)) and re.fullmatch(r"[\d., ]+", str(classes)):
-        settings["classes"] = [float(limit) for limit in str(classes).split(",")]
+        settings["classes"] = list(width_limits(str(classes).split(",")).limits)
     settings = {name: value for name, value in settings.items() if value is not None}
     return measure_folder(masks, **settings), settings
 
