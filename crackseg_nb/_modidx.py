@@ -11,6 +11,10 @@ d = {
     "syms": {
         "crackseg_nb.core.checks": {
             "crackseg_nb.core.checks.CrackSegError": ("core/checks.html#cracksegerror", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.CrackSegError.__str__": (
+                "core/checks.html#cracksegerror.__str__",
+                "crackseg_nb/core/checks.py",
+            ),
             "crackseg_nb.core.checks.Interrupted": ("core/checks.html#interrupted", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.LateModule": ("core/checks.html#latemodule", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.LateModule.__getattr__": (
@@ -31,6 +35,10 @@ d = {
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.Stopped": ("core/checks.html#stopped", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_file_name": (
+                "core/checks.html#check_file_name",
+                "crackseg_nb/core/checks.py",
+            ),
             "crackseg_nb.core.checks.check_folder_name": (
                 "core/checks.html#check_folder_name",
                 "crackseg_nb/core/checks.py",
@@ -50,6 +58,10 @@ d = {
         },
         "crackseg_nb.core.files": {
             "crackseg_nb.core.files.OnceLoader": ("core/files.html#onceloader", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.OnceLoader.compose_node": (
+                "core/files.html#onceloader.compose_node",
+                "crackseg_nb/core/files.py",
+            ),
             "crackseg_nb.core.files.OnceLoader.construct_mapping": (
                 "core/files.html#onceloader.construct_mapping",
                 "crackseg_nb/core/files.py",
@@ -67,6 +79,7 @@ d = {
             "crackseg_nb.core.files.project_root": ("core/files.html#project_root", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.raise_first": ("core/files.html#raise_first", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_if_there": ("core/files.html#read_if_there", "crackseg_nb/core/files.py"),
+            "crackseg_nb.core.files.read_lines": ("core/files.html#read_lines", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.read_yaml": ("core/files.html#read_yaml", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.remove_unfinished": (
                 "core/files.html#remove_unfinished",
@@ -1610,6 +1623,10 @@ d = {
                 "inference/prediction.html#describe_place",
                 "crackseg_nb/inference/prediction.py",
             ),
+            "crackseg_nb.inference.prediction.kept_record": (
+                "inference/prediction.html#kept_record",
+                "crackseg_nb/inference/prediction.py",
+            ),
             "crackseg_nb.inference.prediction.open_network": (
                 "inference/prediction.html#open_network",
                 "crackseg_nb/inference/prediction.py",
@@ -1906,6 +1923,10 @@ d = {
             ),
             "crackseg_nb.measure.photos.begin_report": (
                 "measure/photos.html#begin_report",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos.check_values": (
+                "measure/photos.html#check_values",
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos.chosen_threshold": (
@@ -3225,6 +3246,11 @@ d = {
                 "runs/command.html#commandparser.parse_args",
                 "crackseg_nb/runs/command.py",
             ),
+            "crackseg_nb.runs.command.check_once": ("runs/command.html#check_once", "crackseg_nb/runs/command.py"),
+            "crackseg_nb.runs.command.check_working_folder": (
+                "runs/command.html#check_working_folder",
+                "crackseg_nb/runs/command.py",
+            ),
             "crackseg_nb.runs.command.command": ("runs/command.html#command", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.command_line": ("runs/command.html#command_line", "crackseg_nb/runs/command.py"),
             "crackseg_nb.runs.command.given_parameters": (
@@ -3958,6 +3984,10 @@ d = {
                 "sources/annotations.html#draw_shapes",
                 "crackseg_nb/sources/annotations.py",
             ),
+            "crackseg_nb.sources.annotations.each_once": (
+                "sources/annotations.html#each_once",
+                "crackseg_nb/sources/annotations.py",
+            ),
             "crackseg_nb.sources.annotations.fill_line": (
                 "sources/annotations.html#fill_line",
                 "crackseg_nb/sources/annotations.py",
@@ -3976,6 +4006,10 @@ d = {
             ),
             "crackseg_nb.sources.annotations.finite_points": (
                 "sources/annotations.html#finite_points",
+                "crackseg_nb/sources/annotations.py",
+            ),
+            "crackseg_nb.sources.annotations.grey_of": (
+                "sources/annotations.html#grey_of",
                 "crackseg_nb/sources/annotations.py",
             ),
             "crackseg_nb.sources.annotations.json_files": (
