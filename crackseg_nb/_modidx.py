@@ -187,6 +187,10 @@ d = {
                 "core/run_folder.html#process_is_gone",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.read_results": (
+                "core/run_folder.html#read_results",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.ready_folder": (
                 "core/run_folder.html#ready_folder",
                 "crackseg_nb/core/run_folder.py",

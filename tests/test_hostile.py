@@ -19,6 +19,7 @@ from test_kinds_of_files import COLOUR, MASK, write_set
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml, write_text
+from crackseg_nb.core.run_folder import read_results
 from crackseg_nb.inference.photos import check_photo, find_photos
 from crackseg_nb.inference.prediction import check_places, kept_record, predict, read_record
 from crackseg_nb.measure import photos as measured
@@ -563,3 +564,9 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path):
     Image.fromarray(WINDOW).save(tmp_path / "a_mask.png")
     for place in (tmp_path / "a_mask.png", "/proc/x"):
         assert "cannot write there" in refused(lambda: measured.measure_folder(tmp_path, out=place))  # noqa: B023
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "test: {iou: 1", "protocol: {split: a}", "test: [1]\nprotocol: {}", "\0"])
+def test_results_that_were_cut_are_named(tmp_path, text):
+    (tmp_path / "final_results.yaml").write_text(text)
+    assert "final_results.yaml: found no" in refused(lambda: read_results(tmp_path))

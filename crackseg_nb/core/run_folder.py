@@ -7,6 +7,7 @@ __all__ = [
     "STATES",
     "READY",
     "process_is_gone",
+    "read_results",
     "check_status",
     "RunFolder",
     "create_run_folder",
@@ -51,6 +52,15 @@ def process_is_gone(status: dict) -> bool:
 
 # %% ../../nbs/core/05_run_folder.ipynb #b58377b0
 STATES = ("running", "stopped", "done", "failed")
+
+
+def read_results(folder) -> dict:
+    "Return a run's final_results.yaml; raise CrackSegError if it lacks the parts by which runs are compared."
+    path, parts = folder / "final_results.yaml", ("protocol", "test")
+    results = read_yaml(path)
+    if not isinstance(results, dict) or not all(isinstance(results.get(part), dict) for part in parts):
+        raise CrackSegError(f"{path}: found no results, expected those of a run that is done: {', '.join(parts)}")
+    return results
 
 
 def check_status(place: Path, status) -> dict:

@@ -39,8 +39,8 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
 from ..core.checks import CrackSegError, choose, first_few
-from ..core.files import display_path, fingerprint_of, read_yaml
-from ..core.run_folder import RunFolder, find_run_folder
+from ..core.files import display_path, fingerprint_of
+from ..core.run_folder import RunFolder, find_run_folder, read_results
 from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, shorten
 from ..figures.style import styled
@@ -117,7 +117,7 @@ def system_of(folder: RunFolder) -> tuple[str, int]:
     differing = {name: value for name, value in settings.items() if value not in (defaults[name], None)}
     for name in (*SAME_NUMBERS, "run_name", "device", "recipe"):
         differing.pop(name, None)
-    images = read_yaml(folder / "final_results.yaml")["protocol"]["split"]
+    images = read_results(folder)["protocol"].get("split")
     return fingerprint_of([repr(sorted(differing.items())), images])[:12], seed
 
 
@@ -371,7 +371,7 @@ def training_table(comparison: Comparison) -> pd.DataFrame:
     "Return a row for each run that takes part: epochs, speed, peak memory, first weights, and what its losses say."
     rows = []
     for entry in (entry for entry in comparison.entries if not entry.reason):
-        results, history = read_yaml(entry.folder / "final_results.yaml"), pd.read_csv(entry.folder / "history.csv")
+        results, history = read_results(entry.folder), pd.read_csv(entry.folder / "history.csv")
         performance = pd.read_csv(entry.folder / "performance.csv")
         memory = next((name for name in performance if name.startswith("peak")), None)
         rows.append(

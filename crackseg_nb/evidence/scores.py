@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/evidence/01_scores.ipynb #7c874099
 from ..core.checks import CrackSegError, check_number, first_few
 from ..core.files import atomic_write, read_yaml, sha256_file, write_table, write_yaml
-from ..core.run_folder import RunFolder, find_finished_run
+from ..core.run_folder import RunFolder, find_finished_run, read_results
 from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
 from ..metrics.calibration import Calibration
@@ -98,7 +98,7 @@ def open_predictions(
 ) -> TestPredictions:
     "Return a binary run's test images with its predictions; raise CrackSegError if they are not those that it saw."
     folder = find_finished_run("run", run, outputs)
-    results, seen = read_yaml(folder / "final_results.yaml"), read_yaml(folder / "splits.yaml")["test"]
+    results, seen = read_results(folder), read_yaml(folder / "splits.yaml")["test"]
     if "threshold" not in results["test"]:
         raise CrackSegError(
             f"run: {folder.run_id} knows labels or several classes, expected a run on cracks and background"
