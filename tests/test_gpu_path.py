@@ -1,6 +1,7 @@
 """What a GPU would do, shown without one: tensors without numbers say which type and device an operation has."""
 
 import contextlib
+import copy
 import json
 from types import SimpleNamespace
 
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.seeds import allow_fused_attention, seed_everything
 from crackseg_nb.models import base, kernels
 from crackseg_nb.models.kernels import KernelCounter
-from crackseg_nb.models.registry import create_model
+from crackseg_nb.models.registry import count_flops, create_model
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import load_splits, make_datasets, make_loaders, prepare, run
@@ -140,6 +142,9 @@ def test_what_is_computed_in_fewer_kernels_is_the_same():
     "A whole SwinV2 hybrid, its enlargements and attentions taken as on a GPU, with and without shared biases."
     seed_everything(1)
     model = create_model("swinv2_hybrid", image_size=64, pretrained="false", **FAMILIES["swinv2_hybrid"]).double()
+    for name, value in model.named_parameters():
+        if "norm" in name or "cpb_mlp" in name:  # fresh ones multiply what attention finds by 0
+            nn.init.normal_(value, std=0.5)
     images, found = torch.rand(2, 3, 96, 160, dtype=torch.double), []
     for few, recompute in ((False, False), (True, False), (True, True)):
         enable_gradient_checkpointing(model, recompute)
@@ -155,6 +160,38 @@ def test_what_is_computed_in_fewer_kernels_is_the_same():
         assert all(part.shared is None for part in model.modules() if isinstance(part, kernels.FewKernelAttention))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+    assert all(gradient.abs().max() > 0 for gradient in found[0][1:])
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(monkeypatch):
+    "Shared biases hold a graph, which can neither be copied nor used again."
+    monkeypatch.setattr(kernels, "counts_starts", lambda tensor: True)
+    model = create_model("swinv2_hybrid", image_size=64, pretrained="false", **FAMILIES["swinv2_hybrid"]).eval()
+    image = torch.rand(1, 3, 64, 64)
+    expected = model(image)
+
+    def interrupt(module, inputs):
+        raise KeyboardInterrupt
+
+    stage = next(part for part in model.encoder.modules() if isinstance(part, kernels.FewKernelAttention))
+    handle = stage.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(image)
+    handle.remove()
+    assert stage.shared is not None
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(image), expected) and torch.equal(model(image), expected) and stage.shared is None
+
+
+def test_flops_do_not_depend_on_how_they_are_counted():
+    "The matrix products in the place of an enlargement are dense, and would count more."
+    with torch.device("meta"):
+        model = create_model("deeplab_original", image_size=64, pretrained="false")
+    found = []
+    for strict in (False, True):
+        torch.use_deterministic_algorithms(strict, warn_only=True)
+        found.append(count_flops(model, (96, 128)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("words", OUT_OF_MEMORY)
@@ -259,6 +296,12 @@ def test_activations_are_recomputed_where_they_would_fill_the_memory(tmp_path, m
     assert configure(recipe="swinv2_hybrid_360").train.gradient_checkpointing is None
     again = configure(config=str(experiment.folder / "config.yaml"), gradient_checkpointing="auto")
     assert again.train.gradient_checkpointing is None
+
+
+@pytest.mark.parametrize("settings", [dict(data="synthetic_damage"), dict(recipe="swin_classifier")])
+def test_sizes_of_validation_images_are_for_thresholds(settings):
+    with pytest.raises(CrackSegError, match="^val_scales: found sizes for several classes"):
+        configure(**settings, val_scales="1,2")
 
 
 def test_a_repetition_with_other_batches_says_so():
