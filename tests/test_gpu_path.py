@@ -168,7 +168,6 @@ def test_an_interrupted_pass_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(kernels, "counts_starts", lambda tensor: True)
     model = create_model("swinv2_hybrid", image_size=64, pretrained="false", **FAMILIES["swinv2_hybrid"]).eval()
     image = torch.rand(1, 3, 64, 64)
-    expected = model(image)
 
     def interrupt(module, inputs):
         raise KeyboardInterrupt
@@ -180,7 +179,13 @@ def test_an_interrupted_pass_leaves_nothing_behind(monkeypatch):
     handle.remove()
     assert stage.shared is not None
     copied = copy.deepcopy(model)
-    assert torch.equal(copied(image), expected) and torch.equal(model(image), expected) and stage.shared is None
+    for one in (model, copied):  # where blocks are recomputed none are shared, and the old ones would be wrong
+        enable_gradient_checkpointing(one)
+        torch.manual_seed(2)
+        for name, value in one.named_parameters():
+            if "norm" in name or "cpb_mlp" in name:
+                nn.init.normal_(value, std=0.5)
+    assert torch.equal(model(image), copied(image)) and stage.shared is None
 
 
 def test_flops_do_not_depend_on_how_they_are_counted():
