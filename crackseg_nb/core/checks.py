@@ -205,13 +205,16 @@ def check_settings(
 
 
 # %% ../../nbs/core/01_checks.ipynb #8b8d5326
-def check_file_name(path: Path) -> None:
+def check_file_name(
+    path: Path,
+    longest: int = 230,  # bytes: file systems take 255, and results add endings
+) -> None:
     "Raise CrackSegError for a file whose name no table, log or result could hold."
     if ODD_LETTERS.search(str(path)):
         raise CrackSegError(f"{str(path)!a}: found this name, expected UTF-8 without control characters; rename it")
-    if (length := len(os.fsencode(path.name))) > 230:  # file systems take 255 bytes, and endings are added
+    if (length := len(os.fsencode(path.name))) > longest:
         raise CrackSegError(
-            f"{path.parent}: found a file name of {length} bytes ({path.name[:20]}...), expected up to 230"
+            f"{path.parent}: found a file name of {length} bytes ({path.name[:20]}...), expected up to {longest}"
         )
 
 

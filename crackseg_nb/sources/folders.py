@@ -82,7 +82,7 @@ def walk(folder: Path) -> Iterator[Path]:
             if path.exists() and not path.is_file():  # a pipe or a device, which could be read without end
                 continue
             if path.suffix.lower() in PICTURES:
-                check_file_name(path)
+                check_file_name(path, longest=255)  # what a run writes is checked when it begins
             yield path
 
 

@@ -115,7 +115,7 @@ def note_error(error: Exception, folder: Path) -> None:
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     first_line = next(iter(str(error).splitlines()), "")
     line = (
-        str(error)
+        Exception.__str__(error)  # as it was written, with its line ends
         if isinstance(error, CrackSegError)
         else f"process {rank} of {world}: {type(error).__name__}: {first_line}"
     )
