@@ -163,6 +163,7 @@ class UnitVectors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, vectors: torch.Tensor) -> torch.Tensor:
+        "Return vectors of the same shape `(…, d)`, in single precision at least."
         precise = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         length = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_min_(1e-12)
         unit = precise / length
@@ -173,6 +174,7 @@ class UnitVectors(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        "Return the gradient of the vectors, in their own type."
         unit, length = ctx.saved_tensors
         along = (gradient * unit).sum(-1, keepdim=True)
         return (torch.addcmul(gradient, unit, along, value=-1) / length).to(ctx.dtype)
@@ -205,12 +207,14 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs: torch.Tensor) -> torch.Tensor:
+        "Return `attend` of query, key, value and bias."
         ctx.save_for_backward(*inputs)
         return attend(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        "Return the gradients of query, key, value and bias."
         inputs = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
         with torch.enable_grad(), strictly_repeatable():
             return torch.autograd.grad(attend(*inputs), inputs, gradient)
