@@ -339,10 +339,8 @@ def protocol(results: dict) -> str:
         if "threshold" in test
         else ""
     )
-    return (
-        f"{test['num_images']} test images, {threshold}epoch {rule['epoch']} of {rule['epochs_trained']}, "
-        f"weights {results['model']['weights']}"
-    )
+    trained = f"epoch {rule['epoch']} of {rule['epochs_trained']}" if rule["epochs_trained"] else "tested only"
+    return f"{test['num_images']} test images, {threshold}{trained}, weights {results['model']['weights']}"
 
 
 def rows(path: Path) -> list[dict]:
