@@ -14,7 +14,7 @@ from crackseg_nb.inference import export
 from crackseg_nb.inference.commands import predict_main
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import prepare
-from crackseg_nb.runs.trained_model import open_model, say_terms
+from crackseg_nb.runs.trained_model import READY_TERMS, open_model, say_terms
 from crackseg_nb.sources.images import normalize, read_image
 from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
 
@@ -61,9 +61,10 @@ def test_it_says_once_what_it_has_learned(caplog):
     assert images.loc[sha256_file(project_root() / "nbs" / "images" / "wall.jpg"), "split"] == "test"
 
 
-def test_it_finds_drawn_cracks(drawn, tmp_path):
-    "By the command without a model, and by Python: the same files."
+def test_it_finds_drawn_cracks(drawn, tmp_path, capsys):
+    "By the command without a model, which says its terms, and by Python: the same files."
     assert predict_main([str(drawn / "images"), "--out", str(tmp_path / "command"), "--quiet"]) == 0
+    assert f"\nready: {READY_TERMS}\n" in capsys.readouterr().out
     predict("ready", drawn / "images", tmp_path / "python", progress=False)
     found = true = both = 0
     for path in sorted((drawn / "images").iterdir()):

@@ -61,6 +61,7 @@ def predict_main(words: list[str] | None = None) -> int:
     "Run the command `crackseg_predict` and return its exit status."
     given = vars(predict_parser().parse_args(words))
     from crackseg_nb.inference.prediction import predict
+    from crackseg_nb.runs.trained_model import READY_TERMS, say_terms
 
     quiet, out = given.pop("quiet"), given["out"]
     try:
@@ -70,6 +71,8 @@ def predict_main(words: list[str] | None = None) -> int:
         return RESUME_CODE
     rule = manifest["mask"]
     print(f"{len(manifest['photos'])} photos, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
+    if say_terms.cache_info().currsize:  # the package's model was among those that were asked
+        print(f"{READY}: {READY_TERMS}")
     return 0
 
 
