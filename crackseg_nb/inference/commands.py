@@ -61,7 +61,6 @@ def predict_main(words: list[str] | None = None) -> int:
     "Run the command `crackseg_predict` and return its exit status."
     given = vars(predict_parser().parse_args(words))
     from crackseg_nb.inference.prediction import predict
-    from crackseg_nb.runs.trained_model import READY_TERMS, say_terms
 
     quiet, out = given.pop("quiet"), given["out"]
     try:
@@ -71,8 +70,9 @@ def predict_main(words: list[str] | None = None) -> int:
         return RESUME_CODE
     rule = manifest["mask"]
     print(f"{len(manifest['photos'])} photos, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
-    if say_terms.cache_info().currsize:  # the package's model was among those that were asked
-        print(f"{READY}: {READY_TERMS}")
+    trained = sys.modules.get("crackseg_nb.runs.trained_model")  # it brings torch, which an exported model does without
+    if trained and trained.say_terms.cache_info().currsize:  # the package's model was among those that were asked
+        print(f"{READY}: {trained.READY_TERMS}")
     return 0
 
 
