@@ -2840,7 +2840,6 @@ d = {
                 "models/kernels.html#attention.forward",
                 "crackseg_nb/models/kernels.py",
             ),
-            "crackseg_nb.models.kernels.Choice": ("models/kernels.html#choice", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.FewKernelAttention": (
                 "models/kernels.html#fewkernelattention",
                 "crackseg_nb/models/kernels.py",
@@ -2855,6 +2854,10 @@ d = {
             ),
             "crackseg_nb.models.kernels.FewKernelAttention.fused": (
                 "models/kernels.html#fewkernelattention.fused",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.FewKernelAttention.own_scale_and_bias": (
+                "models/kernels.html#fewkernelattention.own_scale_and_bias",
                 "crackseg_nb/models/kernels.py",
             ),
             "crackseg_nb.models.kernels.Kept": ("models/kernels.html#kept", "crackseg_nb/models/kernels.py"),
@@ -2916,6 +2919,7 @@ d = {
                 "models/kernels.html#interpolation_matrix",
                 "crackseg_nb/models/kernels.py",
             ),
+            "crackseg_nb.models.kernels.is_traced": ("models/kernels.html#is_traced", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.own_operations": (
                 "models/kernels.html#own_operations",
                 "crackseg_nb/models/kernels.py",

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from images import Noise
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import Dataset
 
 from crackseg_nb.core.checks import CrackSegError, Stopped
 from crackseg_nb.core.run_folder import RunFolder, create_run_folder
@@ -171,19 +171,6 @@ def test_a_launcher_s_first_process_puts_its_first_model_aside(tmp_path, monkeyp
     assert launch_module.run_launched(config) is experiment and trained == ["cpu"]
 
 
-class Noise(Dataset):
-    "Eight images of noise."
-
-    sizes = [(8, 8)] * 8
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, key):
-        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(key[1]))
-        return {"image": image, "target": (image[0] > 1).long(), "index": key[1]}
-
-
 def make_trainer(folder, optim=None, **settings):
     "Return a trainer with four steps in an epoch."
     torch.manual_seed(0)
@@ -192,7 +179,7 @@ def make_trainer(folder, optim=None, **settings):
     return Trainer(
         model,
         create_loss("bce"),
-        create_loader(Noise(), 2, train=True, accumulation=1),
+        create_loader(Noise(8), 2, train=True, accumulation=1),
         None,
         TrainSettings(
             TrainConfig(**usual | settings),
@@ -466,7 +453,7 @@ def test_an_optimiser_without_room_says_so_in_one_line(tmp_path, monkeypatch):
 def test_evaluation_remembers_from_epoch_to_epoch_how_many_images_fit(tmp_path, monkeypatch):
     "Else each validation would begin with the same errors of memory."
     trainer, calls = make_trainer(tmp_path, epochs=3), []
-    trainer.val_loader = create_loader(Noise(), 4, train=False)
+    trainer.val_loader = create_loader(Noise(8), 4, train=False)
 
     def greedy(self, image):
         if not self.training:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from images import Noise
 from torch import nn
-from torch.utils.data import Dataset
 
 from crackseg_nb.core.run_folder import create_run_folder
 from crackseg_nb.core.seeds import capture_rng_state, lent_generator
@@ -20,20 +20,6 @@ from crackseg_nb.training.settings import OptimConfig, TrainConfig
 from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, restore, training_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Noise(Dataset):
-    "Seven images of noise."
-
-    sizes = [(8, 8)] * 7
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, key):
-        generator = torch.Generator().manual_seed(key[1])
-        image = torch.randn(3, 8, 8, generator=generator)
-        return {"image": image, "target": (image[0] > 1).long(), "index": key[1]}
 
 
 class Scripted(BinaryMetrics):
@@ -77,8 +63,8 @@ def train(folder, script, validated=True, optim=None, norm=True, loss="dice", **
     trainer = Trainer(
         Tiny(norm),
         create_loss(loss),
-        create_loader(Noise(), 2, train=True, accumulation=config.accumulation),
-        create_loader(Noise(), 4, train=False) if validated else None,
+        create_loader(Noise(7), 2, train=True, accumulation=config.accumulation),
+        create_loader(Noise(7), 4, train=False) if validated else None,
         TrainSettings(
             config,
             optim or OptimConfig(lr=0.1),
@@ -138,7 +124,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_images(tmp_path):
     "The last window is smaller; at a rate of almost nothing the model stays as it is."
     optim = OptimConfig(lr=1e-12, scheduler="constant")
     trainer, seen = train(tmp_path, (0.1,), optim=optim, norm=False, loss="bce")
-    images = [Noise()[0, index] for index in range(7)]
+    images = [Noise(7)[0, index] for index in range(7)]
     with torch.no_grad():
         logits = trainer.model(torch.stack([item["image"] for item in images]))
         expected = create_loss("bce")(logits, torch.stack([item["target"] for item in images]))

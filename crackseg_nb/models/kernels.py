@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = [
     "VIEWS",
-    "CHOICE",
+    "FEW",
     "MATRICES",
     "MASKS",
     "KernelCounter",
-    "Choice",
     "own_operations",
+    "is_traced",
     "counts_starts",
     "Kept",
     "interpolation_matrix",
@@ -34,7 +34,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice"),
     *("select", "split", "split_with_sizes", "unbind", "detach", "alias", "as_strided", "unfold", "device"),
+    "promote_types",
     *("empty", "new_empty", "empty_like", "new_empty_strided"),  # memory alone
 }
 
@@ -69,30 +70,28 @@ class KernelCounter(TorchDispatchMode):
 
 
 # %% ../../nbs/models/03_kernels.ipynb #493d1496
-@dataclass
-class Choice:
-    "Hold whether the operations of this chapter may take the place of torch's and timm's own."
-
-    few: bool = True
-
-
-CHOICE = Choice()
+# Whether the operations of this chapter may take the place of torch's and timm's own.
+FEW = ContextVar("few kernels", default=True)
 
 
 @contextmanager
 def own_operations():
     "Let torch's and timm's own operations run wherever tensors lie, as they do on the CPU."
-    before, CHOICE.few = CHOICE.few, False
+    token = FEW.set(False)
     try:
         yield
     finally:
-        CHOICE.few = before
+        FEW.reset(token)
+
+
+def is_traced() -> bool:
+    "Tell whether operations are being written down by a compiler, which merges kernels itself, or for an export."
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def counts_starts(tensor: torch.Tensor) -> bool:
     "Tell whether `tensor` lies where few kernels are faster: on a GPU of NVIDIA or AMD, or on `meta`, which counts."
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a compiler merges kernels itself
-    return CHOICE.few and tensor.device.type in ("cuda", "meta") and not traced
+    return not is_traced() and FEW.get() and tensor.device.type in ("cuda", "meta")
 
 
 # %% ../../nbs/models/03_kernels.ipynb #9e7368a1
@@ -108,7 +107,7 @@ class Kept:
 
     def get(self, key: tuple, make: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
         "Return what `make` returned for `key`; made anew where `like` shows that operations are traced, not run."
-        if type(like) is not torch.Tensor or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if type(like) is not torch.Tensor or is_traced():
             return make()
         if key in self.values:
             self.values[key] = self.values.pop(key)  # used last
@@ -221,12 +220,15 @@ class Attention(torch.autograd.Function):
 
 
 # %% ../../nbs/models/03_kernels.ipynb #c1615d59
-def scale_and_bias(part: WindowAttention) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_and_bias(
+    part: WindowAttention,  # whose window decides which offset lies between two positions
+    answers: torch.Tensor,  # (offsets, heads), of the small network
+    logarithms: torch.Tensor,  # (heads, 1, 1)
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Return the factor of each head `(heads, 1, 1)` and the bias `(heads, N, N)` of a Swin V2 attention (equation 3)."
-    table = 16 * torch.sigmoid(part.cpb_mlp(part.relative_coords_table).view(-1, part.num_heads))
-    places = math.prod(part.window_size)
+    table, places = 16 * torch.sigmoid(answers), math.prod(part.window_size)
     bias = table.t()[:, part.relative_position_index.view(-1)].view(-1, places, places)
-    return part.logit_scale.clamp(max=math.log(100)).exp(), bias
+    return logarithms.clamp(max=math.log(100)).exp(), bias
 
 
 class FewKernelAttention(WindowAttention):
@@ -244,6 +246,11 @@ class FewKernelAttention(WindowAttention):
             return super().forward(x, mask)
         return self.fused(x, mask)
 
+    def own_scale_and_bias(self) -> tuple[torch.Tensor, torch.Tensor]:
+        "Return `scale_and_bias` of this part alone."
+        answers = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        return scale_and_bias(self, answers, self.logit_scale)
+
     def fused(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         "Return the attention `(B * windows, N, C)` of `x`, of the same shape."
         count, places, width = x.shape
@@ -251,7 +258,7 @@ class FewKernelAttention(WindowAttention):
         joint = F.linear(x, self.qkv.weight, offset).view(count, places, 3, self.num_heads, -1)
         directions, value = joint.permute(2, 0, 3, 1, 4).split([2, 1])
         query, key = UnitVectors.apply(directions).unbind()
-        scale, bias = self.shared or scale_and_bias(self)
+        scale, bias = self.shared or self.own_scale_and_bias()
         if mask is None:
             bias = bias.expand(count, -1, -1, -1)
         else:
@@ -262,16 +269,14 @@ class FewKernelAttention(WindowAttention):
 
 
 # %% ../../nbs/models/03_kernels.ipynb #ce85df88
-def shared_biases(parts: list[WindowAttention]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    "Return `scale_and_bias` of parts with one window size, computed together."
+def shared_biases(parts: list[FewKernelAttention]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    "Return `own_scale_and_bias` of parts with one window size, computed together."
     first, heads = parts[0], [part.num_heads for part in parts]
     weights, offsets = (torch.cat([getattr(part.cpb_mlp[0], name) for part in parts]) for name in ("weight", "bias"))
     hidden = F.linear(first.relative_coords_table.view(-1, 2), weights, offsets).relu()
     widths = [part.cpb_mlp[0].out_features for part in parts]
-    tables = [part.cpb_mlp[2](inputs) for part, inputs in zip(parts, hidden.split(widths, dim=1))]
-    table, places = 16 * torch.sigmoid(torch.cat(tables, dim=1)), math.prod(first.window_size)
-    bias = table.t()[:, first.relative_position_index.view(-1)].view(-1, places, places)
-    scale = torch.cat([part.logit_scale for part in parts]).clamp(max=math.log(100)).exp()
+    answers = [part.cpb_mlp[2](inputs) for part, inputs in zip(parts, hidden.split(widths, dim=1))]
+    scale, bias = scale_and_bias(first, torch.cat(answers, dim=1), torch.cat([part.logit_scale for part in parts]))
     return list(zip(scale.split(heads), bias.split(heads)))
 
 

@@ -746,9 +746,7 @@ def recompute_if_crowded(model: nn.Module, estimate: MemoryEstimate | None) -> b
         enable_gradient_checkpointing(model)
     except CrackSegError:
         return False  # it cannot
-    reason = (
-        "they would fill more than half of the memory" if estimate else "memory is short, or not asked by one process"
-    )
+    reason = "they would fill more than half of the memory" if estimate else "it is not known whether they would fit"
     logger.info("gradient_checkpointing: activations are recomputed, since %s", reason)
     return True
 

@@ -324,7 +324,7 @@ class AcrossConfig:
 
     models: tuple[str, ...] = ("ready",)  # finished runs on cracks, by name or folder, and ready
     sets: str = ""  # data sets, such as CrackForest=path, walls=my/walls:threshold
-    details: bool = False  # calibration and recall by width as well; takes longer
+    details: bool = False  # calibration, recall by width and lines as well; takes longer
     name: str = "across_data"  # folder of the tables below outputs
     outputs: str = ""  # folder of all runs
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/studies/12_scales.ipynb #173ed5a1
 from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import display_path, find_path, outputs_folder, write_table
+from ..core.files import display_path, outputs_folder, write_table
 from ..figures.photos import save_figure
 from ..metrics.counts import BinaryMetrics
 from ..models.settings import check_scales
@@ -121,8 +121,6 @@ def begin_scales(
 ) -> tuple[pd.DataFrame, str, Path]:
     "Return the table that a notebook's parameters ask for, how to test with the best row, and the folder for tables."
     config = notebook_settings(ScalesConfig, variables)
-    if config.data_dir:
-        find_path(config.data_dir)
     trained = open_model(config.run, outputs=config.outputs, device="auto")
     criterion = trained.settings.get("threshold_criterion", "pooled_f1")
     table = scales_table(count_scales(trained, config), criterion)
