@@ -296,6 +296,7 @@ d = {
                 "crackseg_nb/data/augment.py",
             ),
             "crackseg_nb.data.augment.cut_window": ("data/augment.html#cut_window", "crackseg_nb/data/augment.py"),
+            "crackseg_nb.data.augment.find_recipe": ("data/augment.html#find_recipe", "crackseg_nb/data/augment.py"),
             "crackseg_nb.data.augment.list_transforms": (
                 "data/augment.html#list_transforms",
                 "crackseg_nb/data/augment.py",
@@ -3358,6 +3359,7 @@ d = {
                 "runs/config.html#check_weighted_loss",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.check_zoom": ("runs/config.html#check_zoom", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.choose_model": ("runs/config.html#choose_model", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.coerce": ("runs/config.html#coerce", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.coerce_tuple": ("runs/config.html#coerce_tuple", "crackseg_nb/runs/config.py"),

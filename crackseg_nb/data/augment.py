@@ -6,11 +6,13 @@
 __all__ = [
     "FILL",
     "VOID_OUTSIDE",
+    "ZOOMS",
     "AUGMENTATIONS",
     "Recipe",
     "mild_warps",
     "mild_colours",
     "strong_colours",
+    "find_recipe",
     "check_image_size",
     "resize_pair",
     "cut_window",
@@ -24,12 +26,13 @@ __all__ = [
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from ..core.checks import IMAGENET_MEAN, VOID, CrackSegError, check_number, choose
+from ..synthetic.drawing import check_range
 
 # %% ../../nbs/data/04_augment.ipynb #305bc28c
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of regions that the photo does not cover
@@ -94,6 +97,8 @@ def strong_colours() -> list:
 
 
 # %% ../../nbs/data/04_augment.ipynb #1424177b
+ZOOMS = 0.1, 10  # the smallest and the largest zoom that a run may ask for
+
 AUGMENTATIONS = {
     "none": Recipe(random=False),
     "mirror": Recipe(mirror=True),
@@ -102,6 +107,17 @@ AUGMENTATIONS = {
     "crack": Recipe(symmetry=True, warps=mild_warps, colours=mild_colours, margin=1.2),
     "crack_zoom": Recipe(symmetry=True, scales=(0.75, 2.5), warps=mild_warps, colours=mild_colours, margin=1.2),
 }
+
+
+def find_recipe(name: str, zooms: tuple[float, float] | None = None) -> Recipe:
+    "Return the recipe called `name`, with other zooms if they are given; raise CrackSegError if it has no random ones."
+    recipe = AUGMENTATIONS[choose("augmentation", name, AUGMENTATIONS)]
+    if not zooms:
+        return recipe
+    scales = check_range("zoom", zooms, *ZOOMS)
+    if not recipe.random:
+        raise CrackSegError(f"zoom: found {scales[0]:g},{scales[1]:g} with augmentation {name}, expected none")
+    return replace(recipe, scales=scales)
 
 
 # %% ../../nbs/data/04_augment.ipynb #217c55fb
@@ -221,9 +237,10 @@ def create_augmentation(
     name: str,  # a key of AUGMENTATIONS
     image_size: int | tuple[int, int] | None,  # (height, width); None only for 'none'
     fit: str = "crop",  # 'crop' keeps the scale, 'resize' the whole view
+    zooms: tuple[float, float] | None = None,  # smallest and largest zoom; None: those of `name`
 ) -> Augmentation:
-    "Return the augmentation called `name`; raise CrackSegError on an unknown name or an impossible size."
-    recipe = AUGMENTATIONS[choose("augmentation", name, AUGMENTATIONS)]
+    "Return the augmentation called `name`; raise CrackSegError on an unknown name or an impossible size or zoom."
+    recipe = find_recipe(name, zooms)
     choose("fit", fit, ("crop", "resize"))
     if image_size is not None:
         return Augmentation(recipe, check_image_size(image_size), fit)

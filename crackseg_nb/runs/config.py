@@ -26,6 +26,7 @@ __all__ = [
     "check_place",
     "check_reader_options",
     "is_labelled",
+    "check_zoom",
     "check_eval_size",
     "RunConfig",
     "ExperimentConfig",
@@ -84,7 +85,7 @@ from crackseg_nb.core.checks import (
 from ..core.files import find_path, read_yaml
 from ..core.machine import get_device
 from ..core.run_folder import RunFolder, find_run_folder, locate_weights
-from ..data.augment import AUGMENTATIONS
+from ..data.augment import AUGMENTATIONS, find_recipe
 from ..data.class_weights import check_beta, resolve_class_weights
 from ..data.label_augment import LABEL_AUGMENTATIONS
 from ..data.splits import check_fractions
@@ -148,6 +149,7 @@ class DataConfig:
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)  # train, val, test; a published split is kept
     train_set: str = "train"  # images that are learned: train, or trainval (nothing is chosen on val then)
     augmentation: str = "crack"  # none, mirror, basic, enhanced, crack; of labelled images none, basic, advanced
+    zoom: tuple[float, ...] = ()  # smallest and largest zoom of training images; empty: that of the augmentation
     preload: str = "auto"  # decoded images in memory (true), in a mapped file (disk), in either (auto), or false
     num_workers: int | None = None  # processes that prepare batches; 0: none; None: a GPU gets a share of the cores
     loader_timeout: float = 300.0  # seconds to wait for a batch from them before the run stops; 0 waits for ever
@@ -160,6 +162,7 @@ class DataConfig:
             check_settings(self, {}, {"num_workers": (int, 0)})
         choose("augmentation", self.augmentation, LABEL_AUGMENTATIONS if self.labelled else AUGMENTATIONS)
         check_fractions(self.fractions)
+        check_zoom(self)
         check_eval_size(self)
         check_range("synthetic_width", self.synthetic_width, *CRACK_WIDTHS)
         check_place(self.data, self.data_dir, self.class_names)
@@ -208,6 +211,14 @@ def check_reader_options(data: DataConfig) -> None:
 def is_labelled(data: str) -> bool:
     "Return whether images of this kind carry one label each, in place of a mask."
     return data == "synthetic_textures" or data in SOURCES and SOURCES[data].labels is not None
+
+
+def check_zoom(data: DataConfig) -> None:
+    "Raise CrackSegError unless `zoom` is a range for training images that have masks."
+    if data.zoom and data.labelled:
+        raise CrackSegError(f"zoom: found {data.zoom[0]:g} for labelled images, expected none")
+    if data.zoom:
+        find_recipe(data.augmentation, data.zoom)
 
 
 def check_eval_size(data: DataConfig) -> None:

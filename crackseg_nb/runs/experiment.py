@@ -451,7 +451,7 @@ def make_datasets(
             if samples
         }
     preload = {"true": True, "false": False}.get(data.preload, data.preload)
-    augmentation = create_augmentation(data.augmentation, size, fit=data.fit)
+    augmentation = create_augmentation(data.augmentation, size, fit=data.fit, zooms=data.zoom)
     datasets = {
         split: CrackDataset(
             samples,
