@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "MATRIX_SCORES",
     "DataSet",
     "parse_sets",
     "OpenedSet",
@@ -292,26 +293,33 @@ def show_across(
 def matrix(
     table: pd.DataFrame,  # as `across_table` returns it
     score: str = "iou",
+    over_runs: str = "mean",  # or min, max, count: what is said of runs `NAME`, `NAME-seed43`, …
 ) -> pd.DataFrame:
-    "Return the score of each model (rows) on each data set (columns), as a mean over runs `NAME`, `NAME-seed43`, …."
+    "Return the score of each model (rows) on each data set (columns), one row for runs that differ in their seed."
     values = table[score].unstack("set")
     kinds = {model: re.sub(r"-seed\d+$", "", model) for model in table.index.unique("model")}
-    return values.groupby(kinds).mean().loc[[*dict.fromkeys(kinds.values())], [*table.index.unique("set")]]
+    return values.groupby(kinds).agg(over_runs).loc[[*dict.fromkeys(kinds.values())], [*table.index.unique("set")]]
+
+
+MATRIX_SCORES = {"iou": "pooled IoU", "centreline_f1": "F1 of centre lines, mean over images, within 2 pixels"}
 
 
 def show_matrix(table: pd.DataFrame, score: str = "iou") -> Figure:
-    "Show `matrix` as numbers on colours."
-    values = matrix(table, score)
-    figure, axis = plt.subplots(figsize=(1.6 + 1.1 * values.shape[1], 0.9 + 0.36 * len(values)), layout="constrained")
+    "Show `matrix` as numbers on colours, with the range over runs where there are several."
+    values, low, high, runs = (matrix(table, score, kind) for kind in ("mean", "min", "max", "count"))
+    shape = 1.6 + 1.1 * values.shape[1], 0.9 + (0.5 if runs.max(axis=None) > 1 else 0.36) * len(values)
+    figure, axis = plt.subplots(figsize=shape, layout="constrained")
     axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for row, line in enumerate(values.to_numpy()):
-        for column, value in enumerate(line):
-            text = "learned" if np.isnan(value) else f"{value:.2f}"
-            axis.text(column, row, text, ha="center", va="center", color="white" if value > 0.6 else "black")
+    for row, column in np.ndindex(values.shape):
+        value, *ends = (one.iat[row, column] for one in (values, low, high))
+        text = "learned" if np.isnan(value) else f"{value:.2f}"
+        if runs.iat[row, column] > 1:
+            text += f"\n{ends[0]:.2f} to {ends[1]:.2f}"
+        axis.text(column, row, text, ha="center", va="center", color="white" if value > 0.6 else "black")
     axis.set(
         xticks=range(values.shape[1]), xticklabels=values.columns, yticks=range(len(values)), yticklabels=values.index
     )
-    axis.set(xlabel="scored on", title=f"{score}: model in rows")
+    axis.set(xlabel="scored on", ylabel="model", title=MATRIX_SCORES.get(score, score))
     axis.tick_params(length=0)
     axis.grid(visible=False)
     return figure
@@ -351,6 +359,8 @@ def finish_across(
     save_figure(show_across(table), folder / "across_data.png")
     if table.index.unique("model").size > 3:
         save_figure(show_matrix(table), folder / "matrix.png")
+        if "centreline_f1" in table:
+            save_figure(show_matrix(table, "centreline_f1"), folder / "matrix_lines.png")
     write_table(folder / "images.csv", images.drop(columns="index"))
     write_table(folder / "scores.csv", table, index=True)
     if details:
