@@ -2841,6 +2841,34 @@ d = {
                 "models/kernels.html#attention.forward",
                 "crackseg_nb/models/kernels.py",
             ),
+            "crackseg_nb.models.kernels.DepthwiseConv2d": (
+                "models/kernels.html#depthwiseconv2d",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConv2d.forward": (
+                "models/kernels.html#depthwiseconv2d.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConv2dSame": (
+                "models/kernels.html#depthwiseconv2dsame",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConv2dSame.forward": (
+                "models/kernels.html#depthwiseconv2dsame.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConvolution": (
+                "models/kernels.html#depthwiseconvolution",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConvolution.backward": (
+                "models/kernels.html#depthwiseconvolution.backward",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.DepthwiseConvolution.forward": (
+                "models/kernels.html#depthwiseconvolution.forward",
+                "crackseg_nb/models/kernels.py",
+            ),
             "crackseg_nb.models.kernels.FewKernelAttention": (
                 "models/kernels.html#fewkernelattention",
                 "crackseg_nb/models/kernels.py",
@@ -2916,13 +2944,22 @@ d = {
                 "models/kernels.html#forget_biases",
                 "crackseg_nb/models/kernels.py",
             ),
+            "crackseg_nb.models.kernels.has_quick_gradient": (
+                "models/kernels.html#has_quick_gradient",
+                "crackseg_nb/models/kernels.py",
+            ),
             "crackseg_nb.models.kernels.interpolation_matrix": (
                 "models/kernels.html#interpolation_matrix",
                 "crackseg_nb/models/kernels.py",
             ),
+            "crackseg_nb.models.kernels.is_slow": ("models/kernels.html#is_slow", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.is_traced": ("models/kernels.html#is_traced", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.own_operations": (
                 "models/kernels.html#own_operations",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.quicken_depthwise": (
+                "models/kernels.html#quicken_depthwise",
                 "crackseg_nb/models/kernels.py",
             ),
             "crackseg_nb.models.kernels.save_kernels": (

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # %% ../../nbs/models/11_registry.ipynb #0bd5e88f
 from ..core.checks import choose
 from .deeplab_lite import DeepLabOptimized, DeepLabOriginal
-from .kernels import own_operations
+from .kernels import own_operations, quicken_depthwise
 from .settings import MODEL_SETTINGS
 from .swin_classifier import SwinClassifier
 from .swinv2_hybrid import SwinV2Hybrid
@@ -43,7 +43,7 @@ def create_model(
     for key in settings:
         if key not in known:
             choose(f"setting of {name}", key, known)
-    return model_class(config_class(**settings))
+    return quicken_depthwise(model_class(config_class(**settings)))
 
 
 # %% ../../nbs/models/11_registry.ipynb #8ba8e262
