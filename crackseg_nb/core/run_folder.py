@@ -6,12 +6,15 @@
 __all__ = [
     "STATES",
     "READY",
+    "READY_TERMS",
     "process_is_gone",
     "read_results",
     "check_status",
     "RunFolder",
     "create_run_folder",
     "ready_folder",
+    "say_terms",
+    "say_terms_of",
     "find_run_folder",
     "find_finished_run",
     "locate_weights",
@@ -24,6 +27,7 @@ __all__ = [
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
 import contextlib
 import errno
+import functools
 import importlib.resources
 import os
 import time
@@ -38,7 +42,7 @@ except ImportError:
 # %% ../../nbs/core/05_run_folder.ipynb #aa2018c6
 from .checks import CrackSegError, check_folder_name, check_number, choose, unknown_name
 from .files import check_writable, find_path, outputs_folder, read_yaml, write_yaml
-from .machine import is_alive, now, this_process
+from .machine import is_alive, logger, now, this_process
 
 
 # %% ../../nbs/core/05_run_folder.ipynb #68e0b6bc
@@ -141,6 +145,24 @@ READY = "ready"  # the name of the trained model that comes with the package
 def ready_folder() -> Path:
     "Return the folder with the package's trained model: its settings, results and weights."
     return Path(str(importlib.resources.files("crackseg_nb"))) / READY
+
+
+READY_TERMS = (
+    "it has learned UAVCrack (CC0), CrackTile (MIT), Crack500 (AFL-3.0; its authors ask to cite Zhang et al. 2016 and "
+    "Yang et al. 2019) and drawn cracks"
+)
+
+
+@functools.cache
+def say_terms() -> None:
+    "Log, once, from what the package's model has learned and on which terms."
+    logger.info("model %s: %s", READY, READY_TERMS)
+
+
+def say_terms_of(weights: Path) -> None:
+    "Log the terms of the package's model where these are its weights."
+    if ready_folder() in weights.parents:
+        say_terms()
 
 
 def find_run_folder(
