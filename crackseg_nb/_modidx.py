@@ -195,6 +195,14 @@ d = {
                 "core/run_folder.html#ready_folder",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.say_terms": (
+                "core/run_folder.html#say_terms",
+                "crackseg_nb/core/run_folder.py",
+            ),
+            "crackseg_nb.core.run_folder.say_terms_of": (
+                "core/run_folder.html#say_terms_of",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },
         "crackseg_nb.core.seeds": {
@@ -3900,10 +3908,6 @@ d = {
             ),
             "crackseg_nb.runs.trained_model.open_model": (
                 "runs/trained_model.html#open_model",
-                "crackseg_nb/runs/trained_model.py",
-            ),
-            "crackseg_nb.runs.trained_model.say_terms": (
-                "runs/trained_model.html#say_terms",
                 "crackseg_nb/runs/trained_model.py",
             ),
         },

@@ -9,12 +9,12 @@ import torch
 
 from crackseg_nb import load_model, predict
 from crackseg_nb.core.files import project_root, read_yaml, sha256_file
-from crackseg_nb.core.run_folder import READY, find_run_folder, ready_folder
+from crackseg_nb.core.run_folder import READY, READY_TERMS, find_run_folder, ready_folder, say_terms
 from crackseg_nb.inference import export
 from crackseg_nb.inference.commands import predict_main
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import prepare
-from crackseg_nb.runs.trained_model import READY_TERMS, open_model, say_terms
+from crackseg_nb.runs.experiment import make_model, prepare
+from crackseg_nb.runs.trained_model import open_model
 from crackseg_nb.sources.images import normalize, read_image
 from crackseg_nb.synthetic.cracks import SyntheticConfig, write_synthetic
 
@@ -59,6 +59,16 @@ def test_it_says_once_what_it_has_learned(caplog):
     assert learned == set(names) and all(name in line for name in names.values())
     images = pd.read_csv(project_root() / "outputs" / "ready-research" / "images.csv").set_index("image")
     assert images.loc[sha256_file(project_root() / "nbs" / "images" / "wall.jpg"), "split"] == "test"
+
+
+def test_a_run_that_begins_with_it_says_its_terms_and_has_its_weights(caplog):
+    "By the recipe that is made for this."
+    say_terms.cache_clear()
+    with caplog.at_level("INFO", logger="crackseg_nb"):
+        model = make_model(configure(recipe="ready_unet"))
+    assert READY_TERMS in caplog.text and str(model.weights["loaded"]) == "fine_tune ready"
+    own = open_model(READY).model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
 def test_it_finds_drawn_cracks(drawn, tmp_path, capsys):

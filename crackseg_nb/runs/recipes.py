@@ -10,6 +10,7 @@ __all__ = [
     "HERITAGE_DICEFOCAL",
     "DAMAGE_QUICKSTART",
     "CRACK_UNET",
+    "READY_UNET",
     "DEEPLAB",
     "DEEPLAB_TEST",
     "DEEPLAB_ENHANCED",
@@ -189,6 +190,16 @@ CRACK_UNET = {
     "patience": 0,
     "checkpoint_every": 5,
 }
+READY_UNET = CRACK_UNET | {
+    "encoder": "efficientnet_lite0",
+    "unet_channels": (96, 48, 32, 16, 8),
+    "fine_tune": "ready",
+    "pretrained": "false",
+    "epochs": 36,
+    "tta": "flips",
+    "scales": (0.5, 1.0),
+    "val_scales": (1.0, 2.0),
+}
 
 # %% ../../nbs/runs/01_recipes.ipynb #7e09e9dc
 DEEPLAB = {
@@ -277,6 +288,7 @@ RECIPES = {
     "crack_unet": Recipe(
         "a U-Net with an EfficientNet-Lite1, crops of 256 pixels at changing scale, for photos", CRACK_UNET
     ),
+    "ready_unet": Recipe("the model that comes along goes on with your masks; eight views of a test photo", READY_UNET),
     "damage_quickstart": Recipe(
         "a small U-Net on synthetic damage of four kinds, in minutes on a CPU", DAMAGE_QUICKSTART
     ),
