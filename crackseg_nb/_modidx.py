@@ -3276,6 +3276,15 @@ d = {
             "crackseg_nb.models.unet.Unet.segment": ("models/unet.html#unet.segment", "crackseg_nb/models/unet.py"),
         },
         "crackseg_nb.models.views": {
+            "crackseg_nb.models.views.MeanOfModels": ("models/views.html#meanofmodels", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.MeanOfModels.__init__": (
+                "models/views.html#meanofmodels.__init__",
+                "crackseg_nb/models/views.py",
+            ),
+            "crackseg_nb.models.views.MeanOfModels.forward": (
+                "models/views.html#meanofmodels.forward",
+                "crackseg_nb/models/views.py",
+            ),
             "crackseg_nb.models.views.Views": ("models/views.html#views", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.Views.__init__": (
                 "models/views.html#views.__init__",
@@ -3286,6 +3295,11 @@ d = {
                 "crackseg_nb/models/views.py",
             ),
             "crackseg_nb.models.views.Views.look": ("models/views.html#views.look", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.logits_of": ("models/views.html#logits_of", "crackseg_nb/models/views.py"),
+            "crackseg_nb.models.views.probabilities_of": (
+                "models/views.html#probabilities_of",
+                "crackseg_nb/models/views.py",
+            ),
             "crackseg_nb.models.views.resize": ("models/views.html#resize", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.turn": ("models/views.html#turn", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.turn_back": ("models/views.html#turn_back", "crackseg_nb/models/views.py"),
@@ -4799,6 +4813,22 @@ d = {
                 "studies/across_data.html#acrossconfig",
                 "crackseg_nb/studies/across_data.py",
             ),
+            "crackseg_nb.studies.across_data.Contestant": (
+                "studies/across_data.html#contestant",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.Contestant.name": (
+                "studies/across_data.html#contestant.name",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.Contestant.network": (
+                "studies/across_data.html#contestant.network",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.Contestant.threshold": (
+                "studies/across_data.html#contestant.threshold",
+                "crackseg_nb/studies/across_data.py",
+            ),
             "crackseg_nb.studies.across_data.DataSet": (
                 "studies/across_data.html#dataset",
                 "crackseg_nb/studies/across_data.py",
@@ -4809,6 +4839,10 @@ d = {
             ),
             "crackseg_nb.studies.across_data.across_table": (
                 "studies/across_data.html#across_table",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.all_learned": (
+                "studies/across_data.html#all_learned",
                 "crackseg_nb/studies/across_data.py",
             ),
             "crackseg_nb.studies.across_data.begin_across": (
@@ -4843,8 +4877,8 @@ d = {
                 "studies/across_data.html#matrix",
                 "crackseg_nb/studies/across_data.py",
             ),
-            "crackseg_nb.studies.across_data.open_crack_model": (
-                "studies/across_data.html#open_crack_model",
+            "crackseg_nb.studies.across_data.open_contestant": (
+                "studies/across_data.html#open_contestant",
                 "crackseg_nb/studies/across_data.py",
             ),
             "crackseg_nb.studies.across_data.open_set": (
@@ -4869,6 +4903,10 @@ d = {
             ),
             "crackseg_nb.studies.across_data.show_matrix": (
                 "studies/across_data.html#show_matrix",
+                "crackseg_nb/studies/across_data.py",
+            ),
+            "crackseg_nb.studies.across_data.without_seed": (
+                "studies/across_data.html#without_seed",
                 "crackseg_nb/studies/across_data.py",
             ),
         },

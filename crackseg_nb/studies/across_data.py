@@ -9,9 +9,12 @@ __all__ = [
     "parse_sets",
     "OpenedSet",
     "open_set",
-    "open_crack_model",
+    "Contestant",
+    "without_seed",
+    "open_contestant",
     "listed_images",
     "learned_images",
+    "all_learned",
     "leave_out",
     "score_on",
     "score_across",
@@ -36,6 +39,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d05
 from ..core.checks import CrackSegError, check_folder_name
@@ -49,7 +53,7 @@ from ..metrics.counts import BinaryMetrics
 from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
-from ..models.views import with_views
+from ..models.views import MeanOfModels, with_views
 from ..runs.config import FIRST_WEIGHTS, ExperimentConfig, configure, notebook_settings, read_config
 from ..runs.experiment import find_source, make_datasets, make_loaders, run_of_weights, warn_of_seen_images
 from ..runs.stages import image_scores
@@ -114,12 +118,47 @@ def open_set(dataset: DataSet) -> OpenedSet:
     return OpenedSet(dataset.name, config, Splits([], [], images, *about))
 
 
-def open_crack_model(model: str, outputs: str = "") -> TrainedModel:
-    "Return a trained model; raise CrackSegError unless it segments cracks."
-    trained = open_model(model, outputs=outputs, device=str(get_device("auto")))
-    if trained.labelled or not trained.classes.binary:
-        raise CrackSegError(f"models: found {model}, which tells classes apart, expected a model of cracks alone")
-    return trained
+@dataclass(frozen=True)
+class Contestant:
+    "Hold what is scored under one name: a trained model, or several whose probabilities are averaged."
+
+    members: tuple[TrainedModel, ...]
+
+    @property
+    def name(self) -> str:
+        "The run's name; of several that differ in their seed the first one's, and how many they are."
+        names = [member.folder.name for member in self.members]
+        kinds = {without_seed(name) for name in names}
+        return f"{kinds.pop()}, mean of {len(names)}" if len(names) > len(kinds) == 1 else " + ".join(names)
+
+    @property
+    def threshold(self) -> float:
+        "The mean of the thresholds that the members' own validation images chose."
+        return float(np.mean([0.5 if one.threshold is None else one.threshold for one in self.members]))
+
+    def network(self) -> nn.Module:
+        "Return the network, each member in the views of its own test."
+        seen = [
+            with_views(one.model, one.settings.get("tta", "none"), one.settings.get("scales", (1.0,)))
+            for one in self.members
+        ]
+        return seen[0] if len(seen) == 1 else MeanOfModels(seen)
+
+
+def without_seed(name: str) -> str:
+    "Return the name of a run without its ending `-seed43`."
+    return re.sub(r"-seed\d+$", "", name)
+
+
+def open_contestant(models: str, outputs: str = "") -> Contestant:
+    "Return a trained model, or those of `one + another`; raise CrackSegError unless they segment cracks."
+    members = []
+    for model in models.split(" + "):
+        trained = open_model(model.strip(), outputs=outputs, device=str(get_device("auto")))
+        if trained.labelled or not trained.classes.binary:
+            raise CrackSegError(f"models: found {model}, which tells classes apart, expected a model of cracks alone")
+        members.append(trained)
+    return Contestant(tuple(members))
 
 
 def listed_images(folder: Path) -> set[str] | None:
@@ -151,6 +190,12 @@ def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
     return digests
 
 
+def all_learned(contestant: Contestant, outputs: str = "") -> set[str] | None:
+    "Return the images that any member has learned; None where it cannot be told of one."
+    found = [learned_images(member.folder, outputs) for member in contestant.members]
+    return None if None in found else set.union(*found)
+
+
 def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> OpenedSet | None:
     "Return a data set without the images that `model` has learned; None if those of one photo at most are left."
     splits = opened.splits
@@ -168,19 +213,19 @@ def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> Opened
 
 
 def score_on(
-    trained: TrainedModel,
+    contestant: Contestant,
     opened: OpenedSet,
     details: dict | None = None,  # to be filled by (data set, model) with Calibration and GeometryScores
 ) -> pd.DataFrame:
     "Return each image's scores at the model's own threshold; with details also its centre line's F1 at 2 pixels."
-    config, splits, name = opened.config, opened.splits, trained.folder.name
-    for warning in warn_of_seen_images(replace(config, fine_tune=str(trained.source)), splits):
-        logger.warning("%s: %s", opened.name, warning)
+    config, splits, name = opened.config, opened.splits, contestant.name
+    for member in contestant.members:
+        for warning in warn_of_seen_images(replace(config, fine_tune=str(member.source)), splits):
+            logger.warning("%s: %s", opened.name, warning)
     loader = make_loaders(config, make_datasets(config, splits))["test"]
-    viewed = with_views(trained.model, trained.settings.get("tta", "none"), trained.settings.get("scales", (1.0,)))
-    accelerator = create_accelerator(next(trained.model.parameters()).device)
+    network, threshold = contestant.network(), contestant.threshold
+    accelerator = create_accelerator(next(network.parameters()).device)
 
-    threshold = 0.5 if trained.threshold is None else trained.threshold
     more = Calibration(threshold=threshold), GeometryScores(threshold)
     if details is not None:
         details[opened.name, name] = more
@@ -193,7 +238,7 @@ def score_on(
             lines[index] = more[1].update(probability, mask)["centreline_f1"]
 
     title, on_batch = f"{name} on {opened.name}", None if details is None else add
-    metrics, _ = evaluate(viewed, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
+    metrics, _ = evaluate(network, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
     table = image_scores(metrics, threshold, splits.test)
     table[["tp", "fp", "fn"]] = metrics.counts()[1][..., metrics.position(threshold)].T
     if details is not None:
@@ -210,13 +255,13 @@ def score_across(
     details: dict | None = None,  # see `score_on`; it takes longer
 ) -> pd.DataFrame:
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
-    trained = [open_crack_model(model, outputs) for model in models]
+    contestants = [open_contestant(model, outputs) for model in models]
     opened = [open_set(dataset) for dataset in sets]
-    learned = [learned_images(model.folder, outputs) for model in trained]
+    learned = [all_learned(contestant, outputs) for contestant in contestants]
     pairs = [
-        (model, leave_out(images, seen, model.folder.name))
+        (contestant, leave_out(images, seen, contestant.name))
         for images in opened
-        for model, seen in zip(trained, learned)
+        for contestant, seen in zip(contestants, learned)
     ]
     tables = [score_on(model, images, details) for model, images in pairs if images]
     if not tables:
@@ -297,7 +342,7 @@ def matrix(
 ) -> pd.DataFrame:
     "Return the score of each model (rows) on each data set (columns), one row for runs that differ in their seed."
     values = table[score].unstack("set")
-    kinds = {model: re.sub(r"-seed\d+$", "", model) for model in table.index.unique("model")}
+    kinds = {model: without_seed(model) for model in table.index.unique("model")}
     return values.groupby(kinds).agg(over_runs).loc[[*dict.fromkeys(kinds.values())], [*table.index.unique("set")]]
 
 
@@ -330,7 +375,7 @@ def show_matrix(table: pd.DataFrame, score: str = "iou") -> Figure:
 class AcrossConfig:
     "Hold the parameters of `across_data.ipynb`."
 
-    models: tuple[str, ...] = ("ready",)  # finished runs on cracks, by name or folder, and ready
+    models: tuple[str, ...] = ("ready",)  # finished runs on cracks, by name or folder, ready, or A + B for their mean
     sets: str = ""  # data sets, such as CrackForest=path, walls=my/walls:threshold
     details: bool = False  # calibration, recall by width and lines as well; takes longer
     name: str = "across_data"  # folder of the tables below outputs
