@@ -179,6 +179,7 @@ d = {
                 "core/run_folder.html#find_run_folder",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.is_ready": ("core/run_folder.html#is_ready", "crackseg_nb/core/run_folder.py"),
             "crackseg_nb.core.run_folder.locate_weights": (
                 "core/run_folder.html#locate_weights",
                 "crackseg_nb/core/run_folder.py",
@@ -197,10 +198,6 @@ d = {
             ),
             "crackseg_nb.core.run_folder.say_terms": (
                 "core/run_folder.html#say_terms",
-                "crackseg_nb/core/run_folder.py",
-            ),
-            "crackseg_nb.core.run_folder.say_terms_of": (
-                "core/run_folder.html#say_terms_of",
                 "crackseg_nb/core/run_folder.py",
             ),
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
@@ -2940,6 +2937,10 @@ d = {
                 "crackseg_nb/models/kernels.py",
             ),
             "crackseg_nb.models.kernels.attend": ("models/kernels.html#attend", "crackseg_nb/models/kernels.py"),
+            "crackseg_nb.models.kernels.can_be_quicker": (
+                "models/kernels.html#can_be_quicker",
+                "crackseg_nb/models/kernels.py",
+            ),
             "crackseg_nb.models.kernels.counts_starts": (
                 "models/kernels.html#counts_starts",
                 "crackseg_nb/models/kernels.py",
@@ -2952,15 +2953,10 @@ d = {
                 "models/kernels.html#forget_biases",
                 "crackseg_nb/models/kernels.py",
             ),
-            "crackseg_nb.models.kernels.has_quick_gradient": (
-                "models/kernels.html#has_quick_gradient",
-                "crackseg_nb/models/kernels.py",
-            ),
             "crackseg_nb.models.kernels.interpolation_matrix": (
                 "models/kernels.html#interpolation_matrix",
                 "crackseg_nb/models/kernels.py",
             ),
-            "crackseg_nb.models.kernels.is_slow": ("models/kernels.html#is_slow", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.is_traced": ("models/kernels.html#is_traced", "crackseg_nb/models/kernels.py"),
             "crackseg_nb.models.kernels.own_operations": (
                 "models/kernels.html#own_operations",
@@ -2988,6 +2984,10 @@ d = {
             ),
             "crackseg_nb.models.kernels.strictly_repeatable": (
                 "models/kernels.html#strictly_repeatable",
+                "crackseg_nb/models/kernels.py",
+            ),
+            "crackseg_nb.models.kernels.trains_in_bfloat16": (
+                "models/kernels.html#trains_in_bfloat16",
                 "crackseg_nb/models/kernels.py",
             ),
         },
@@ -3276,15 +3276,6 @@ d = {
             "crackseg_nb.models.unet.Unet.segment": ("models/unet.html#unet.segment", "crackseg_nb/models/unet.py"),
         },
         "crackseg_nb.models.views": {
-            "crackseg_nb.models.views.MeanOfModels": ("models/views.html#meanofmodels", "crackseg_nb/models/views.py"),
-            "crackseg_nb.models.views.MeanOfModels.__init__": (
-                "models/views.html#meanofmodels.__init__",
-                "crackseg_nb/models/views.py",
-            ),
-            "crackseg_nb.models.views.MeanOfModels.forward": (
-                "models/views.html#meanofmodels.forward",
-                "crackseg_nb/models/views.py",
-            ),
             "crackseg_nb.models.views.Views": ("models/views.html#views", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.Views.__init__": (
                 "models/views.html#views.__init__",
@@ -3295,11 +3286,6 @@ d = {
                 "crackseg_nb/models/views.py",
             ),
             "crackseg_nb.models.views.Views.look": ("models/views.html#views.look", "crackseg_nb/models/views.py"),
-            "crackseg_nb.models.views.logits_of": ("models/views.html#logits_of", "crackseg_nb/models/views.py"),
-            "crackseg_nb.models.views.probabilities_of": (
-                "models/views.html#probabilities_of",
-                "crackseg_nb/models/views.py",
-            ),
             "crackseg_nb.models.views.resize": ("models/views.html#resize", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.turn": ("models/views.html#turn", "crackseg_nb/models/views.py"),
             "crackseg_nb.models.views.turn_back": ("models/views.html#turn_back", "crackseg_nb/models/views.py"),

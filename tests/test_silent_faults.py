@@ -17,9 +17,11 @@ from crackseg_nb.inference.networks import Facts, Network, Turned
 from crackseg_nb.measure.scale import Scale, flatten
 from crackseg_nb.metrics.counts import BinaryMetrics
 from crackseg_nb.metrics.statistics import corrected
+from crackseg_nb.models.kernels import DepthwiseConv2d, DepthwiseConv2dSame
+from crackseg_nb.models.registry import create_model
 from crackseg_nb.runs import stages
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import keep_best
+from crackseg_nb.runs.experiment import keep_best, load_splits, make_datasets
 from crackseg_nb.sources.samples import Classes
 from crackseg_nb.studies.race import ratios
 from crackseg_nb.synthetic.cracks import GENERATOR_VERSION, SyntheticConfig, synthesize
@@ -55,6 +57,18 @@ def test_scores_stand_beside_the_names_of_their_images_where_one_is_void():
     metrics.update(torch.full((3, 4, 4), 0.9), target, [0, 1, 2])
     table = stages.image_scores(metrics, 0.5, [SimpleNamespace(name=name) for name in "abc"])
     assert list(table["name"]) == ["a", "c"] and list(table["iou"]) == [0.25, 1.0]
+
+
+def test_the_zoom_of_a_run_reaches_its_training_images(tmp_path):
+    config = configure(synthetic_images=6, zoom=(0.5, 4), fractions=(0.4, 0.3, 0.3), outputs=str(tmp_path))
+    datasets = make_datasets(config, load_splits(config))
+    assert datasets["train"].augmentation.recipe.scales == (0.5, 4.0) and datasets["val"].augmentation is None
+
+
+def test_models_of_the_study_have_the_quick_depthwise_gradients():
+    for name, settings in {"unet": {"encoder": "efficientnet_lite0"}, "deeplab_optimized": {}}.items():
+        kinds = {type(part) for part in create_model(name, pretrained="false", **settings).modules()}
+        assert kinds & {DepthwiseConv2d, DepthwiseConv2dSame}, name
 
 
 def counted(levels):

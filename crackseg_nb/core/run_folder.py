@@ -14,7 +14,7 @@ __all__ = [
     "create_run_folder",
     "ready_folder",
     "say_terms",
-    "say_terms_of",
+    "is_ready",
     "find_run_folder",
     "find_finished_run",
     "locate_weights",
@@ -154,15 +154,14 @@ READY_TERMS = (
 
 
 @functools.cache
-def say_terms() -> None:
-    "Log, once, from what the package's model has learned and on which terms."
+def say_terms(log: str = "") -> None:
+    "Log from what the package's model has learned and on which terms, once for each `log`."
     logger.info("model %s: %s", READY, READY_TERMS)
 
 
-def say_terms_of(weights: Path) -> None:
-    "Log the terms of the package's model where these are its weights."
-    if ready_folder() in weights.parents:
-        say_terms()
+def is_ready(weights: Path) -> bool:
+    "Tell whether these are weights of the package's model."
+    return ready_folder().resolve() in weights.resolve().parents
 
 
 def find_run_folder(

@@ -110,13 +110,13 @@ AUGMENTATIONS = {
 
 
 def find_recipe(name: str, zooms: tuple[float, float] | None = None) -> Recipe:
-    "Return the recipe called `name`, with other zooms if they are given; raise CrackSegError if it has no random ones."
+    "Return the recipe called `name`, with other zooms if they are given; raise CrackSegError if it is never random."
     recipe = AUGMENTATIONS[choose("augmentation", name, AUGMENTATIONS)]
     if not zooms:
         return recipe
     scales = check_range("zoom", zooms, *ZOOMS)
     if not recipe.random:
-        raise CrackSegError(f"zoom: found {scales[0]:g},{scales[1]:g} with augmentation {name}, expected none")
+        raise CrackSegError(f"zoom: found {scales[0]:g},{scales[1]:g} with augmentation {name}, expected another one")
     return replace(recipe, scales=scales)
 
 

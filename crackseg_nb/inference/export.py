@@ -33,7 +33,7 @@ from torch import nn
 # %% ../../nbs/inference/08_export.ipynb #f4f6f53d
 from ..core.checks import CrackSegError, check_number, first_line
 from ..core.machine import quiet_loggers
-from ..core.run_folder import READY, locate_weights, ready_folder
+from ..core.run_folder import READY, is_ready, locate_weights
 from .files import beside
 from .models import TorchNetwork, load_network
 from .networks import Facts, Network, OnnxNetwork, write_facts
@@ -167,7 +167,7 @@ def export_run(
     if fixed_size and (fixed_size < 64 or fixed_size % 32):
         raise CrackSegError(f"fixed_size: found {fixed_size}, expected a multiple of 32 from 64 up")
     weights = locate_weights("model", str(model), outputs)
-    if path is None and ready_folder() in weights.parents:
+    if path is None and is_ready(weights):
         path = f"{READY}.onnx"  # a package's folder is not written to
     target = Path(path) if path else config_beside(weights).with_name("model.onnx")
     return export_network(load_network(model, "cpu", outputs, "none", (1.0,)), target, fixed_size=fixed_size)

@@ -26,11 +26,11 @@ __all__ = [
     "forget_biases",
     "KeptMaskBlock",
     "save_kernels",
-    "is_slow",
+    "trains_in_bfloat16",
     "DepthwiseConvolution",
     "DepthwiseConv2d",
     "DepthwiseConv2dSame",
-    "has_quick_gradient",
+    "can_be_quicker",
     "quicken_depthwise",
 ]
 
@@ -335,16 +335,21 @@ def save_kernels(body: nn.Module) -> None:
 
 
 # %% ../../nbs/models/03_kernels.ipynb #de910002
-def is_slow(x: torch.Tensor) -> bool:
-    "Tell whether `x` goes through a layer in bfloat16 on the CPU, and gradients are wanted."
+def trains_in_bfloat16(x: torch.Tensor) -> bool:
+    "Tell whether `x` `(B, C, H, W)` is to be trained on in bfloat16 on the CPU, with channels last."
     if is_traced() or not (FEW.get() and torch.is_grad_enabled() and x.device.type == "cpu"):
+        return False
+    if x.ndim != 4 or x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return kind == torch.bfloat16
 
 
 class DepthwiseConvolution(torch.autograd.Function):
-    "Filter each channel of bfloat16 features `(B, C, H, W)` by itself; compute gradients in single precision."
+    """Filter each channel of bfloat16 features `(B, C, H, W)` by itself; compute gradients in single precision.
+
+    A gradient of a gradient is not provided.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *settings) -> torch.Tensor:
@@ -370,7 +375,7 @@ class DepthwiseConv2d(nn.Conv2d):
     "Do what `nn.Conv2d` does; in bfloat16 on the CPU by `DepthwiseConvolution`."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_slow(x):
+        if not trains_in_bfloat16(x):
             return super().forward(x)
         settings = self.stride, self.padding, self.dilation
         return DepthwiseConvolution.apply(x.bfloat16(), self.weight, self.bias, *settings)
@@ -380,16 +385,16 @@ class DepthwiseConv2dSame(Conv2dSame):
     "Do what timm's convolution with the padding of TensorFlow does; in bfloat16 on the CPU by `DepthwiseConvolution`."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not is_slow(x):
+        if not trains_in_bfloat16(x):
             return super().forward(x)
         x = pad_same(x.bfloat16(), self.kernel_size, self.stride, self.dilation)
         return DepthwiseConvolution.apply(x, self.weight, self.bias, self.stride, (0, 0), self.dilation)
 
 
-def has_quick_gradient(part: nn.Conv2d) -> bool:
-    "Tell whether torch has quick gradients for a depthwise convolution, or `DepthwiseConvolution` cannot do it."
-    plain = part.kernel_size == (3, 3) and part.stride == part.dilation == (1, 1)
-    return plain or part.padding_mode != "zeros" or isinstance(part.padding, str)
+def can_be_quicker(part: nn.Conv2d) -> bool:
+    "Tell whether a depthwise convolution has slow gradients in torch, and `DepthwiseConvolution` can compute them."
+    quick = part.kernel_size in ((1, 1), (3, 3)) and part.stride == part.dilation == (1, 1)
+    return not quick and part.padding_mode == "zeros" and not isinstance(part.padding, str)
 
 
 def quicken_depthwise(model: nn.Module) -> nn.Module:
@@ -397,6 +402,6 @@ def quicken_depthwise(model: nn.Module) -> nn.Module:
     classes = {nn.Conv2d: DepthwiseConv2d, Conv2dSame: DepthwiseConv2dSame}
     for part in model.modules():
         if type(part) in classes and part.groups == part.in_channels == part.out_channels > 1:
-            if not has_quick_gradient(part):
+            if can_be_quicker(part):
                 part.__class__ = classes[type(part)]
     return model

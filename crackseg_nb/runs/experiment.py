@@ -78,7 +78,7 @@ from crackseg_nb.core.files import (
     write_yaml,
 )
 from ..core.machine import cores, describe_environment, get_device, log_to, logger, now, this_process
-from ..core.run_folder import RunFolder, create_run_folder, locate_weights, say_terms_of
+from ..core.run_folder import RunFolder, create_run_folder, is_ready, locate_weights, say_terms
 from ..core.seeds import seed_everything, seed_for
 from ..data.audit import Audit, audit
 from ..data.augment import create_augmentation
@@ -578,7 +578,8 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
             raise CrackSegError(
                 f"{name}: {run.name} is a run of {kind}, expected one of {config.model}, or -p model {kind}"
             )
-        say_terms_of(path)
+        if is_ready(path):
+            say_terms(f"{config.run.outputs}/{config.run.run_name}")
         weights = read_weights(path)
         report = load(model, weights)
         told = report.describe() if name == "encoder_weights" else str(report)

@@ -288,7 +288,7 @@ RECIPES = {
     "crack_unet": Recipe(
         "a U-Net with an EfficientNet-Lite1, crops of 256 pixels at changing scale, for photos", CRACK_UNET
     ),
-    "ready_unet": Recipe("the model that comes along goes on with your masks; eight views of a test photo", READY_UNET),
+    "ready_unet": Recipe("fine-tunes the ready model on your masks; eight views of a test photo", READY_UNET),
     "damage_quickstart": Recipe(
         "a small U-Net on synthetic damage of four kinds, in minutes on a CPU", DAMAGE_QUICKSTART
     ),

@@ -49,17 +49,18 @@ from ..core.run_folder import locate_weights
 from ..data.splits import Splits
 from ..figures.photos import save_figure
 from ..metrics.calibration import Calibration
-from ..metrics.counts import BinaryMetrics
+from ..metrics.counts import THRESHOLDS, BinaryMetrics
 from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.statistics import bootstrap
-from ..models.views import MeanOfModels, with_views
+from ..models.views import with_views
 from ..runs.config import FIRST_WEIGHTS, ExperimentConfig, configure, notebook_settings, read_config
 from ..runs.experiment import find_source, make_datasets, make_loaders, run_of_weights, warn_of_seen_images
 from ..runs.stages import image_scores
 from ..runs.trained_model import TrainedModel, open_model
 from ..sources.images import ENCODINGS
 from ..sources.registry import SOURCES
+from .compression import Ensemble
 from ..training.evaluation import evaluate
 from ..training.window import create_accelerator
 
@@ -126,10 +127,9 @@ class Contestant:
 
     @property
     def name(self) -> str:
-        "The run's name; of several that differ in their seed the first one's, and how many they are."
-        names = [member.folder.name for member in self.members]
-        kinds = {without_seed(name) for name in names}
-        return f"{kinds.pop()}, mean of {len(names)}" if len(names) > len(kinds) == 1 else " + ".join(names)
+        "The names of the runs; what a later one shares with the first but for the seed is left out."
+        first, *others = (member.folder.name for member in self.members)
+        return " + ".join([first, *(other.removeprefix(f"{without_seed(first)}-") for other in others)])
 
     @property
     def threshold(self) -> float:
@@ -142,12 +142,12 @@ class Contestant:
             with_views(one.model, one.settings.get("tta", "none"), one.settings.get("scales", (1.0,)))
             for one in self.members
         ]
-        return seen[0] if len(seen) == 1 else MeanOfModels(seen)
+        return seen[0] if len(seen) == 1 else Ensemble(seen)
 
 
 def without_seed(name: str) -> str:
-    "Return the name of a run without its ending `-seed43`."
-    return re.sub(r"-seed\d+$", "", name)
+    "Return the name of one run without its ending `-seed43`; of several it stays."
+    return name if " + " in name else re.sub(r"-seed\d+$", "", name)
 
 
 def open_contestant(models: str, outputs: str = "") -> Contestant:
@@ -238,7 +238,9 @@ def score_on(
             lines[index] = more[1].update(probability, mask)["centreline_f1"]
 
     title, on_batch = f"{name} on {opened.name}", None if details is None else add
-    metrics, _ = evaluate(network, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics())
+    metrics, _ = evaluate(
+        network, loader, accelerator, on_batch=on_batch, progress=title, metrics=BinaryMetrics({*THRESHOLDS, threshold})
+    )
     table = image_scores(metrics, threshold, splits.test)
     table[["tp", "fp", "fn"]] = metrics.counts()[1][..., metrics.position(threshold)].T
     if details is not None:
@@ -256,6 +258,10 @@ def score_across(
 ) -> pd.DataFrame:
     "Return the scores of every model on each image of every data set; missing inputs are reported before work begins."
     contestants = [open_contestant(model, outputs) for model in models]
+    names = [contestant.name for contestant in contestants]
+    for name in names:
+        if names.count(name) > 1:
+            raise CrackSegError(f"models: found {name} {names.count(name)} times, expected each once")
     opened = [open_set(dataset) for dataset in sets]
     learned = [all_learned(contestant, outputs) for contestant in contestants]
     pairs = [
@@ -352,12 +358,14 @@ MATRIX_SCORES = {"iou": "pooled IoU", "centreline_f1": "F1 of centre lines, mean
 def show_matrix(table: pd.DataFrame, score: str = "iou") -> Figure:
     "Show `matrix` as numbers on colours, with the range over runs where there are several."
     values, low, high, runs = (matrix(table, score, kind) for kind in ("mean", "min", "max", "count"))
+    scored = matrix(table, "images", "count")
     shape = 1.6 + 1.1 * values.shape[1], 0.9 + (0.5 if runs.max(axis=None) > 1 else 0.36) * len(values)
     figure, axis = plt.subplots(figsize=shape, layout="constrained")
     axis.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(values.shape):
         value, *ends = (one.iat[row, column] for one in (values, low, high))
-        text = "learned" if np.isnan(value) else f"{value:.2f}"
+        unknown = "none" if scored.iat[row, column] else "learned"
+        text = unknown if np.isnan(value) else f"{value:.2f}"
         if runs.iat[row, column] > 1:
             text += f"\n{ends[0]:.2f} to {ends[1]:.2f}"
         axis.text(column, row, text, ha="center", va="center", color="white" if value > 0.6 else "black")

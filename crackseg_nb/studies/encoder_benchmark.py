@@ -492,7 +492,7 @@ def loading(
     config, table = self.run_config(self.config.encoders[0]), self.table()
     with hidden_bars():
         splits, size = load_splits(config), (config.data.image_size,) * 2
-    augmentation = create_augmentation(config.data.augmentation, size, fit=config.data.fit)
+    augmentation = create_augmentation(config.data.augmentation, size, config.data.fit, config.data.zoom)
     found = measure_loading(
         splits.train[:images],
         splits.mask_encoding,

@@ -392,7 +392,7 @@ def create_contest(
         seed=settings.seed,
         preload="auto",
         progress=False,
-        augmentation=create_augmentation(config.data.augmentation, (size, size), fit=config.data.fit),
+        augmentation=create_augmentation(config.data.augmentation, (size, size), config.data.fit, config.data.zoom),
     )
     seed_everything(settings.seed)
     model = create_model(name, **config.model_settings, image_size=size, num_classes=1)
