@@ -328,15 +328,16 @@ def show_across(
 ) -> Figure:
     "Show each model's pooled IoU on each data set, with its interval."
     names, models = (list(table.index.unique(level)) for level in ("set", "model"))
-    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.32 * len(table)), layout="constrained")
+    height = 0.8 + 0.32 * len(table) + 0.22 * len(models)
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
     for number, model in enumerate(models):
         rows = table.xs(model, level="model")
         heights = [names.index(name) + 0.6 * ((number + 0.5) / len(models) - 0.5) for name in rows.index]
         errors = np.abs(rows[["low", "high"]].to_numpy() - rows[["iou"]].to_numpy()).T
-        axis.errorbar(rows["iou"], heights, xerr=errors, fmt="o", capsize=3, label=model)
+        axis.errorbar(rows["iou"], heights, xerr=errors, fmt="os^D"[number // 10 % 4], capsize=3, label=model)
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel="pooled IoU, 95 % interval", xlim=(0, 1))
     axis.invert_yaxis()
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(loc="outside lower left")  # below, since names of averaged models are long
     return figure
 
 
