@@ -116,7 +116,9 @@ def find_recipe(name: str, zooms: tuple[float, float] | None = None) -> Recipe:
         return recipe
     scales = check_range("zoom", zooms, *ZOOMS)
     if not recipe.random:
-        raise CrackSegError(f"zoom: found {scales[0]:g},{scales[1]:g} with augmentation {name}, expected another one")
+        raise CrackSegError(
+            f"zoom: found {scales[0]:g},{scales[1]:g} with augmentation {name}, expected one that is random"
+        )
     return replace(recipe, scales=scales)
 
 

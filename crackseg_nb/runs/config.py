@@ -216,7 +216,9 @@ def is_labelled(data: str) -> bool:
 def check_zoom(data: DataConfig) -> None:
     "Raise CrackSegError unless `zoom` is a range for training images that have masks."
     if data.zoom and data.labelled:
-        raise CrackSegError(f"zoom: found {data.zoom} for labelled images, expected it for images with masks")
+        raise CrackSegError(
+            f"zoom: found {data.zoom} for labelled images, expected none: only images with masks are zoomed"
+        )
     if data.zoom:
         find_recipe(data.augmentation, data.zoom)
 
