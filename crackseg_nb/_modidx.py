@@ -3756,6 +3756,7 @@ d = {
                 "runs/results.html#collect_results",
                 "crackseg_nb/runs/results.py",
             ),
+            "crackseg_nb.runs.results.epoch_rule": ("runs/results.html#epoch_rule", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.image_table": ("runs/results.html#image_table", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.kept_files": ("runs/results.html#kept_files", "crackseg_nb/runs/results.py"),
             "crackseg_nb.runs.results.last_epochs": ("runs/results.html#last_epochs", "crackseg_nb/runs/results.py"),

@@ -269,7 +269,8 @@ def test_a_model_is_scored_on_photos_of_ones_own(tiny_run, tmp_path):
     data = dict(data="folder", data_dir=str(tmp_path / "mine"), fractions="0.05,0.25,0.7", outputs=str(tmp_path))
     done = run(configure(**settings, **data))
     assert done.prepared.splits.lengths == {"train": 1, "val": 5, "test": 14}
-    assert "validation images" in read_yaml(done.folder / "final_results.yaml")["protocol"]["threshold_rule"]
+    protocol = read_yaml(done.folder / "final_results.yaml")["protocol"]
+    assert "validation images" in protocol["threshold_rule"] and "none was trained" in protocol["epoch_rule"]
 
 
 # Bad input: one line, a failed folder, no results

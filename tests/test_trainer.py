@@ -17,7 +17,7 @@ from crackseg_nb.training.checkpoint import load_checkpoint
 from crackseg_nb.training.losses import create_loss
 from crackseg_nb.training.optim import learning_rate_curve
 from crackseg_nb.training.settings import OptimConfig, TrainConfig
-from crackseg_nb.training.trainer import Trainer, TrainSettings, fit, restore, training_state
+from crackseg_nb.training.trainer import Trainer, TrainSettings, epoch_line, fit, restore, training_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +101,13 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(tmp_path, script, epoch)
 def test_without_validation_the_last_epoch_is_kept(tmp_path):
     trainer, seen = train(tmp_path, (0.9, 0.1, 0.2), validated=False)
     assert_kept(trainer, seen, 3)
+
+
+def test_the_last_epoch_is_kept_whatever_its_score(tmp_path):
+    trainer, seen = train(tmp_path, (0.9, 0.1, 0.2), keep_epoch="last", patience=0)
+    assert_kept(trainer, seen, 3)
+    assert torch.equal(trainer.best_rows, seen[2][1])  # by which the threshold is chosen
+    assert "best so far" not in epoch_line(trainer, trainer.history[-1], trainer.performance[-1], True)
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 4), (0, 6)])

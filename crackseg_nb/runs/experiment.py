@@ -845,12 +845,14 @@ def make_room(
 
 # %% ../../nbs/runs/05_experiment.ipynb #13eba590
 def keep_best(trainer: Trainer, history: pd.DataFrame, seconds: float) -> Trained:
-    "Load the weights of the best epoch into the model and return it with its counts on the validation images."
+    "Load the weights of the epoch to keep into the model and return it with its counts on the validation images."
     best, val_metrics = trainer.best, None
     if best.epoch:
         trainer.model.load_state_dict(trainer.best_weights)
         if trainer.val_loader is None:
             logger.info("last epoch: %d, no validation images", best.epoch)
+        elif trainer.config.keep_epoch == "last":
+            logger.info("last epoch: %d, kept whatever its score", best.epoch)
         else:
             logger.info("best epoch: %d, val %s %.4f", best.epoch, trainer.metrics.iou_name, best.value)
     if trainer.best_rows is not None and trainer.val_loader is not None:

@@ -17,6 +17,7 @@ __all__ = [
     "scores_of",
     "split_scores",
     "choice_rules",
+    "epoch_rule",
     "protocol_of",
     "resumes",
     "performance_of",
@@ -166,19 +167,28 @@ def choice_rules(
     criterion: str,  # that the threshold maximises
     sizes: tuple[float, ...] = (1.0,),  # in which the validation images were shown
 ) -> dict[str, str]:
-    "Return in words how the class or the threshold, and the epoch, were chosen."
+    "Return in words how the class or the threshold was chosen."
     if tested.threshold is None:
-        rules = {"class_rule": "the class with the highest logit"}
-    elif tested.val_metrics:
-        shown = "" if sizes == (1.0,) else f", shown at {', '.join(f'{size:g}' for size in sizes)} of their size"
-        rules = {"threshold_rule": f"highest {criterion} on the validation images{shown}"}
-    else:
-        rules = {"threshold_rule": "0.5, not chosen"}
+        return {"class_rule": "the class with the highest logit"}
     if tested.val_metrics:
-        rules["epoch_rule"] = f"highest {EPOCH_SCORES[tested.metrics.iou_name]} on the validation images"
-    else:
-        rules["epoch_rule"] = "the last epoch: the validation images were learned too"
-    return rules
+        shown = "" if sizes == (1.0,) else f", shown at {', '.join(f'{size:g}' for size in sizes)} of their size"
+        return {"threshold_rule": f"highest {criterion} on the validation images{shown}"}
+    return {"threshold_rule": "0.5, not chosen"}
+
+
+def epoch_rule(
+    tested: Tested,
+    keep_epoch: str = "best",  # one of KEPT_EPOCHS
+    epochs: int = 1,  # that were trained
+) -> str:
+    "Return in words how the epoch was chosen."
+    if not epochs:
+        return "none was trained: the weights are those that it began with"
+    if not tested.val_metrics:
+        return "the last epoch: the validation images were learned too"
+    if keep_epoch == "last":
+        return "the last epoch, whatever its score"
+    return f"highest {EPOCH_SCORES[tested.metrics.iou_name]} on the validation images"
 
 
 def protocol_of(
@@ -193,6 +203,7 @@ def protocol_of(
         "epoch": trained.epoch,
         "epochs_trained": trained.epochs,
         **choice_rules(tested, config.run.threshold_criterion, config.run.val_scales),
+        "epoch_rule": epoch_rule(tested, config.train.keep_epoch, trained.epochs),
         "evaluation": config.data.eval_fit + (f", {views}" if views else ""),
         "split": lengths,
         "text": " ".join(tested.metrics.protocol.split()),

@@ -204,6 +204,7 @@ def read_run(folder: Path) -> dict:
         "test_images": results["test"]["num_images"],
         "epoch": protocol["epoch"],
         "epochs_trained": protocol["epochs_trained"],
+        "epoch_chosen": not protocol.get("epoch_rule", "").startswith("the last epoch"),
         "test_epoch": bool(protocol.get("test_epoch")),
         "parameters": results["model"]["parameters"],
         "weights": results["model"]["weights"],
@@ -532,8 +533,8 @@ def test_epochs(done: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #cfcba8d0
 def short_budget(done: pd.DataFrame) -> list[str]:
-    "Say in how many runs the last epoch is the best."
-    late = int((done["epoch"] == done["epochs_trained"]).sum())
+    "Say in how many runs the last epoch is the best; runs that keep it whatever its score tell nothing."
+    late = int((done["epoch_chosen"] & (done["epoch"] == done["epochs_trained"])).sum())
     if not late:
         return []
     return [

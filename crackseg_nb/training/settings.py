@@ -13,6 +13,7 @@ __all__ = [
     "OPTIM_CHOICES",
     "OPTIM_BOUNDS",
     "PRECISIONS",
+    "KEPT_EPOCHS",
     "TRAIN_BOUNDS",
     "loss_settings",
     "losses_for",
@@ -256,6 +257,7 @@ class OptimConfig:
 
 # %% ../../nbs/training/01_settings.ipynb #694b0975
 PRECISIONS = ("auto", "bf16", "fp16", "off")  # of `amp`; auto: the fastest that is safe on the device
+KEPT_EPOCHS = ("best", "last")  # by the score of the validation images; whatever that score
 
 # %% ../../nbs/training/01_settings.ipynb #69d4f0fc
 TRAIN_BOUNDS = {
@@ -281,6 +283,7 @@ class TrainConfig:
     eval_batch_size: int = 4
     amp: str = "auto"  # auto, bf16, fp16 or off
     clip_norm: float = 0.0  # largest norm of the gradient; 0 does not clip
+    keep_epoch: str = "best"  # best: the one with the highest validation score; last: whatever its score
     patience: int = 20  # epochs without a better validation score before training stops; 0 never stops
     checkpoint_every: int = 5  # epochs between full training states; 0 keeps none beyond the run
     checkpoint_minutes: float = 10.0  # minutes after which a state is written within an epoch; 0 never
@@ -290,4 +293,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile: minutes of compiling, then faster steps
 
     def __post_init__(self):
-        check_settings(self, {"amp": PRECISIONS}, TRAIN_BOUNDS)
+        check_settings(self, {"amp": PRECISIONS, "keep_epoch": KEPT_EPOCHS}, TRAIN_BOUNDS)
+        if self.keep_epoch == "last" and self.patience:
+            raise CrackSegError(
+                f"patience: found {self.patience} with keep_epoch last, expected 0: the last epoch has to be reached"
+            )

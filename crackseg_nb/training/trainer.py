@@ -693,21 +693,23 @@ def epoch_line(trainer: Trainer, row: dict, performance: dict, improved: bool) -
             f"{row['train_skipped_steps']} of {trainer.steps_per_epoch} steps skipped, which overflowed in fp16"
         )
     memory = performance.get("peak_cuda_mib", performance["peak_rss_mib"])
+    best = improved and trainer.val_loader is not None and trainer.config.keep_epoch == "best"
     return (
         f"epoch {trainer.epoch}/{trainer.config.epochs}: {', '.join(numbers)}, "
-        f"{performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB"
-        + (", best so far" if improved and trainer.val_loader is not None else "")
+        f"{performance['images_per_second']:.1f} images/s, peak {memory:.0f} MiB" + (", best so far" if best else "")
     )
 
 
 # %% ../../nbs/training/14_trainer.ipynb #de23c386
 def finish_epoch(trainer: Trainer, row: dict, performance: dict) -> bool:
-    "Count an epoch that was trained and validated; return whether it is the best so far."
+    "Count an epoch that was trained and validated; return whether it is the one to keep so far."
     trainer.history.append(row)
     trainer.performance.append(performance)
     trainer.epoch += 1
     begin_epoch(trainer)
     score = row.get(f"val_{trainer.metrics.score}", trainer.epoch)  # unvalidated, the last epoch is the best
+    if trainer.config.keep_epoch == "last":
+        score = trainer.epoch
     improved = trainer.best.update(trainer.epoch, score)
     if improved:
         trainer.best_rows = trainer.val_rows
