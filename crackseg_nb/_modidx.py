@@ -44,6 +44,7 @@ d = {
                 "crackseg_nb/core/checks.py",
             ),
             "crackseg_nb.core.checks.check_number": ("core/checks.html#check_number", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.check_range": ("core/checks.html#check_range", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.check_settings": ("core/checks.html#check_settings", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
@@ -5818,10 +5819,6 @@ d = {
             "crackseg_nb.synthetic.drawing.blade": ("synthetic/drawing.html#blade", "crackseg_nb/synthetic/drawing.py"),
             "crackseg_nb.synthetic.drawing.check_names": (
                 "synthetic/drawing.html#check_names",
-                "crackseg_nb/synthetic/drawing.py",
-            ),
-            "crackseg_nb.synthetic.drawing.check_range": (
-                "synthetic/drawing.html#check_range",
                 "crackseg_nb/synthetic/drawing.py",
             ),
             "crackseg_nb.synthetic.drawing.check_size": (

@@ -20,6 +20,7 @@ __all__ = [
     "listed",
     "choose",
     "check_number",
+    "check_range",
     "check_settings",
     "check_file_name",
     "check_folder_name",
@@ -189,6 +190,17 @@ def check_number(
         if (low is None or value >= low) and (high is None or value <= high):
             return value
     raise CrackSegError(f"{parameter}: found {found!r}, expected {expected}")
+
+
+# %% ../../nbs/core/01_checks.ipynb #0a2733dd
+def check_range(parameter: str, found, low: float, high: float) -> tuple[float, float]:
+    "Return `found` as an ordered pair of numbers within `low..high`; raise CrackSegError otherwise."
+    if not isinstance(found, (list, tuple)) or len(found) != 2:
+        raise CrackSegError(f"{parameter}: found {found!r}, expected two numbers, smallest and largest")
+    first, last = (check_number(parameter, number, float, low, high) for number in found)
+    if first > last:
+        raise CrackSegError(f"{parameter}: found {found!r}, expected the smaller number first")
+    return first, last
 
 
 # %% ../../nbs/core/01_checks.ipynb #ab5188af

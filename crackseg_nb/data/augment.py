@@ -31,8 +31,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from ..core.checks import IMAGENET_MEAN, VOID, CrackSegError, check_number, choose
-from ..synthetic.drawing import check_range
+from ..core.checks import IMAGENET_MEAN, VOID, CrackSegError, check_number, check_range, choose
 
 # %% ../../nbs/data/04_augment.ipynb #305bc28c
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # colour of regions that the photo does not cover

@@ -77,6 +77,7 @@ from crackseg_nb.core.checks import (
     CrackSegError,
     check_folder_name,
     check_number,
+    check_range,
     check_settings,
     choose,
     first_few,
@@ -104,7 +105,6 @@ from ..sources.registry import SOURCES, check_no_mask_options, choose_classes, l
 from ..sources.samples import Classes, read_paint
 from ..synthetic.cracks import CRACK_WIDTHS
 from ..synthetic.damage import DAMAGE_CLASSES
-from ..synthetic.drawing import check_range
 from ..synthetic.textures import TEXTURES
 from ..training.settings import LOSS_SETTINGS, LossConfig, OptimConfig, TrainConfig, loss_settings, losses_for
 

@@ -35,7 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 # %% ../../nbs/synthetic/02_cracks.ipynb #28bb0ee3
-from ..core.checks import CrackSegError, check_number
+from ..core.checks import CrackSegError, check_number, check_range
 from ..core.files import atomic_write, read_yaml, to_plain, write_yaml
 from ..core.seeds import seed_for
 from crackseg_nb.synthetic.drawing import (
@@ -46,7 +46,6 @@ from crackseg_nb.synthetic.drawing import (
     SURFACES,
     Stroke,
     check_names,
-    check_range,
     check_size,
     draw_strokes,
     paint,

@@ -35,7 +35,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..core.checks import check_number
+from ..core.checks import check_number, check_range
 from ..core.seeds import seed_for
 from .cracks import folder_settings, paint_cracks, pick_distractors, place_cracks, write_images
 from crackseg_nb.synthetic.drawing import (
@@ -44,7 +44,6 @@ from crackseg_nb.synthetic.drawing import (
     LITTER,
     Stroke,
     check_names,
-    check_range,
     check_size,
     concrete,
     draw_strokes,

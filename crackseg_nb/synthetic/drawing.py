@@ -17,7 +17,6 @@ __all__ = [
     "draw_strokes",
     "random_line",
     "wander",
-    "check_range",
     "check_names",
     "check_size",
     "paint",
@@ -167,17 +166,6 @@ def wander(
         0.45 * kinks + 0.25 * random_line(generator, count, 6) + 0.25 * generator.standard_normal(count)
     )
     return start + STEP * np.cumsum(np.stack([np.cos(angle), np.sin(angle)], -1), axis=0)
-
-
-# %% ../../nbs/synthetic/01_drawing.ipynb #0a2733dd
-def check_range(parameter: str, found, low: float, high: float) -> tuple[float, float]:
-    "Return `found` as an ordered pair of numbers within `low..high`; raise CrackSegError otherwise."
-    if not isinstance(found, (list, tuple)) or len(found) != 2:
-        raise CrackSegError(f"{parameter}: found {found!r}, expected two numbers, smallest and largest")
-    first, last = (check_number(parameter, number, float, low, high) for number in found)
-    if first > last:
-        raise CrackSegError(f"{parameter}: found {found!r}, expected the smaller number first")
-    return first, last
 
 
 # %% ../../nbs/synthetic/01_drawing.ipynb #9c10d1a0
