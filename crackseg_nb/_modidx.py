@@ -201,6 +201,7 @@ d = {
                 "core/run_folder.html#say_terms",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.terms_of": ("core/run_folder.html#terms_of", "crackseg_nb/core/run_folder.py"),
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },
         "crackseg_nb.core.seeds": {
@@ -3226,6 +3227,10 @@ d = {
                 "models/settings.html#per_stage",
                 "crackseg_nb/models/settings.py",
             ),
+            "crackseg_nb.models.settings.scales_at": (
+                "models/settings.html#scales_at",
+                "crackseg_nb/models/settings.py",
+            ),
             "crackseg_nb.models.settings.swin_layout": (
                 "models/settings.html#swin_layout",
                 "crackseg_nb/models/settings.py",
@@ -3634,6 +3639,10 @@ d = {
             "crackseg_nb.runs.experiment.run": ("runs/experiment.html#run", "crackseg_nb/runs/experiment.py"),
             "crackseg_nb.runs.experiment.run_of_weights": (
                 "runs/experiment.html#run_of_weights",
+                "crackseg_nb/runs/experiment.py",
+            ),
+            "crackseg_nb.runs.experiment.splits_of_run": (
+                "runs/experiment.html#splits_of_run",
                 "crackseg_nb/runs/experiment.py",
             ),
             "crackseg_nb.runs.experiment.states_of": (

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gpu_day
@@ -136,6 +138,25 @@ def test_the_hybrid_starts_half_of_the_kernels_that_it_did(checkpointing, most):
     assert 24 <= found.counts["_scaled_dot_product_efficient_attention"] <= blocks + 12  # once more for the gradients
     assert found.counts["_scaled_dot_product_efficient_attention_backward"] == 12
     assert not found.counts.keys() & {"_unsafe_index", "upsample_bilinear2d"}
+
+
+def test_threads_share_what_is_kept():
+    "Tiles of one photo are computed in threads, which forget what others are about to take."
+    kept, like = kernels.Kept(most=4), torch.zeros(1)
+
+    def take(first):
+        for number in range(first, first + 2000):
+            key = number % 7
+            assert kept.get((key,), lambda key=key: torch.full((1,), float(key)), like).item() == key
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(take, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(kept.values) <= 4
 
 
 def test_what_is_computed_in_fewer_kernels_is_the_same():

@@ -1,5 +1,7 @@
 """The model that comes with the package: its weights are whole and small, its results its own, and it finds a crack."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from crackseg_nb import load_model, predict
 from crackseg_nb.core.files import project_root, read_yaml, sha256_file
-from crackseg_nb.core.run_folder import READY, READY_TERMS, find_run_folder, ready_folder, say_terms
+from crackseg_nb.core.run_folder import READY, READY_TERMS, find_run_folder, ready_folder
 from crackseg_nb.inference import export
 from crackseg_nb.inference.commands import predict_main
 from crackseg_nb.runs.config import configure
@@ -47,12 +49,10 @@ def test_its_results_are_those_of_the_run_that_tested_its_weights():
     assert stored["test"]["pooled"] == pytest.approx(trained["test"]["pooled"], abs=2e-3)  # half precision
 
 
-def test_it_says_once_what_it_has_learned(caplog):
+def test_it_says_what_it_has_learned(caplog):
     "Its terms name every folder of its training images; the picture of the README is none of them."
-    say_terms.cache_clear()
     with caplog.at_level("INFO", logger="crackseg_nb"):
-        for _ in range(2):
-            open_model(READY)
+        open_model(READY)
     (line,) = [record.getMessage() for record in caplog.records if "has learned" in record.getMessage()]
     learned = {name.split("/")[0] for name in read_yaml(ready_folder() / "splits.yaml")["train"]}
     names = {"uav": "UAVCrack", "tile": "CrackTile", "crack500": "Crack500", "synth": "drawn cracks"}
@@ -63,7 +63,6 @@ def test_it_says_once_what_it_has_learned(caplog):
 
 def test_a_run_that_begins_with_it_says_its_terms_and_has_its_weights(caplog):
     "By the recipe that is made for this."
-    say_terms.cache_clear()
     with caplog.at_level("INFO", logger="crackseg_nb"):
         model = make_model(configure(recipe="ready_unet"))
     assert READY_TERMS in caplog.text and str(model.weights["loaded"]) == "fine_tune ready"
@@ -75,7 +74,7 @@ def test_it_finds_drawn_cracks(drawn, tmp_path, capsys):
     "By the command without a model, which says its terms, and by Python: the same files."
     assert predict_main([str(drawn / "images"), "--out", str(tmp_path / "command"), "--quiet"]) == 0
     assert f"\nready: {READY_TERMS}\n" in capsys.readouterr().out
-    predict("ready", drawn / "images", tmp_path / "python", progress=False)
+    assert predict("ready", drawn / "images", tmp_path / "python", progress=False)["terms"] == f"ready: {READY_TERMS}"
     found = true = both = 0
     for path in sorted((drawn / "images").iterdir()):
         one, other = (tmp_path / kind / f"{path.stem}_mask.png" for kind in ("command", "python"))
@@ -83,6 +82,20 @@ def test_it_finds_drawn_cracks(drawn, tmp_path, capsys):
         marked, crack = read_image(one)[..., 0] > 0, read_image(drawn / "masks" / f"{path.stem}.png")[..., 0] > 0
         found, true, both = found + marked.sum(), true + crack.sum(), both + (marked & crack).sum()
     assert both / (found + true - both) > 0.4
+
+
+def test_another_model_says_no_terms(drawn, tmp_path, capsys):
+    "Although the package's model was used before it, in the same process."
+    open_model(READY)
+    shutil.copytree(ready_folder() / "checkpoints", tmp_path / "own" / "checkpoints")
+    for name in ("config.yaml", "final_results.yaml", "status.yaml"):
+        shutil.copy(ready_folder() / name, tmp_path / "own")
+    photo = next((drawn / "images").iterdir())
+    words = [str(photo), "--model", str(tmp_path / "own"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert predict_main(words) == 0
+    assert READY_TERMS not in capsys.readouterr().out and "terms" not in json.loads(
+        (tmp_path / "out" / "manifest.json").read_text()
+    )
 
 
 def test_a_model_of_ones_own_begins_with_it(drawn, tmp_path):

@@ -108,6 +108,21 @@ def test_any_error_of_a_trial_is_one_failed_trial(tmp_path, monkeypatch):
     assert list(search.table()["state"]) == ["fail", "complete"]
 
 
+def test_a_cost_that_cannot_be_measured_is_one_failed_trial(tmp_path, monkeypatch):
+    "It is measured when the training is over; a restart would go into the same error again and again."
+    search = Search("costly", {"lr": "1e-3..1e-2:log"}, TINY | dict(epochs=1), tmp_path, Goal("latency"))
+    costs = iter([RuntimeError("no clock"), 3.0])
+
+    def cost_of(*_):
+        if isinstance(cost := next(costs), Exception):
+            raise cost
+        return cost
+
+    monkeypatch.setattr(search_module, "cost_of", cost_of)
+    search.work(2)
+    assert list(search.table()["state"]) == ["fail", "complete"]
+
+
 def test_the_table_of_a_search_without_trials_is_empty(tmp_path, capsys):
     Search("fresh", SPACE, TINY, tmp_path)
     assert search_main(["fresh", "--table", "--outputs", str(tmp_path)]) == 1

@@ -13,8 +13,9 @@ __all__ = [
     "RunFolder",
     "create_run_folder",
     "ready_folder",
-    "say_terms",
     "is_ready",
+    "terms_of",
+    "say_terms",
     "find_run_folder",
     "find_finished_run",
     "locate_weights",
@@ -27,7 +28,6 @@ __all__ = [
 # %% ../../nbs/core/05_run_folder.ipynb #da75910b
 import contextlib
 import errno
-import functools
 import importlib.resources
 import os
 import time
@@ -153,15 +153,20 @@ READY_TERMS = (
 )
 
 
-@functools.cache
-def say_terms(log: str = "") -> None:
-    "Log from what the package's model has learned and on which terms, once for each `log`."
-    logger.info("model %s: %s", READY, READY_TERMS)
-
-
 def is_ready(weights: Path) -> bool:
     "Tell whether these are weights of the package's model."
     return ready_folder().resolve() in weights.resolve().parents
+
+
+def terms_of(weights: Path) -> str:
+    "Return from what the package's model has learned and on which terms; empty for weights of others."
+    return f"{READY}: {READY_TERMS}" if is_ready(weights) else ""
+
+
+def say_terms(weights: Path) -> None:
+    "Log `terms_of` the weights, if there are any."
+    if terms := terms_of(weights):
+        logger.info("model %s", terms)
 
 
 def find_run_folder(

@@ -34,7 +34,6 @@ from tqdm.auto import tqdm
 from ..core.checks import CrackSegError, check_number, first_few
 from ..core.files import atomic_write, read_yaml, sha256_file, write_table, write_yaml
 from ..core.run_folder import RunFolder, find_finished_run, read_results
-from ..data.audit import fingerprint
 from ..data.dataset import CrackDataset
 from ..metrics.calibration import Calibration
 from ..metrics.curves import Sums, ThresholdCurves
@@ -42,7 +41,7 @@ from ..metrics.geometry import GeometryScores
 from ..metrics.scores import scores_from_counts
 from ..metrics.widths import trace_pair
 from ..runs.config import ExperimentConfig, configure
-from ..runs.experiment import load_splits
+from ..runs.experiment import splits_of_run
 from ..runs.results import prediction_bits, prediction_path, read_prediction
 
 
@@ -115,16 +114,9 @@ def open_predictions(
         device="cpu",
         **({"data_dir": data_dir} if data_dir else {}),
     )
-    splits = load_splits(config)
-    names = [sample.name for sample in splits.test]
-    now, then = fingerprint(splits), read_yaml(folder / "environment.yaml")["data"]["fingerprint"]
-    if names != seen or now != then:
-        raise CrackSegError(
-            f"data: found images or masks that differ from those of {folder.run_id} (fingerprint {now[:12]}, "
-            f"expected {then[:12]})"
-        )
+    splits = splits_of_run(folder.path, config)
     dataset = CrackDataset(splits.test, splits.mask_encoding, resize=config.data.eval_resize, facts=splits.facts)
-    return TestPredictions(folder, config, results, dataset, now)
+    return TestPredictions(folder, config, results, dataset, results["data_fingerprint"])
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #02ec29f2

@@ -11,7 +11,7 @@ import sys
 
 # %% ../../nbs/inference/09_commands.ipynb #ffc363e3
 from ..core.checks import RESUME_CODE
-from ..core.run_folder import READY, READY_TERMS, say_terms
+from ..core.run_folder import READY
 from ..runs.command import command, new_parser, take_outputs
 
 
@@ -70,8 +70,8 @@ def predict_main(words: list[str] | None = None) -> int:
         return RESUME_CODE
     rule = manifest["mask"]
     print(f"{len(manifest['photos'])} photos, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
-    if say_terms.cache_info().currsize:  # the package's model was among those that were asked
-        print(f"{READY}: {READY_TERMS}")
+    if manifest.get("terms"):
+        print(manifest["terms"])
     return 0
 
 

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/inference/06_models.ipynb #adb1eba3
 from ..core.checks import CrackSegError
+from ..core.run_folder import terms_of
 from .networks import Facts, Network
 from ..models.encoders import WINDOWED
 from ..models.settings import check_scales, describe_views
@@ -238,6 +239,6 @@ def load_network(
         f"{name}: {rule}" if chosen else "0.5, not chosen",
         alignment_of(built) * max(Fraction(scale).denominator for scale in asked[1]),
         multiple=getattr(built.encoder, "multiple", 32),
-        licence="Apache-2.0",
+        terms=terms_of(trained.source),
     )
     return TorchNetwork(views, facts, place, precision)

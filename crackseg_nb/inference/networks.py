@@ -49,7 +49,7 @@ class Facts:
     radius: int = 0  # pixels that a prediction looks far; 0: not measured
     multiple: int = 32  # of which the sides of an image are, after its border is repeated
     fixed_size: int = 0  # side of the only image that fits; 0: any size
-    licence: str = ""
+    terms: str = ""  # on which its weights may be used, where that has to be said
 
     @property
     def all_classes(self) -> Classes:
@@ -170,8 +170,9 @@ class Averaged(Network):
             f"mean of {len(several)} models: " + "; ".join(facts.threshold_origin for facts in several),
             int(np.lcm.reduce([facts.align for facts in several])),
             max(facts.radius for facts in several),
-            fixed_size=first.fixed_size,
-            licence="; ".join(dict.fromkeys(facts.licence for facts in several)),
+            int(np.lcm.reduce([facts.multiple for facts in several])),
+            first.fixed_size,
+            "; ".join(dict.fromkeys(facts.terms for facts in several if facts.terms)),
         )
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -243,9 +244,16 @@ def read_facts(path: Path, metadata: dict[str, str]) -> Facts:
         raise CrackSegError(
             f"{path}: found an ONNX file without classes and threshold, expected what crackseg_export wrote"
         )
-    known = json.loads(metadata[METADATA])
-    known["classes"], known["colours"] = tuple(known["classes"]), tuple(map(tuple, known["colours"]))
-    return Facts(**{**known, "name": path.name, "sha256": sha256_file(path)})
+    try:
+        known = json.loads(metadata[METADATA])
+        known.pop("licence", None)  # of files that version 0.1 exported
+        known["classes"], known["colours"] = tuple(known["classes"]), tuple(map(tuple, known["colours"]))
+        return Facts(**{**known, "name": path.name, "sha256": sha256_file(path)})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CrackSegError(
+            f"{path}: found classes and threshold that cannot be read ({first_line(error)}), "
+            "expected what crackseg_export of this version wrote"
+        ) from error
 
 
 def write_facts(facts: Facts) -> dict[str, str]:

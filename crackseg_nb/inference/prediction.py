@@ -155,10 +155,17 @@ def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TileP
 
 
 def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
-    "Return the rules of the mask, and where its threshold comes from."
+    "Return the rules of the mask, and where its threshold comes from; raise CrackSegError for rules without effect."
+    facts, given = network.facts, dict(threshold=settings.threshold, hysteresis=settings.hysteresis or None)
+    for name, value in given.items():
+        if facts.channels > 1 and value is not None:
+            raise CrackSegError(
+                f"{name}: found {value:g} for {facts.name}, which tells {len(facts.classes)} classes apart, "
+                "expected none: the most probable class counts"
+            )
     if settings.threshold is not None:
         return Rules(settings.threshold, settings.hysteresis, settings.specks), "given"
-    return Rules(network.facts.threshold, settings.hysteresis, settings.specks), network.facts.threshold_origin
+    return Rules(facts.threshold, settings.hysteresis, settings.specks), facts.threshold_origin
 
 
 def describe_model(network: Network, settings: PredictSettings) -> dict[str, Any]:
@@ -281,7 +288,8 @@ def write_manifest(folder: Path, network: Network, settings: PredictSettings) ->
             kept = kept_record(record)
             if all(kept["key"].get(name) == value for name, value in described.items()):
                 entries.append(kept["entry"])
-        manifest = {"format": 1, **described, "photos": entries, "versions": versions()}
+        terms = {"terms": network.facts.terms} if network.facts.terms else {}
+        manifest = {"format": 1, **described, **terms, "photos": entries, "versions": versions()}
         write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     return manifest
 

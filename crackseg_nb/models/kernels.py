@@ -116,17 +116,16 @@ class Kept:
         "Return what `make` returned for `key`; made anew where `like` shows that operations are traced, not run."
         if type(like) is not torch.Tensor or is_traced():
             return make()
-        if key in self.values:
-            self.values[key] = self.values.pop(key)  # used last
-        else:
+        value = self.values.pop(key, None)
+        if value is None:
             with torch.inference_mode(False), torch.no_grad():  # training may use it next
                 value = make()
             if type(value) is not torch.Tensor or value.nbytes > self.largest:
                 return value
-            self.values[key] = value
-            while len(self.values) > self.most:
-                self.values.pop(next(iter(self.values)))
-        return self.values[key]
+        self.values[key] = value  # used last
+        for oldest in list(self.values)[: -self.most]:
+            self.values.pop(oldest, None)  # which another thread may have done
+        return value
 
 
 # %% ../../nbs/models/03_kernels.ipynb #c8be721f

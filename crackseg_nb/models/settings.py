@@ -21,6 +21,7 @@ __all__ = [
     "check_rates",
     "describe_views",
     "check_scales",
+    "scales_at",
     "SwinV2HybridConfig",
     "UnetConfig",
     "DeepLabOriginalConfig",
@@ -172,6 +173,15 @@ def check_scales(
     if not found or len(set(found)) < len(found):
         raise CrackSegError(f"{name}: found {', '.join(map(str, found)) or 'none'}, expected each once, such as 0.5,1")
     return found
+
+
+def scales_at(
+    size: float,  # in which an image is shown
+    scales: tuple[float, ...],  # at which a model looks at it
+    name: str = "val_scales times scales",  # what an error calls their products
+) -> tuple[float, ...]:
+    "Return the scales of the image's own size; raise CrackSegError as `check_scales` does."
+    return check_scales([size * scale for scale in scales], name)
 
 
 # %% ../../nbs/models/01_settings.ipynb #78b43b6e

@@ -98,6 +98,7 @@ from crackseg_nb.models.settings import (
     SWINV2_ENCODERS,
     check_scales,
     describe_views,
+    scales_at,
 )
 from .recipes import RECIPES
 from ..sources.images import ENCODINGS
@@ -303,7 +304,7 @@ class RunConfig:
         for name in ("scales", "val_scales"):
             object.__setattr__(self, name, check_scales(getattr(self, name), name))
         for size in self.val_scales:
-            check_scales([size * scale for scale in self.scales], "val_scales times scales")
+            scales_at(size, self.scales)
         if self.device not in ("auto", "cpu"):  # these two are always there: torch need not be asked
             get_device(self.device)
         if self.run_name:

@@ -21,6 +21,7 @@ __all__ = [
     "find_source",
     "load_splits",
     "learned_splits",
+    "splits_of_run",
     "make_datasets",
     "loader_processes",
     "make_loaders",
@@ -78,9 +79,9 @@ from crackseg_nb.core.files import (
     write_yaml,
 )
 from ..core.machine import cores, describe_environment, get_device, log_to, logger, now, this_process
-from ..core.run_folder import RunFolder, create_run_folder, is_ready, locate_weights, say_terms
+from ..core.run_folder import RunFolder, create_run_folder, locate_weights, say_terms
 from ..core.seeds import seed_everything, seed_for
-from ..data.audit import Audit, audit
+from ..data.audit import Audit, audit, fingerprint
 from ..data.augment import create_augmentation
 from ..data.class_weights import ClassWeights, resolve_class_weights
 from ..data.dataset import CrackDataset, LabelDataset, check_large_enough
@@ -433,6 +434,20 @@ def learned_splits(config: ExperimentConfig, splits: Splits) -> Splits:
     return replace(splits, train=sorted(splits.train + splits.val, key=lambda sample: sample.name), val=[])
 
 
+def splits_of_run(folder: Path, config: ExperimentConfig) -> Splits:
+    "Return the splits of the finished run in `folder` as it learned them; raise CrackSegError if its data changed."
+    splits = load_splits(config)
+    now, then = fingerprint(splits), read_yaml(folder / "environment.yaml")["data"]["fingerprint"]
+    learned = learned_splits(config, splits)
+    names = {split: [sample.name for sample in samples] for split, samples in learned.items()}
+    if now != then or names != read_yaml(folder / "splits.yaml"):
+        raise CrackSegError(
+            f"data: found images or masks that differ from those of {folder.name} (fingerprint {now[:12]}, "
+            f"expected {then[:12]})"
+        )
+    return learned
+
+
 # %% ../../nbs/runs/05_experiment.ipynb #80de6851
 def make_datasets(
     config: ExperimentConfig,
@@ -578,8 +593,7 @@ def take_first_weights(config: ExperimentConfig, model: nn.Module) -> None:
             raise CrackSegError(
                 f"{name}: {run.name} is a run of {kind}, expected one of {config.model}, or -p model {kind}"
             )
-        if is_ready(path):
-            say_terms(f"{config.run.outputs}/{config.run.run_name}")
+        say_terms(path)
         weights = read_weights(path)
         report = load(model, weights)
         told = report.describe() if name == "encoder_weights" else str(report)

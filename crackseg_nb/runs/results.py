@@ -252,8 +252,11 @@ def collect_results(
 ) -> dict:
     "Return what goes to final_results.yaml."
     weights: dict = built.model.weights
+    scores = split_scores(tested, prepared.audit.overlapping_test_names)
+    if "val" in scores:
+        scores["val"]["num_images"] //= len(config.run.val_scales)  # each was counted once in every size
     return {
-        **split_scores(tested, prepared.audit.overlapping_test_names),
+        **scores,
         "protocol": protocol_of(config, trained, tested, prepared.splits.lengths),
         "model": {"parameters": built.parameters["total"], "weights": weights["loaded"]},
         "data_fingerprint": prepared.audit.fingerprint,

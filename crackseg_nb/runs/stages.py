@@ -21,6 +21,7 @@ from ..data.class_weights import ClassWeights
 from ..data.dataset import CrackDataset, LabelDataset
 from ..data.splits import Splits
 from ..metrics.counts import ImageCounts, create_metrics
+from ..models.settings import scales_at
 from ..models.views import with_views
 from .config import ExperimentConfig
 from ..sources.samples import Sample
@@ -127,7 +128,7 @@ def validate(
     "Count the validation images in the test's views, shown in each size of `val_scales`; the pixels of all count."
     parts = []
     for size in config.run.val_scales:
-        viewed = with_views(model, config.run.tta, tuple(size * scale for scale in config.run.scales))
+        viewed = with_views(model, config.run.tta, scales_at(size, config.run.scales))
         settings = dict(progress="validation", interrupt=interrupt, metrics=blank.blank())
         parts.append(evaluate(viewed, loader, accelerator, **settings)[0])
     return join_sizes(parts, blank)

@@ -17,7 +17,7 @@ from torch import nn
 from ..core.checks import CrackSegError
 from ..core.files import find_path, read_if_there
 from ..core.machine import get_device
-from ..core.run_folder import is_ready, locate_weights, say_terms
+from ..core.run_folder import locate_weights, say_terms
 from ..models.registry import create_model
 from .config import DataConfig, is_labelled, model_settings, read_config
 from ..sources.samples import Classes
@@ -73,8 +73,7 @@ def open_model(
 ) -> TrainedModel:
     "Return a trained model and what is needed to use it; raise CrackSegError unless every tensor has learned weights."
     source = locate_weights("model", str(model), outputs)
-    if is_ready(source):
-        say_terms()
+    say_terms(source)
     path = find_path(config) if config else config_beside(source)
     settings, classes = read_config(path), classes_of(path)
     labelled = is_labelled(settings["data"])

@@ -115,6 +115,10 @@ def open_set(dataset: DataSet) -> OpenedSet:
     source = find_source(config)
     images = [sample for sample in source.samples if sample.split == "test"] or source.samples
     images = sorted(images, key=lambda sample: sample.name)
+    if len({sample.group for sample in images}) < 2:
+        raise CrackSegError(
+            f"sets: found one photo alone in {dataset.name}, expected two or more: intervals are those over photos"
+        )
     about = (source.name, source.classes, source.mask_encoding, list(source.notes), source.facts)
     return OpenedSet(dataset.name, config, Splits([], [], images, *about))
 
@@ -204,7 +208,8 @@ def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> Opened
         return opened
     test = [one for one in splits.test if splits.facts[one.name].image_digest not in learned]
     if len({one.group for one in test}) < 2:
-        logger.warning("%s: not scored, since %s has learned it", opened.name, model)
+        told = "all images" if not test else "all photos but one"
+        logger.warning("%s: not scored, since %s has learned %s", opened.name, model, told)
         return None
     if len(test) < len(splits.test):
         told = (opened.name, len(splits.test) - len(test), len(splits.test), model)
@@ -289,10 +294,13 @@ def details_table(
 
 
 def line_interval(images: pd.DataFrame) -> dict[str, float]:
-    "Return the mean over images of the centre line's F1, and its 95 % interval; nothing where it was not counted."
-    if "centreline_f1" not in images or not (known := images["centreline_f1"].notna()).any():
+    "Return the mean over images of the centre line's F1, and its 95 % interval; nothing for fewer than two photos."
+    if "centreline_f1" not in images:
         return {}
-    found = bootstrap(images.loc[known, ["centreline_f1"]], "centreline_f1", list(images.loc[known, "group"]))
+    known = images[images["centreline_f1"].notna()]
+    if known["group"].nunique() < 2:
+        return {}
+    found = bootstrap(known[["centreline_f1"]], "centreline_f1", list(known["group"]))
     return {"centreline_f1": found.value, "centreline_low": found.low, "centreline_high": found.high}
 
 

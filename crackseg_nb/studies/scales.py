@@ -6,6 +6,7 @@
 __all__ = ["CANDIDATES", "ScalesConfig", "count_scales", "scales_table", "show_scales", "begin_scales", "finish_scales"]
 
 # %% ../../nbs/studies/12_scales.ipynb #8babc4f1
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from ..core.checks import CrackSegError, check_folder_name
 from ..core.files import display_path, outputs_folder, write_table
 from ..figures.photos import save_figure
 from ..metrics.counts import BinaryMetrics
-from ..models.settings import check_scales
+from ..models.settings import check_scales, scales_at
 from ..models.views import with_views
 from ..runs.config import configure, notebook_settings
-from ..runs.experiment import load_splits, make_datasets, make_loaders
+from ..runs.experiment import make_datasets, make_loaders, splits_of_run
 from ..runs.stages import join_sizes
 from ..runs.trained_model import TrainedModel, open_model
 from ..sources.images import normalize_bytes
@@ -50,7 +51,7 @@ class ScalesConfig:
         check_folder_name("name", self.name)
         for scales in self.sets:
             for size in self.val_scales:
-                check_scales([size * scale for scale in scales], "val_scales times candidates")
+                scales_at(size, scales, "val_scales times candidates")
 
     @property
     def sets(self) -> list[tuple[float, ...]]:
@@ -60,18 +61,18 @@ class ScalesConfig:
 
 # %% ../../nbs/studies/12_scales.ipynb #59485d12
 def count_scales(trained: TrainedModel, config: ScalesConfig) -> dict[tuple[tuple[float, ...], float], BinaryMetrics]:
-    "Return counts of the validation images by candidate and size; raise CrackSegError where a run has none of them."
+    "Return counts of the validation images by candidate and size; raise CrackSegError where the run learned them."
     given = dict(config=trained.folder / "config.yaml", device="auto", eval_batch_size=1)
     given |= dict(data_dir=config.data_dir) if config.data_dir else {}
     settings = configure(**given)
-    splits = load_splits(settings)
+    splits = splits_of_run(trained.folder, settings)
     if not splits.val or trained.labelled or not trained.classes.binary:
         raise CrackSegError(f"run: found {trained.folder.name}, expected a run on cracks alone with validation images")
     splits = replace(splits, train=[], test=[])
     loader = make_loaders(settings, make_datasets(settings, splits))["val"]
     device = next(trained.model.parameters()).device
     metrics = {(scales, size): BinaryMetrics() for scales in config.sets for size in config.val_scales}
-    sizes = sorted({size * scale for scales, size in metrics for scale in scales})
+    sizes = sorted({shown for scales, size in metrics for shown in scales_at(size, scales)})
     tta = trained.settings.get("tta", "none")
     looks = {size: with_views(trained.model, tta, (size,)) for size in sizes}
     with torch.inference_mode():
@@ -79,7 +80,7 @@ def count_scales(trained: TrainedModel, config: ScalesConfig) -> dict[tuple[tupl
             image = normalize_bytes(batch["image"].to(device))
             maps = {size: look(image).float().sigmoid()[:, 0].cpu() for size, look in looks.items()}
             for (scales, size), counts in metrics.items():
-                mean = torch.stack([maps[size * scale] for scale in scales]).mean(0)
+                mean = torch.stack([maps[shown] for shown in scales_at(size, scales)]).mean(0)
                 counts.update(mean, batch["target"], batch["index"])
     return metrics
 
@@ -126,10 +127,10 @@ def begin_scales(
     table = scales_table(count_scales(trained, config), criterion)
     sizes = ",".join(f"{size:g}" for size in config.val_scales)
     place = display_path(trained.folder)
-    command = f"crackseg_run -p config {place}/config.yaml -p fine_tune {place} -p epochs 0 "
-    for name in ("data_dir", "outputs"):
-        command += f"-p {name} {value} " if (value := getattr(config, name)) else ""
-    command += f"-p scales {table.index[0]} -p val_scales {sizes}"
+    given = dict(config=f"{place}/config.yaml", fine_tune=place, epochs=0, data_dir=config.data_dir)
+    given |= dict(outputs=config.outputs, scales=table.index[0], val_scales=sizes)
+    words = [word for name, value in given.items() if value != "" for word in ("-p", name, str(value))]
+    command = shlex.join(["crackseg_run", *words])
     return table, command, outputs_folder(config.outputs) / config.name
 
 

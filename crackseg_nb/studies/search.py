@@ -35,7 +35,6 @@ __all__ = [
 # %% ../../nbs/studies/10_search.ipynb #5ea2c004
 import io
 import shutil
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -80,7 +79,7 @@ def is_whole(name: str, *texts: str) -> bool:
 def read_range(name: str, text: str) -> "optuna.distributions.BaseDistribution":
     "Return what `text` says about a parameter: a range, or values; raise CrackSegError where it says nothing."
     low, dots, high = text.partition("..")
-    if not dots:
+    if not dots or {",", ";"} & {*text}:
         values = [value for value in text.split(";" if ";" in text else ",") if value]
         if len(values) < 2:
             raise CrackSegError(
@@ -94,6 +93,8 @@ def read_range(name: str, text: str) -> "optuna.distributions.BaseDistribution":
         bounds = [int(bound) if is_whole(name, low, high) else float(bound) for bound in (low, high)]
     except ValueError:
         raise CrackSegError(f"{name}: found the range {text!r}, expected two numbers, as in 0.1..0.5") from None
+    if isinstance(bounds[0], float) and is_whole(name):
+        raise CrackSegError(f"{name}: found the range {text!r}, expected whole numbers, as in 8..24")
     if bounds[0] >= bounds[1] or (colon and bounds[0] <= 0):
         expected = "a lower number, then a higher one" + (", both above 0" if colon else "")
         raise CrackSegError(f"{name}: found the range {text!r}, expected {expected}")
@@ -195,6 +196,8 @@ def check_space(space: dict[str, str], fixed: dict) -> dict:
         runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed)
     if runs[0].get("train_set") == "trainval":
         raise CrackSegError("train_set: found trainval in a search, expected train: validation images decide")
+    if 0 in [run.get("epochs") for run in runs]:
+        raise CrackSegError("epochs: found 0 in a search, expected 1 or more: a trial's score is that of an epoch")
     return {name: value for name, value in runs[0].items() if name in fixed}
 
 
@@ -302,7 +305,7 @@ def cost_of(experiment, against: str) -> float:
 
 
 def train_trial(search: Search, trial: "optuna.Trial", folder: Path):
-    "Carry the trial's run to the end of its training, and return the experiment; raise Stopped if it ended early."
+    "Carry the trial's run to the end of its training; return the experiment and its values. Stopped: it ended early."
     from crackseg_nb.runs.config import configure
     from crackseg_nb.runs.experiment import prepare
 
@@ -314,7 +317,14 @@ def train_trial(search: Search, trial: "optuna.Trial", folder: Path):
         )
     experiment = prepare(configure(**given))
     experiment.train(on_epoch=report_epochs(trial, search.goal.prunes))
-    return experiment
+    trained = experiment.trained
+    kept = trained.history.iloc[trained.epoch - 1]
+    values = [float(kept[score_name(kept)])]
+    if search.goal.has_cost:
+        values.append(cost_of(experiment, search.goal.against))
+    trial.set_user_attr("epoch", int(trained.epoch))
+    trial.set_user_attr("seconds", round(float(trained.performance["epoch_seconds"].sum()), 1))  # of all its lives
+    return experiment, values
 
 
 def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
@@ -322,11 +332,10 @@ def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
     from crackseg_nb.training.checkpoint import prune_checkpoints
 
     folder = search.folder / trial.user_attrs["run"]
-    begun = time.perf_counter()
     with claim(folder):
         try:
             with redirect_stdout(io.StringIO()):  # the run's log says it all
-                experiment = train_trial(search, trial, folder)
+                experiment, values = train_trial(search, trial, folder)
         except Stopped as stop:
             if not str(stop).startswith("ended early"):
                 set_aside(study, trial)
@@ -341,21 +350,12 @@ def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
             trial.set_user_attr("error", one_line(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return f"{folder.name}: failed: {one_line(error)}"
-        trained = experiment.trained
-        best = trained.history.iloc[trained.epoch - 1]
-        values = [float(best[score_name(best)])]
-        if search.goal.has_cost:
-            values.append(cost_of(experiment, search.goal.against))
-        for name, value in {
-            "epoch": int(trained.epoch),
-            "seconds": round(time.perf_counter() - begun, 1),
-        }.items():
-            trial.set_user_attr(name, value)
         with redirect_stdout(io.StringIO()):
             experiment.pause(Stopped(f"trained for a search; -p resume {display_path(folder)} tests it"))
         prune_checkpoints(folder / "checkpoints", keep_last=1)
         study.tell(trial, values)
-    return f"{folder.name}: {score_name(best)} {values[0]:.4f} in epoch {trained.epoch}"
+    score = score_name(experiment.trained.history)
+    return f"{folder.name}: {score} {values[0]:.4f} in epoch {experiment.trained.epoch}"
 
 
 FAILURES = 3  # as many trials that fail before any succeeds end a search
