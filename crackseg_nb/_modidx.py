@@ -1746,10 +1746,6 @@ d = {
                 "crackseg_nb/measure/classes.py",
             ),
             "crackseg_nb.measure.classes.classify": ("measure/classes.html#classify", "crackseg_nb/measure/classes.py"),
-            "crackseg_nb.measure.classes.length_by_class": (
-                "measure/classes.html#length_by_class",
-                "crackseg_nb/measure/classes.py",
-            ),
             "crackseg_nb.measure.classes.width_limits": (
                 "measure/classes.html#width_limits",
                 "crackseg_nb/measure/classes.py",

@@ -16,7 +16,7 @@ from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root
 from crackseg_nb.measure.cracks import measure_cracks
 from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
-from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo, read_plane
+from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo, read_plane, show_widths
 from crackseg_nb.measure.scale import Scale, scale_from_checkerboard, scale_from_marker
 
 rasterio = pytest.importorskip("rasterio")
@@ -214,6 +214,18 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(tmp_path):
         assert "\n" not in str(error.value)
         assert not re.search(r"cracks\.csv", " ".join(path.name for path in tmp_path.rglob("*.csv")))
     assert [found.name for found in find_predictions(tmp_path)] == ["a", "b"]
+
+
+def test_each_photo_is_drawn_with_its_own_scale(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / f"{name}_mask.png"), 255 * (drawn_line() >= 0.5).astype(np.uint8))
+    result = measure_folder(tmp_path, dict(a=1.0, b=10.0, c=10.0), out=False)
+    bars = show_widths(result).axes[0].patches
+    drawn = [sum(bar.get_height() for bar in bars if (bar.get_x() > 20) == wide) for wide in (False, True)]
+    plt.close("all")
+    # 61 px long and 4 px wide; the ends have no width
+    assert drawn == pytest.approx([61, 2 * 610], rel=0.04)
 
 
 def test_no_scale_is_said_and_a_scale_says_its_source(tmp_path):

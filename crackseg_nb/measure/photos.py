@@ -445,7 +445,8 @@ def show_widths(
 ) -> Figure:
     "Draw how much of the length is how wide."
     unit = _unit(result.points)
-    scale = (result.points["width_mm"] / result.points["width_px"]).median() if unit == "mm" else 1.0
+    photos = result.photos.set_index("photo")
+    scale = result.points["photo"].map(photos[f"length_{unit}"] / photos["length_px"])  # each photo has its own
     steps = result.points.groupby(["photo", "crack", "branch"])[["row", "column"]].diff()
     lengths = np.hypot(steps["row"], steps["column"]).fillna(0) * scale
     known = result.points[f"width_{unit}"].notna()
