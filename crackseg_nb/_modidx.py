@@ -1919,6 +1919,10 @@ d = {
                 "measure/photos.html#_read_large",
                 "crackseg_nb/measure/photos.py",
             ),
+            "crackseg_nb.measure.photos._same_place": (
+                "measure/photos.html#_same_place",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._widen_all": (

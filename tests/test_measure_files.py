@@ -62,6 +62,25 @@ def test_a_geotiff_brings_scale_frame_and_what_it_covers(tmp_path):
     assert drawing.header["$INSUNITS"] == ezdxf.units.M and not drawing.audit().errors
 
 
+def test_a_mask_keeps_its_place_beside_a_probability_without_one(tmp_path):
+    line = drawn_line()
+    mask, soft = (255 * (line >= 0.5)).astype(np.uint8), np.rint(255 * line).astype(np.uint8)
+    write_geotiff(tmp_path / "a_mask.tif", mask)
+    cv2.imwrite(str(tmp_path / "a_probability.png"), soft)
+    found = measure_folder(tmp_path, out=tmp_path / "out")
+    assert found.photos.length_mm[0] == pytest.approx(122, rel=0.01)
+    assert json.loads((tmp_path / "out" / "a_lines.geojson").read_text())["crs"]["properties"]["name"] == "EPSG:32632"
+    (tmp_path / "a_probability.png").unlink()
+    write_geotiff(tmp_path / "a_probability.tif", soft, pixel=0.0021)
+    with pytest.raises(
+        CrackSegError, match="a_probability.tif: found another place on the map, expected that of a_mas"
+    ):
+        measure_folder(tmp_path, out=False)
+    (tmp_path / "a_mask.tif").unlink()
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
+    assert measure_folder(tmp_path, out=False).photos.length_mm[0] == pytest.approx(128, rel=0.01)
+
+
 def test_the_mask_decides_what_is_a_crack_and_the_probability_where_its_edges_are(tmp_path):
     line, other = drawn_line(), drawn_line(row=45)
     probability = np.maximum(line, other)

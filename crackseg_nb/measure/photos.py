@@ -236,12 +236,17 @@ def measure_prediction(
     class_id: int | None = None,  # value of the mask that is measured; by default all above 0
     **settings,  # see `measure_photo`
 ) -> tuple[Measured, pd.Series]:
-    "Return what `measure_photo` says about the files of a prediction."
+    "Return what `measure_photo` says about the files of a prediction; one georeference is that of both."
     frame, covered, planes, place = Frame(), None, {}, None
     for kind, path in (("mask", prediction.mask), ("probability", prediction.probability)):
         if path is not None:
-            planes[kind], own, frame = read_plane(path)
-            covered, place = own if covered is None else covered, path
+            planes[kind], own, placed = read_plane(path)
+            covered = own if covered is None else covered
+            if placed.crs is None:
+                continue
+            if place is not None and not _same_place(frame, placed):
+                raise CrackSegError(f"{path}: found another place on the map, expected that of {place.name}")
+            frame, place = placed, path
     mask, probability = planes.get("mask"), planes.get("probability")
     if mask is not None and probability is not None and mask.shape != probability.shape:
         raise CrackSegError(
@@ -256,10 +261,15 @@ def measure_prediction(
         mask = mask == check_number("class_id", class_id, int, 1, 255)
         # The probability is that of all classes together.
         probability = None if probability is None else np.where(mask | (planes["mask"] == 0), probability, 0)
-    if mm_per_pixel is None and frame.crs is not None:
+    if mm_per_pixel is None and place is not None:
         mm_per_pixel = scale_from_geotiff(place)
     name = prediction.name
     return measure_photo(mask, probability, mm_per_pixel, name, known=covered, frame=frame, **settings)
+
+
+def _same_place(frame, other):
+    # Programs round: twelve digits are micrometres of a UTM grid.
+    return frame.crs == other.crs and np.allclose(frame.transform, other.transform, rtol=1e-12, atol=0)
 
 
 def check_values(mask: np.ndarray) -> None:
