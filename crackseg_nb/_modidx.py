@@ -1789,6 +1789,10 @@ d = {
                 "measure/cracks.html#_branch.outside",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._check_classes": (
+                "measure/cracks.html#_check_classes",
+                "crackseg_nb/measure/cracks.py",
+            ),
             "crackseg_nb.measure.cracks._describe": ("measure/cracks.html#_describe", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._is_crossing": (
                 "measure/cracks.html#_is_crossing",
@@ -1815,6 +1819,10 @@ d = {
             "crackseg_nb.measure.cracks._widths": ("measure/cracks.html#_widths", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._without_pinholes": (
                 "measure/cracks.html#_without_pinholes",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks.as_fraction": (
+                "measure/cracks.html#as_fraction",
                 "crackseg_nb/measure/cracks.py",
             ),
             "crackseg_nb.measure.cracks.center_line": (
@@ -1927,10 +1935,6 @@ d = {
             "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._widen_all": (
                 "measure/photos.html#_widen_all",
-                "crackseg_nb/measure/photos.py",
-            ),
-            "crackseg_nb.measure.photos.as_fraction": (
-                "measure/photos.html#as_fraction",
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos.begin_report": (

@@ -3,6 +3,7 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
@@ -136,6 +137,26 @@ def slanted(size, length, width, degrees, shift=0.2):
     angle = np.deg2rad(degrees)
     along, across = columns * np.cos(angle) + rows * np.sin(angle), rows * np.cos(angle) - columns * np.sin(angle)
     return np.clip(width / 2 - abs(across) + 0.5, 0, 1) * np.clip(length / 2 - abs(along) + 0.5, 0, 1)
+
+
+MASKS = [(bool, 1), (float, 1), (np.int8, 1), (np.int64, 1)]
+MASKS += [(kind, value) for kind in (np.uint8, np.uint16) for value in (1, np.iinfo(kind).max)]
+
+
+@pytest.mark.parametrize(("kind", "value"), MASKS)
+def test_a_mask_measures_the_same_in_every_type(kind, value):
+    mask = slanted(61, 40, 5, 20, 0.2) >= 0.5
+    found = measure_cracks(mask.astype(kind) * kind(value)).cracks
+    pd.testing.assert_frame_equal(found, measure_cracks(mask).cracks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(np.int32, 255), (np.int64, 255), (np.int8, -1), (np.uint8, 2), (np.uint16, 255), (np.uint32, 255), (float, 255)],
+)
+def test_whole_numbers_that_could_mean_anything_are_refused(kind, value):
+    with pytest.raises(CrackSegError, match="^probability: found .*, expected [^\n]*$"):
+        measure_cracks((slanted(61, 40, 5, 20, 0.2) >= 0.5).astype(kind) * kind(value))
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])

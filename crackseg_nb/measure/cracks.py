@@ -15,6 +15,7 @@ __all__ = [
     "path_points",
     "meeting_point",
     "with_millimetres",
+    "as_fraction",
     "Tables",
     "measure_cracks",
     "summarize_cracks",
@@ -378,6 +379,33 @@ def with_millimetres(table: pd.DataFrame, mm_per_px: float) -> pd.DataFrame:
     return table.assign(**added)
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #b3f81c57
+def as_fraction(
+    values: np.ndarray,  # (H, W), a probability or a mask
+    mask: bool = True,  # whole numbers 0 and 1 are a mask; False: the two lowest steps of a probability
+) -> np.ndarray:
+    """Return a probability of 0..1 from one of 0..1 or in 8 or 16 bits, or from a mask.
+
+    Booleans, and whole numbers that are 0 and 1 alone, are a mask. Other whole numbers are divided by 255 (uint8) or
+    65535 (uint16). Anything else raises CrackSegError: floats beyond 0..1, NaN, whole numbers of other types.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind == "f":
+        if values.size and not 0 <= np.min(values) <= np.max(values) <= 1:  # of NaN, too
+            raise CrackSegError(
+                f"probability: found values from {np.min(values):g} to {np.max(values):g}, expected 0 to 1"
+            )
+        return values
+    whole = values.dtype.kind in "ui"
+    if values.dtype == bool or (whole and mask and values.min(initial=0) == 0 and values.max(initial=0) <= 1):
+        return values.astype(np.float32)
+    if values.dtype.kind != "u" or values.dtype.itemsize > 2:
+        raise CrackSegError(
+            f"probability: found values of type {values.dtype}, expected 0 to 1, or 8 or 16 bits (uint8, uint16)"
+        )
+    return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
+
+
 # %% ../../nbs/measure/02_cracks.ipynb #017019a9
 class Tables(NamedTuple):
     "Hold one line per crack, one per branch, and one per place along the middle lines."
@@ -387,24 +415,34 @@ class Tables(NamedTuple):
     points: pd.DataFrame
 
 
+def _check_classes(values):
+    "Raise CrackSegError for whole numbers of 0 and one other value, below the threshold: the mask of a class."
+    highest = values.max(initial=0)
+    if highest > 0 and values.min() == 0 and ((values == 0) | (values == highest)).all():
+        raise CrackSegError(
+            f"probability: found 0 and {highest} alone, expected a mask of 0 and 1, such as mask == {highest}"
+        )
+
+
 def measure_cracks(
-    probability: np.ndarray,  # (H, W) of 0..1, or a mask
+    probability: np.ndarray,  # (H, W), a probability or a mask, see `as_fraction`
     threshold: float = 0.5,  # from which on a pixel belongs to a crack
     mm_per_px: float | None = None,  # without a scale there are no millimetres
     level: float = 0.95,  # of the intervals
     mask: np.ndarray | None = None,  # boolean (H, W), which pixels are cracks; by default those above the threshold
 ) -> Tables:
     "Return the tables of cracks (connected parts of the mask), their branches and the places along them."
-    probability = np.asarray(probability)
-    if probability.dtype.kind in "bui":  # a mask, or a probability in 8 or 16 bit
-        highest = np.iinfo(probability.dtype).max if probability.max(initial=0) > 1 else 1
-        probability = probability.astype(np.float32) / np.float32(highest)
+    values, probability = np.asarray(probability), as_fraction(probability)
     if probability.ndim != 2:
         raise CrackSegError(f"probability: found shape {probability.shape}, expected (H, W)")
     if mm_per_px is not None and not (np.isfinite(mm_per_px) and mm_per_px > 0):
         raise CrackSegError(f"mm_per_px: found {mm_per_px}, expected a number above 0")
     check_number("threshold", threshold, float, 0.01, 0.99)
-    mask = probability >= threshold if mask is None else np.asarray(mask, bool)
+    if mask is None:
+        mask = probability >= threshold
+        if values.dtype.kind in "ui" and not mask.any():
+            _check_classes(values)
+    mask = np.asarray(mask, bool)
     if mask.shape != probability.shape:
         raise CrackSegError(f"mask: found shape {mask.shape}, expected that of the probability, {probability.shape}")
     count, numbers, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)

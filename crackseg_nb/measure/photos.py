@@ -8,7 +8,6 @@ __all__ = [
     "SUFFIXES",
     "REPORT",
     "measure_photo",
-    "as_fraction",
     "Prediction",
     "find_predictions",
     "read_plane",
@@ -47,7 +46,7 @@ from ..core.files import check_writable, write_text
 from ..figures.style import styled
 from ..inference.photos import need_rasterio, reason_for_windows
 from .classes import WidthClasses, classify, width_limits
-from .cracks import Tables, measure_cracks, summarize_cracks, with_millimetres
+from .cracks import Tables, as_fraction, measure_cracks, summarize_cracks, with_millimetres
 from .files import Frame, Measured, check_formats, crack_outlines, write_files
 from .scale import Scale, check_scale, scale_from_geotiff
 from .widths import widen
@@ -76,7 +75,7 @@ def measure_photo(
         raise CrackSegError("mask: found neither mask nor probability, expected one of them")
     if mask is not None:
         mask = np.asarray(mask) > 0
-    probability = mask.astype(np.float32) if probability is None else as_fraction(probability)
+    probability = mask.astype(np.float32) if probability is None else as_fraction(probability, mask=False)
     if known is not None:
         mask = (probability >= threshold if mask is None else mask) & known
     tables = measure_cracks(probability, threshold, mask=mask)
@@ -97,22 +96,6 @@ def measure_photo(
     measured = Measured(name, probability.shape, tables, outlines, frame, mm_per_px, name)
     figures = figures.to_dict() | {name: int(figures[name]) for name in ("cracks", "branches")}
     return measured, pd.Series(head | figures, dtype=object)
-
-
-def as_fraction(values: np.ndarray) -> np.ndarray:
-    "Return a probability in 0..1 from one in 8 or 16 bit."
-    values = np.asarray(values)
-    if values.dtype.kind == "f":
-        if values.size and not 0 <= np.min(values) <= np.max(values) <= 1:  # of NaN, too
-            raise CrackSegError(
-                f"probability: found values from {np.min(values):g} to {np.max(values):g}, expected 0 to 1"
-            )
-        return values
-    if values.dtype.kind == "b":
-        return values.astype(np.float32)
-    if values.dtype.kind != "u":
-        raise CrackSegError(f"probability: found values of type {values.dtype}, expected 0 to 1, or 8 or 16 bits")
-    return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
 
 
 def _widen_all(tables, error):
@@ -368,7 +351,7 @@ def _background(axis, prediction, size, box=None):
         axis.imshow(open_picture(overlay, np.asarray), extent=(-0.5, wide - 0.5, high - 0.5, -0.5))
         return
     values = read_plane(path)[0]
-    values = as_fraction(values) if prediction.probability else (values > 0).astype(np.float32)
+    values = as_fraction(values, mask=False) if prediction.probability else (values > 0).astype(np.float32)
     top, bottom, left, right = box or (0, high, 0, wide)
     part = values[top:bottom, left:right]
     step = max(max(part.shape) // 1500, 1)
