@@ -1923,6 +1923,10 @@ d = {
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._measure_all": (
+                "measure/photos.html#_measure_all",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._read_large": (
                 "measure/photos.html#_read_large",
                 "crackseg_nb/measure/photos.py",

@@ -247,6 +247,25 @@ def test_each_photo_is_drawn_with_its_own_scale(tmp_path):
     assert drawn == pytest.approx([61, 2 * 610], rel=0.04)
 
 
+def test_a_bad_mask_leaves_nothing_of_the_photos_before_it(tmp_path):
+    mask = 255 * (drawn_line() >= 0.5).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
+    cv2.imwrite(str(tmp_path / "b_mask.png"), mask)
+    first = measure_folder(tmp_path).files
+    assert all(path.is_file() and path.parent == tmp_path for path in first) and len(first) == 12
+    kept = {path: path.read_bytes() for path in first}
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask[::-1])
+    mask[0, 0] = 130
+    cv2.imwrite(str(tmp_path / "b_mask.png"), mask)
+    for out in (tmp_path, tmp_path / "out"):
+        with pytest.raises(CrackSegError, match="b_mask.png: found mask values 130, 255"):
+            measure_folder(tmp_path, out=out)
+    assert not list((tmp_path / "out").iterdir())
+    # Results of an earlier measurement stay whole.
+    assert {path: path.read_bytes() for path in first} == kept
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_no_scale_is_said_and_a_scale_says_its_source(tmp_path):
     line = drawn_line()
     assert measure_photo(None, line)[1].scale == "pixels: no scale is known"

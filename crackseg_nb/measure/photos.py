@@ -28,6 +28,7 @@ __all__ = [
 import json
 import os
 import re
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -294,7 +295,7 @@ def measure_folder(
     progress: bool = True,
     **settings,  # threshold (by default that of the masks), width_error, min_length_px, classes, class_id
 ) -> Folder:
-    "Measure the cracks of all photos of a prediction, write tables and files, and return the tables."
+    "Measure the cracks of all photos of a prediction, write tables and files, or none of them, and return the tables."
     # What can be wrong with the settings is found before the first photo is read.
     formats = check_formats(formats)
     if not isinstance(mm_per_pixel, (Scale, dict)) and mm_per_pixel is not None:
@@ -312,6 +313,16 @@ def measure_folder(
     target = (place if place.is_dir() else place.parent) if out is None or out is False else Path(out)
     if out is not False:
         check_writable(target)
+    if out is False:
+        return _measure_all(predictions, mm_per_pixel, None, formats, progress, settings)
+    # Files move to their places when all are written: an error leaves nothing that looks like a result.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".measure-") as unfinished:
+        result = _measure_all(predictions, mm_per_pixel, Path(unfinished), formats, progress, settings)
+        return result._replace(files=[path.replace(target / path.name) for path in result.files])
+
+
+def _measure_all(predictions, mm_per_pixel, target, formats, progress, settings):
+    "Measure the predictions; with a target folder, write their files and the tables of all."
     lines, tables, files = [], {name: [] for name in Tables._fields}, []
     for prediction in tqdm(predictions, "measure", disable=not progress, delay=10, leave=False):
         scale = mm_per_pixel[prediction.name] if isinstance(mm_per_pixel, dict) else mm_per_pixel
@@ -320,12 +331,12 @@ def measure_folder(
         for name, table in measured.tables._asdict().items():
             table.insert(0, "photo", prediction.name)
             tables[name].append(table)
-        if out is not False:
+        if target is not None:
             bare = Tables(*(table.drop(columns="photo") for table in measured.tables))
             files += write_files(replace(measured, tables=bare), target, formats)
     photos = pd.DataFrame([line.to_dict() for line in lines])
     joined = {name: _stack(parts) for name, parts in tables.items()}
-    if out is not False:
+    if target is not None:
         for name, table in (("photos", photos), ("cracks", joined["cracks"])):
             files.append(target / f"{name}.csv")
             write_text(files[-1], table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
