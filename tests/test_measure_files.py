@@ -14,9 +14,19 @@ from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root
-from crackseg_nb.measure.cracks import measure_cracks
+from crackseg_nb.measure.cracks import measure_cracks, show_rose
 from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
-from crackseg_nb.measure.photos import find_predictions, measure_folder, measure_photo, read_plane, show_widths
+from crackseg_nb.measure.photos import (
+    find_predictions,
+    measure_folder,
+    measure_photo,
+    read_plane,
+    short_table,
+    show_overview,
+    show_widths,
+    show_worst,
+    worst_cracks,
+)
 from crackseg_nb.measure.scale import Scale, scale_from_checkerboard, scale_from_marker
 
 rasterio = pytest.importorskip("rasterio")
@@ -245,6 +255,30 @@ def test_each_photo_is_drawn_with_its_own_scale(tmp_path):
     plt.close("all")
     # 61 px long and 4 px wide; the ends have no width
     assert drawn == pytest.approx([61, 2 * 610], rel=0.04)
+
+
+def test_the_report_ranks_by_millimetres_and_leaves_no_photo_out(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    mask, wide = (255 * (drawn_line(width=width) >= 0.5).astype(np.uint8) for width in (4, 10))
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
+    cv2.imwrite(str(tmp_path / "b_mask.png"), wide)
+    result = measure_folder(tmp_path, dict(a=10.0, b=1.0), out=False)
+    assert worst_cracks(result, 1).index[0] == ("a", 1)
+    assert short_table(result).index[0] == "a"
+    for draw in (show_overview, show_worst):
+        assert draw(result, tmp_path, count=1).axes[0].get_title().startswith("a")
+    (tmp_path / "b_mask.png").unlink()
+    write_geotiff(tmp_path / "b_mask.tif", wide)
+    result = measure_folder(tmp_path, out=False)
+    assert result.photos.length_mm.notna().tolist() == [False, True]
+    assert not short_table(result).isna().any(axis=None)
+    assert not worst_cracks(result)[["length [px]", "largest width [px]"]].isna().any(axis=None)
+    assert sum(bar.get_height() for bar in show_widths(result).axes[0].patches) == pytest.approx(2 * 61, rel=0.05)
+    for draw in (show_overview, show_worst):
+        assert not [axis for axis in draw(result, tmp_path).axes if re.search("nan|mm", axis.get_title())]
+    rose = show_rose(result.photos.filter(regex="^length").sum(skipna=False)).axes[0]
+    assert sum(bar.get_height() for bar in rose.patches) == pytest.approx(2 * 2 * 61, rel=0.05)
+    plt.close("all")
 
 
 def test_a_bad_mask_leaves_nothing_of_the_photos_before_it(tmp_path):

@@ -533,11 +533,13 @@ def _mean_width(cracks):
 
 # %% ../../nbs/measure/02_cracks.ipynb #40a7e5b8
 @styled
-def show_rose(summary: pd.Series) -> Figure:  # of `summarize_cracks`, or a sum of several
+def show_rose(
+    summary: pd.Series,
+) -> Figure:  # of `summarize_cracks`, or a sum of several; without a length in mm, in px
     "Draw the length of cracks in each direction; 0 degrees along the rows, counted as on the photo, clockwise."
     figure = plt.figure(figsize=(3, 3))
     axis = figure.add_subplot(projection="polar")
-    unit = "mm" if "length_mm" in summary else "px"
+    unit = "mm" if np.isfinite(summary.get("length_mm", np.nan)) else "px"
     lengths = np.array([summary[f"length_{180 * i // DIRECTIONS:03d}_deg_{unit}"] for i in range(DIRECTIONS)])
     angles = np.deg2rad(np.arange(2 * DIRECTIONS) * 180 / DIRECTIONS)
     axis.bar(angles, np.tile(lengths, 2), width=np.pi / DIRECTIONS, color="0.45", edgecolor="white")

@@ -349,8 +349,9 @@ def _stack(parts):
 
 
 # %% ../../nbs/measure/06_photos.ipynb #b5309c8f
-def _unit(table):
-    return "mm" if "width_mm" in table or "width_max_mm" in table else "px"
+def _unit(result):
+    "Return mm where every photo has a scale; those without one would be left out."
+    return "mm" if "length_mm" in result.photos and result.photos["length_mm"].notna().all() else "px"
 
 
 def _background(axis, prediction, size, box=None):
@@ -381,8 +382,8 @@ def show_overview(
     columns: int = 3,
 ) -> Figure:
     "Draw the lines of the photos with most cracks, coloured by width."
-    unit, predictions = _unit(result.points), {prediction.name: prediction for prediction in find_predictions(place)}
-    photos = result.photos.sort_values("length_px", ascending=False, kind="stable")[:count]
+    unit, predictions = _unit(result), {prediction.name: prediction for prediction in find_predictions(place)}
+    photos = result.photos.sort_values(f"length_{unit}", ascending=False, kind="stable")[:count]
     columns = min(columns, len(photos))
     rows = -(-len(photos) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns + 0.8, 2.4 * rows), squeeze=False)
@@ -410,9 +411,9 @@ def show_worst(
     columns: int = 3,
 ) -> Figure:
     "Draw the widest place of the widest cracks, with its interval."
-    unit, predictions = _unit(result.cracks), {prediction.name: prediction for prediction in find_predictions(place)}
+    unit, predictions = _unit(result), {prediction.name: prediction for prediction in find_predictions(place)}
     cracks = result.cracks.dropna(subset="width_max_px")
-    cracks = cracks.sort_values("width_max_px", ascending=False, kind="stable")[:count]
+    cracks = cracks.sort_values(f"width_max_{unit}", ascending=False, kind="stable")[:count]
     if not len(cracks):
         figure, axis = plt.subplots(figsize=(3, 0.6))
         axis.set_axis_off()
@@ -448,7 +449,7 @@ def show_widths(
     classes: str | list[float] | WidthClasses | None = None,  # whose limits are drawn
 ) -> Figure:
     "Draw how much of the length is how wide."
-    unit = _unit(result.points)
+    unit = _unit(result)
     photos = result.photos.set_index("photo")
     scale = result.points["photo"].map(photos[f"length_{unit}"] / photos["length_px"])  # each photo has its own
     steps = result.points.groupby(["photo", "crack", "branch"])[["row", "column"]].diff()
@@ -494,7 +495,7 @@ _HEADS = {
 
 def short_table(result: Folder) -> pd.DataFrame:
     "Return the figures of each photo that fit on a page, longest cracks first."
-    unit = "mm" if "length_mm" in result.photos else "px"
+    unit = _unit(result)
     density = "length_per_area_m_per_m2" if unit == "mm" else "length_per_area_1_per_px"
     names = [
         "photo",
@@ -517,10 +518,10 @@ def short_table(result: Folder) -> pd.DataFrame:
 
 def worst_cracks(result: Folder, count: int = 12) -> pd.DataFrame:
     "Return the widest cracks with the interval of their largest width."
-    unit = _unit(result.cracks)
+    unit = _unit(result)
     names = ["photo", "crack", f"length_{unit}", f"width_max_{unit}", f"width_max_low_{unit}", f"width_max_high_{unit}"]
     names += ["width_max_row", "width_max_column", "width_class", "class_certain"]
-    table = result.cracks.sort_values("width_max_px", ascending=False, kind="stable")[:count]
+    table = result.cracks.sort_values(f"width_max_{unit}", ascending=False, kind="stable")[:count]
     table = table[[name for name in names if name in table]].set_index(["photo", "crack"])
     heads = {f"{name}_{unit}": f"{words} [{unit}]" for name, words in _HEADS.items()}
     heads |= {"width_max_row": "at row", "width_max_column": "column"}
