@@ -281,6 +281,30 @@ def test_the_report_ranks_by_millimetres_and_leaves_no_photo_out(tmp_path):
     plt.close("all")
 
 
+def test_no_mask_measures_zero_cracks_in_silence(tmp_path):
+    inside = drawn_line() >= 0.5
+    for values in (-inside.astype(np.int16), np.where(inside, np.nan, 0).astype(np.float32)):
+        write_geotiff(tmp_path / "a_mask.tif", values)
+        with pytest.raises(CrackSegError, match="a_mask.tif: found mask values (-1|nan), expected 0 and one value abo"):
+            measure_folder(tmp_path, out=False)
+    # Where a file has no data, its values are not looked at.
+    covered = np.arange(inside.shape[1]) < 90 + 0 * inside
+    write_geotiff(tmp_path / "a_mask.tif", np.where(covered, inside, np.nan).astype(np.float32), mask=covered)
+    assert measure_folder(tmp_path, out=False).photos.cracks[0] == 1
+    cv2.imwrite(str(tmp_path / "b_mask.png"), 255 * inside.astype(np.uint8))
+    with pytest.raises(
+        CrackSegError, match="class_id: found 1 for .*b_mask.png, whose one value is 255; expected none"
+    ):
+        measure_folder(tmp_path / "b_mask.png", class_id=1, out=False)
+    assert measure_folder(tmp_path / "b_mask.png", class_id=255, out=False).photos.cracks[0] == 1
+    with pytest.raises(CrackSegError, match="min_length_px: found nan"):
+        measure_photo(inside, min_length_px=np.nan)
+    with pytest.raises(CrackSegError, match="found mask values"):
+        measure_photo(cv2.GaussianBlur(255 * inside.astype(np.uint8), (0, 0), 1))
+    with pytest.raises(CrackSegError, match="found shape"):
+        measure_photo(np.zeros((4, 5, 3), np.uint8))
+
+
 def test_a_bad_mask_leaves_nothing_of_the_photos_before_it(tmp_path):
     mask = 255 * (drawn_line() >= 0.5).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "a_mask.png"), mask)

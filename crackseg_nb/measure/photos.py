@@ -7,13 +7,13 @@ __all__ = [
     "PLANES",
     "SUFFIXES",
     "REPORT",
+    "check_values",
     "measure_photo",
     "Prediction",
     "find_predictions",
     "read_plane",
     "Folder",
     "measure_prediction",
-    "check_values",
     "chosen_threshold",
     "measure_folder",
     "show_overview",
@@ -55,8 +55,20 @@ from ..sources.images import TooLarge, naming, open_picture, value_counts
 
 
 # %% ../../nbs/measure/06_photos.ipynb #4da3c918
+def check_values(mask: np.ndarray) -> None:
+    "Raise CrackSegError unless a mask holds 0 and one value above it, or ids of classes; greys would all be cracks."
+    values = np.flatnonzero(value_counts(mask)) if mask.dtype == np.uint8 else np.unique(mask)
+    found = values[values != 0]
+    # NaN, too, is not above 0.
+    if not (found > 0).all() or (len(found) > 1 and (found[-1] > 100 or (found % 1).any())):
+        raise CrackSegError(
+            f"found mask values {first_few(found, 5)}, expected 0 and one value above, or ids of classes up to 100; "
+            "cut greys, and what is void, before; the file of a probability ends in _probability"
+        )
+
+
 def measure_photo(
-    mask: np.ndarray | None,  # (H, W), pixels of cracks above 0; None for the threshold of the probability
+    mask: np.ndarray | None,  # (H, W), pixels of cracks above 0, no greys; None for the threshold of the probability
     probability: np.ndarray | None = None,  # (H, W) of 0..1, or in 8 or 16 bit
     mm_per_pixel: float | Scale | None = None,  # without one, everything is in pixels
     name: str = "photo",
@@ -74,8 +86,12 @@ def measure_photo(
         raise CrackSegError(f"classes: found {classes!r} without a scale, expected mm_per_pixel as well")
     if mask is None and probability is None:
         raise CrackSegError("mask: found neither mask nor probability, expected one of them")
+    check_number("min_length_px", min_length_px, float, 0)
     if mask is not None:
-        mask = np.asarray(mask) > 0
+        mask = np.asarray(mask)
+        if mask.ndim == 2:  # another shape is refused below
+            check_values(mask)
+        mask = mask > 0
     probability = mask.astype(np.float32) if probability is None else as_fraction(probability, mask=False)
     if known is not None:
         mask = (probability >= threshold if mask is None else mask) & known
@@ -237,14 +253,20 @@ def measure_prediction(
             f"{prediction.probability}: found shape {probability.shape}, expected that of the mask, {mask.shape}"
         )
     if mask is not None:
+        if covered is not None:
+            mask = np.where(covered, mask, 0)  # elsewhere it may hold any value
         with naming(prediction.mask):
             check_values(mask)
     if class_id is not None:
         if mask is None:
             raise CrackSegError(f"class_id: found {class_id} for {prediction.name}, which has no mask; expected none")
-        mask = mask == check_number("class_id", class_id, int, 1, 255)
+        ids, mask = mask, mask == check_number("class_id", class_id, int, 1, 255)
+        if ids.max(initial=0) > 100 and not mask.any():
+            raise CrackSegError(
+                f"class_id: found {class_id} for {prediction.mask}, whose one value is {ids.max()}; expected none"
+            )
         # The probability is that of all classes together.
-        probability = None if probability is None else np.where(mask | (planes["mask"] == 0), probability, 0)
+        probability = None if probability is None else np.where(mask | (ids == 0), probability, 0)
     if mm_per_pixel is None and place is not None:
         mm_per_pixel = scale_from_geotiff(place)
     name = prediction.name
@@ -254,17 +276,6 @@ def measure_prediction(
 def _same_place(frame, other):
     # Programs round: twelve digits are micrometres of a UTM grid.
     return frame.crs == other.crs and np.allclose(frame.transform, other.transform, rtol=1e-12, atol=0)
-
-
-def check_values(mask: np.ndarray) -> None:
-    "Raise CrackSegError unless a mask holds 0 and one value, or ids of classes; greys would all be cracks."
-    values = np.flatnonzero(value_counts(mask)) if mask.dtype == np.uint8 else np.unique(mask)
-    found = values[values != 0]
-    if len(found) > 1 and (found[-1] > 100 or found[0] < 0 or (found % 1).any()):
-        raise CrackSegError(
-            f"found mask values {first_few(found, 5)}, expected 0 and one value, or ids of classes up to 100; "
-            "cut greys, and what is void, before; the file of a probability ends in _probability"
-        )
 
 
 def chosen_threshold(
