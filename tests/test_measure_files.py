@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import warnings
 
 import cv2
 import numpy as np
@@ -89,6 +90,32 @@ def test_a_mask_keeps_its_place_beside_a_probability_without_one(tmp_path):
     (tmp_path / "a_mask.tif").unlink()
     cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
     assert measure_folder(tmp_path, out=False).photos.length_mm[0] == pytest.approx(128, rel=0.01)
+
+
+def test_a_geotiff_that_says_too_little_is_told_or_has_no_place(tmp_path):
+    mask = (255 * (drawn_line() >= 0.5)).astype(np.uint8)
+    options = dict(driver="GTiff", height=60, width=100, count=1, dtype="uint8")
+    transform = rasterio.Affine(0.002, 0, 570000, 0, -0.002, 5650000)
+    site = 'LOCAL_CS["site",UNIT["metre",1]]'
+    for name, more in (
+        ("empty", dict(crs="EPSG:32632", transform=transform, nodata=0)),
+        ("site", dict(crs=site, transform=transform)),
+        ("bare", dict(crs="EPSG:32632")),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with rasterio.open(tmp_path / f"{name}_mask.tif", "w", **options, **more) as file:
+                file.write(mask, 1)
+    with pytest.raises(CrackSegError, match="empty_mask.tif: found that 0, the background, means no data; expected"):
+        measure_folder(tmp_path / "empty_mask.tif", out=False)
+    with pytest.raises(CrackSegError, match="site_mask.tif: found a CRS without a unit, expected one, or a scale"):
+        measure_folder(tmp_path / "site_mask.tif", out=False)
+    assert measure_folder(tmp_path / "site_mask.tif", 2.0, out=False).photos.length_mm[0] == pytest.approx(
+        122, rel=0.01
+    )
+    found = measure_folder(tmp_path / "bare_mask.tif", out=tmp_path / "out")
+    assert found.photos.scale[0] == "pixels: no scale is known"
+    assert "crs" not in json.loads((tmp_path / "out" / "bare_lines.geojson").read_text())
 
 
 def test_the_mask_decides_what_is_a_crack_and_the_probability_where_its_edges_are(tmp_path):

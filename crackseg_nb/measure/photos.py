@@ -189,8 +189,13 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
                         raise CrackSegError(
                             f"{path}: found {file.count} channels, expected a mask or a probability of one"
                         )
+                    if file.nodata == 0:
+                        raise CrackSegError(
+                            f"{path}: found that 0, the background, means no data; expected another value, or none "
+                            "(gdal_edit.py -unsetnodata)"
+                        )
                     values, covered = file.read(1), file.dataset_mask() > 0
-                    placed = file.crs is not None
+                    placed = file.crs is not None and file.transform != rasterio.Affine.identity()
                     frame = Frame(tuple(file.transform)[:6], _crs_name(file.crs)) if placed else Frame()
         except rasterio.errors.RasterioError as error:
             reason = str(error).splitlines()[0]

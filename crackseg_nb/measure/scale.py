@@ -125,7 +125,10 @@ def scale_from_geotiff(path) -> Scale:
         try:
             metres = _ground_distance(*to_crs(crs, "EPSG:4326", x, y)[:2])
         except Exception:  # no place on Earth
-            metres = float(np.hypot(np.diff(x), np.diff(y))[0]) * crs.linear_units_factor[1]
+            try:
+                metres = float(np.hypot(np.diff(x), np.diff(y))[0]) * crs.linear_units_factor[1]
+            except rasterio.errors.CRSError:
+                raise CrackSegError(f"{name}: found a CRS without a unit, expected one, or a scale") from None
         sizes.append(1000 * metres / span)
     if not min(sizes) > 0 or max(sizes) / min(sizes) > 1.02:
         found = " x ".join(f"{size:.4g}" for size in sizes)
