@@ -179,6 +179,15 @@ def test_run_lengths_are_those_of_coco(tmp_path):
         assert exact
 
 
+def test_outlines_are_the_same_in_every_type():
+    line = drawn_line(row=25.3)
+    for kind, highest in ((np.uint8, 255), (np.uint16, 65535)):
+        for values in (line, (line >= 0.5).astype(np.float32)):
+            [found] = crack_outlines(np.rint(highest * values).astype(kind), tolerance=0)
+            [expected] = crack_outlines(values, tolerance=0)
+            assert abs(found.outer - expected.outer).max() < 0.01 and (found.mask == expected.mask).all()
+
+
 def test_outlines_of_random_masks_are_valid_and_have_their_area():
     generator = np.random.default_rng(1)
     for _ in range(5):

@@ -36,7 +36,7 @@ from skimage.measure import find_contours
 # %% ../../nbs/measure/05_files.ipynb #7e0b61fd
 from ..core.checks import CrackSegError, choose
 from ..core.files import atomic_write, write_text
-from .cracks import Tables
+from .cracks import Tables, as_fraction
 
 
 # %% ../../nbs/measure/05_files.ipynb #83da0f6e
@@ -80,12 +80,13 @@ def _ring_area(ring):
 
 
 def crack_outlines(
-    probability: np.ndarray,  # (H, W) of 0..1, or a mask
+    probability: np.ndarray,  # (H, W), a probability or a mask, see `as_fraction`
     threshold: float = 0.5,
     mask: np.ndarray | None = None,  # boolean (H, W); by default where the probability reaches the threshold
     tolerance: float = 0.1,  # how far a point that is left out may lie from the outline, in pixels
 ) -> list[Outline]:
     "Return the outlines of the cracks, in the order of `measure_cracks`."
+    probability = as_fraction(probability)
     mask = probability >= threshold if mask is None else mask
     count, numbers, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     found = []

@@ -13,7 +13,7 @@ import numpy as np
 
 # %% ../../nbs/measure/07_promise.ipynb #70d5a8e2
 from ..core.checks import CrackSegError, check_number
-from .cracks import center_line
+from .cracks import as_fraction, center_line
 
 # %% ../../nbs/measure/07_promise.ipynb #84ea1f3b
 THRESHOLDS = tuple(count / 100 for count in range(1, 100))
@@ -26,7 +26,7 @@ def missed_length(
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> np.ndarray:
     "Return the fraction of the length of the true cracks that is missed at each threshold."
-    probability, mask = np.asarray(probability, np.float32), np.asarray(mask) > 0
+    probability, mask = as_fraction(np.asarray(probability, np.float32)), np.asarray(mask) > 0
     if probability.shape != mask.shape:
         raise CrackSegError(f"probability: found shape {probability.shape}, expected that of the mask, {mask.shape}")
     line = center_line(mask)
