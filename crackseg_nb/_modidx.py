@@ -1875,6 +1875,7 @@ d = {
             "crackseg_nb.measure.files._areas": ("measure/files.html#_areas", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files._corners": ("measure/files.html#_corners", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files._import": ("measure/files.html#_import", "crackseg_nb/measure/files.py"),
+            "crackseg_nb.measure.files._in_metres": ("measure/files.html#_in_metres", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files._lines": ("measure/files.html#_lines", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files._plain": ("measure/files.html#_plain", "crackseg_nb/measure/files.py"),
             "crackseg_nb.measure.files._polygon": ("measure/files.html#_polygon", "crackseg_nb/measure/files.py"),

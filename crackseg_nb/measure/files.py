@@ -238,12 +238,22 @@ def _import(name, extra):
 
 
 # %% ../../nbs/measure/05_files.ipynb #2ce93b86
+def _in_metres(crs):
+    rasterio = _import("rasterio", "geo")
+    try:
+        return rasterio.crs.CRS.from_user_input(crs).linear_units_factor[1] == 1
+    except rasterio.errors.CRSError:  # of degrees
+        return False
+
+
 def write_dxf(measured: Measured, folder: Path) -> list[Path]:
     "Write centre lines, outlines and the largest widths as layers of a drawing."
     ezdxf = _import("ezdxf", "geo")
     scale = 1.0 if measured.frame.crs is not None or measured.mm_per_px is None else measured.mm_per_px
     drawing = ezdxf.new("R2010")
-    units = ezdxf.units.M if measured.frame.crs is not None else ezdxf.units.MM if measured.mm_per_px else 0
+    units = ezdxf.units.MM if measured.mm_per_px else 0
+    if measured.frame.crs is not None:
+        units = ezdxf.units.M if _in_metres(measured.frame.crs) else 0
     drawing.header["$INSUNITS"] = units
     for layer, colour in (("CRACK_LINES", 1), ("CRACK_OUTLINES", 8), ("CRACK_WIDTHS", 5)):
         drawing.layers.add(layer, color=colour)
