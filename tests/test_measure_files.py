@@ -263,6 +263,8 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(tmp_path):
     (tmp_path / "e").mkdir()
     for suffix in (".png", ".tif"):
         cv2.imwrite(str(tmp_path / "e" / f"e_mask{suffix}"), mask)
+        (tmp_path / "f").mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / "f" / f"f{suffix}"), mask)
     for place, settings, expected in (
         (tmp_path, dict(mm_per_pixel=0), "mm_per_pixel: found 0, expected a number above 0"),
         (tmp_path, dict(classes=[0.2]), "without a scale"),
@@ -273,6 +275,7 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(tmp_path):
         (tmp_path / "c", {}, "c_mask.tif: found a damaged or unreadable image"),
         (tmp_path / "d", {}, r"d_probability.png: found shape \(59, 100\)"),
         (tmp_path / "e", {}, "found beside e_mask.png, expected one mask for each photo"),
+        (tmp_path / "f", {}, "f.tif: found beside f.png, expected one mask for each photo"),
     ):
         with pytest.raises(CrackSegError, match=expected) as error:
             measure_folder(place, **settings, out=tmp_path / "out")

@@ -149,11 +149,11 @@ def find_predictions(place) -> list[Prediction]:
     for path in files:
         check_file_name(path)
     found: dict[str, dict[str, Path]] = {}
-    plain = {}
+    plain = []
     for path in files:
         kind = next((kind for kind in PLANES if path.stem.endswith(kind)), None)
         if kind is None:
-            plain[path.stem] = path
+            plain.append(path)
             continue
         planes = found.setdefault(path.stem.removesuffix(kind), {})
         if kind in planes:
@@ -166,7 +166,12 @@ def find_predictions(place) -> list[Prediction]:
         planes = found.get(name, {}) if place in found.get(name, {}).values() else {"_mask": place}
         return [Prediction(name, planes.get("_mask"), planes.get("_probability"))]
     if not found:
-        found = {name: {"_mask": path} for name, path in plain.items()}
+        for path in plain:
+            if path.stem in found:
+                raise CrackSegError(
+                    f"{path}: found beside {found[path.stem]['_mask'].name}, expected one mask for each photo"
+                )
+            found[path.stem] = {"_mask": path}
     if not found:
         raise CrackSegError(f"{place}: found no mask, expected files NAME_mask.png or NAME_mask.tif")
     return [Prediction(name, planes.get("_mask"), planes.get("_probability")) for name, planes in sorted(found.items())]
