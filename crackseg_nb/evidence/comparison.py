@@ -341,20 +341,21 @@ def compare(
 ) -> Comparison:
     "Return the comparison of runs; raise CrackSegError if none of them can take part, or for an unknown name."
     choose("statistic", statistic, STATISTICS)
+    place = find_run_folder("baseline", baseline, outputs).path.resolve() if baseline else None
     entries = settle([enter(str(run), outputs, data_dir) for run in runs])
     systems = systems_of(entries)
     if not systems:
         raise CrackSegError(
             "runs: found none that can take part: " + "; ".join(f"{entry.run_id} ({entry.reason})" for entry in entries)
         )
-    own = {entry.run_id: name for name, system in systems.items() for entry in system.entries}
-    left = {entry.run_id: entry.reason for entry in entries if entry.reason}
-    if Path(baseline).name in left:
-        raise CrackSegError(
-            f"baseline: {baseline} takes no part ({left[Path(baseline).name]}), expected a run that does"
-        )
-    if baseline:
-        baseline = own[choose("baseline", Path(baseline).name, own)]
+    if baseline:  # by its folder, since runs of two sweeps may share a name
+        chosen = next((entry for entry in entries if entry.folder.path.resolve() == place), None)
+        if chosen is None:
+            names = first_few([entry.run_id for entry in entries])
+            raise CrackSegError(f"baseline: found {baseline!r}, expected one of the runs: {names}")
+        if chosen.reason:
+            raise CrackSegError(f"baseline: {baseline} takes no part ({chosen.reason}), expected a run that does")
+        baseline = next(name for name, system in systems.items() if system.entries[0].system == chosen.system)
     rows = {name: rows_for(system, statistic) for name, system in systems.items()}
     groups, column = next(iter(systems.values())).groups, rows[next(iter(rows))][1]
     intervals = {name: bootstrap(table, column, groups) for name, (table, _) in rows.items()}
