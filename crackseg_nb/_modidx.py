@@ -651,6 +651,10 @@ d = {
                 "evidence/comparison.html#enter",
                 "crackseg_nb/evidence/comparison.py",
             ),
+            "crackseg_nb.evidence.comparison.epoch_table": (
+                "evidence/comparison.html#epoch_table",
+                "crackseg_nb/evidence/comparison.py",
+            ),
             "crackseg_nb.evidence.comparison.precision_notes": (
                 "evidence/comparison.html#precision_notes",
                 "crackseg_nb/evidence/comparison.py",

@@ -16,6 +16,7 @@ from PIL import Image
 from crackseg_nb.core.files import project_root, read_yaml, write_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.evidence.comparison import compare, system_of
+from crackseg_nb.evidence.report import finish_comparison
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
@@ -190,6 +191,13 @@ def test_a_run_of_another_version_is_left_out_of_a_comparison(outputs, copied):
     write_yaml(path, settings)
     found = compare(["first", "second"], outputs=str(copied))
     assert list(found.systems) == ["first"] and "momentum_of_tomorrow" in found.left_out["reason"].iloc[0]
+
+
+def test_a_run_that_trained_no_epoch_is_reported(tmp_path):
+    run(configure(**SMALL | dict(epochs=0), outputs=str(tmp_path), run_name="untrained"))
+    finish_comparison(compare(["untrained"], outputs=str(tmp_path)), tmp_path / "alone")
+    [row] = pd.read_csv(tmp_path / "alone" / "training.csv").to_dict("records")
+    assert row["epochs"] == 0 and np.isnan(row["images/s"]) and row["losses"] == "No epoch was trained."
 
 
 def test_interrupted_writing_leaves_no_evidence(copied, monkeypatch):

@@ -23,6 +23,7 @@ __all__ = [
     "score_of",
     "rows_for",
     "compare",
+    "epoch_table",
     "training_table",
     "show_width_recall",
 ]
@@ -368,12 +369,17 @@ def compare(
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #61aee9f2
+def epoch_table(folder: RunFolder, name: str) -> pd.DataFrame:
+    "Return a run's table with a row for each epoch, `history.csv` or `performance.csv`; empty if none was trained."
+    return pd.read_csv(folder / name) if (folder / name).is_file() else pd.DataFrame()
+
+
 def training_table(comparison: Comparison) -> pd.DataFrame:
     "Return a row for each run that takes part: epochs, speed, peak memory, first weights, and what its losses say."
     rows = []
     for entry in (entry for entry in comparison.entries if not entry.reason):
-        results, history = read_results(entry.folder), pd.read_csv(entry.folder / "history.csv")
-        performance = pd.read_csv(entry.folder / "performance.csv")
+        results = read_results(entry.folder)
+        history, performance = (epoch_table(entry.folder, f"{name}.csv") for name in ("history", "performance"))
         memory = next((name for name in performance if name.startswith("peak")), None)
         rows.append(
             {
@@ -381,10 +387,10 @@ def training_table(comparison: Comparison) -> pd.DataFrame:
                 "seed": entry.seed,
                 "epochs": len(history),
                 "kept epoch": results["protocol"]["epoch"],
-                "images/s": performance["images_per_second"].median(),
+                "images/s": performance.median(numeric_only=True).get("images_per_second", np.nan),
                 "peak MiB": performance[memory].max() if memory else np.nan,
                 "weights": results["model"]["weights"],
-                "losses": read_training(history)[-1],
+                "losses": read_training(history)[-1] if len(history) else "No epoch was trained.",
             }
         )
     return pd.DataFrame(rows).set_index("run")
