@@ -627,6 +627,10 @@ d = {
                 "evidence/comparison.html#entry",
                 "crackseg_nb/evidence/comparison.py",
             ),
+            "crackseg_nb.evidence.comparison.Entry.seed": (
+                "evidence/comparison.html#entry.seed",
+                "crackseg_nb/evidence/comparison.py",
+            ),
             "crackseg_nb.evidence.comparison.System": (
                 "evidence/comparison.html#system",
                 "crackseg_nb/evidence/comparison.py",
@@ -681,6 +685,10 @@ d = {
             ),
             "crackseg_nb.evidence.comparison.show_width_recall": (
                 "evidence/comparison.html#show_width_recall",
+                "crackseg_nb/evidence/comparison.py",
+            ),
+            "crackseg_nb.evidence.comparison.source_of_weights": (
+                "evidence/comparison.html#source_of_weights",
                 "crackseg_nb/evidence/comparison.py",
             ),
             "crackseg_nb.evidence.comparison.system_of": (

@@ -183,6 +183,71 @@ def test_a_run_from_before_a_setting_existed_is_another_seed_of_the_same_system(
         assert (system_of(RunFolder(copied / "first"))[0] == own) == same
 
 
+@pytest.fixture
+def begin(outputs, tmp_path):
+    "Return a function that copies the first run as one of another seed that began with weights."
+    evidence_of("first", str(outputs))
+
+    def begin(name, seed, weights="", **data):
+        shutil.copytree(outputs / "first", tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        settings = read_yaml(outputs / "first" / "config.yaml")
+        settings["run"]["seed"], settings["model"]["fine_tune"] = seed, str(weights)
+        settings["data"].update(data)
+        write_yaml(tmp_path / name / "config.yaml", settings)
+        return system_of(RunFolder(tmp_path / name), str(tmp_path))
+
+    return begin
+
+
+def test_seeds_of_two_stages_are_one_system(begin, tmp_path):
+    "Also where the first stage's weights are gone."
+    first, second, third = (begin(f"stage-{seed}", seed) for seed in (1, 2, 3))
+    assert first[0] == second[0] == third[0] and first[1] == (1,)
+    system, seeds = begin("fine-1", 1, tmp_path / "stage-1")
+    assert system != first[0] and seeds == (1, 1)
+    assert begin("fine-2", 2, "stage-2") == (system, (2, 2))
+    assert begin("mixed", 1, tmp_path / "stage-3" / "checkpoints") == (system, (1, 3))
+    assert begin("again", 1, tmp_path / "stage-1" / "checkpoints" / "best-0a1b2c3d.safetensors") == (system, (1, 1))
+    found = compare(["fine-1", "fine-2", "mixed", "again"], outputs=str(tmp_path))
+    assert [len(one.entries) for one in found.systems.values()] == [3]
+    assert found.left_out["run"].tolist() == ["again"] and "a repetition" in found.left_out["reason"].iloc[0]
+
+
+def test_other_first_weights_are_another_system(begin, tmp_path):
+    begin("stage", 1)
+    begin("elsewhere", 1, data_dir="other/photos")
+    whole = {
+        begin("own", 1, "stage")[0],
+        begin("last", 1, tmp_path / "stage" / "checkpoints" / "epoch_0006-0a1b2c3d.safetensors")[0],
+        begin("other", 1, "elsewhere")[0],
+        begin("third", 1, "own")[0],
+        begin("file", 1, "weights.safetensors")[0],
+        begin("file-2", 1, "weights-2.safetensors")[0],
+    }
+    assert len(whole) == 6
+
+
+def test_runs_that_name_each_other_have_systems(begin, tmp_path):
+    "A run may be trained again, under its name, from one that began with it."
+    begin("one", 1, "other")
+    begin("other", 2, "one")
+    begin("itself", 1, "itself")
+    assert [system_of(RunFolder(tmp_path / name), str(tmp_path))[1] for name in ("one", "other", "itself")] == [
+        (1, 2),
+        (2, 1),
+        (1,),
+    ]
+
+
+def test_committed_seeds_of_two_stages_are_one_system():
+    runs = [
+        RunFolder(project_root() / path.parent) for path in committed("outputs/deepcrack-unet_mixed-views*/config.yaml")
+    ]
+    if len(runs) < 2:
+        pytest.skip("fewer than two committed runs of this kind")
+    assert len({system_of(folder)[0] for folder in runs}) == 1
+
+
 def test_a_run_of_another_version_is_left_out_of_a_comparison(outputs, copied):
     shutil.copytree(outputs / "second", copied / "second")
     path = copied / "second" / "config.yaml"

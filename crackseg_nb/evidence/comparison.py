@@ -11,6 +11,7 @@ __all__ = [
     "STATISTICS",
     "published",
     "Entry",
+    "source_of_weights",
     "system_of",
     "enter",
     "difference_in_protocol",
@@ -30,6 +31,7 @@ __all__ = [
 
 # %% ../../nbs/evidence/02_comparison.ipynb #63ff485b
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +48,14 @@ from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, shorten
 from ..figures.style import styled
 from ..metrics.statistics import Interval, bootstrap, compare_all, spread
-from ..runs.config import SAME_NUMBERS, known_parameters, loss_parameters, model_settings, read_config
+from crackseg_nb.runs.config import (
+    FIRST_WEIGHTS,
+    SAME_NUMBERS,
+    known_parameters,
+    loss_parameters,
+    model_settings,
+    read_config,
+)
 from ..runs.results import read_training
 
 # %% ../../nbs/evidence/02_comparison.ipynb #4c3da0d7
@@ -101,16 +110,32 @@ class Entry:
     run_id: str
     state: str
     folder: RunFolder
-    seed: int | None = None
-    system: str = ""  # fingerprint of the settings without the seed
+    seeds: tuple[int, ...] = ()  # its own, then that of the run that its weights come from, and so on
+    system: str = ""  # fingerprint of the settings without the seeds
     evidence: Evidence | None = None
     reason: str = ""  # why it is left out; empty: it takes part
 
+    @property
+    def seed(self) -> int | None:
+        return self.seeds[0] if self.seeds else None
 
-def system_of(folder: RunFolder) -> tuple[str, int]:
-    "Return the fingerprint of a run's settings without the seed, and the seed."
+
+def source_of_weights(where: str, outputs: str = "") -> tuple[RunFolder, str]:
+    "Return the run that weights come from, even if they are gone, and of which epoch; raise CrackSegError for others."
+    path, epoch = Path(where), "best"
+    if path.parent.name == "checkpoints":  # a file, such as epoch_0036-da4c9a51.safetensors
+        path, epoch = path.parent, path.stem.split("-")[0]
+    return find_run_folder("weights", str(path.parent if path.name == "checkpoints" else path), outputs), epoch
+
+
+def system_of(
+    folder: RunFolder,
+    outputs: str = "",
+    later: tuple[Path, ...] = (),  # folders of the runs that began with its weights
+) -> tuple[str, tuple[int, ...]]:
+    "Return the fingerprint of a run's settings without seeds, and the seeds: its own, then those of its first weights."
     settings = read_config(folder / "config.yaml")
-    seed = settings.pop("seed")
+    seeds, later = (settings.pop("seed"),), (*later, folder.path.resolve())
     defaults = {name: default for name, (_, _, default) in known_parameters().items()}
     for own in (model_settings(settings["model"]), loss_parameters(settings["loss"])):
         defaults |= {name: default for name, (_, default) in own.items()}
@@ -118,8 +143,15 @@ def system_of(folder: RunFolder) -> tuple[str, int]:
     differing = {name: value for name, value in settings.items() if value not in (defaults[name], None)}
     for name in (*SAME_NUMBERS, "run_name", "device", "recipe"):
         differing.pop(name, None)
+    for name in {*FIRST_WEIGHTS} & {*differing}:
+        with suppress(CrackSegError):  # weights from elsewhere count by their name
+            before, epoch = source_of_weights(differing[name], outputs)
+            if before.path.resolve() not in later:  # a run that was trained again under its name
+                system, earlier = system_of(before, outputs, later)
+                data = read_config(before / "config.yaml").get("data_dir")  # whose photos no evidence compares
+                differing[name], seeds = (system, epoch, data), seeds + earlier
     images = read_results(folder)["protocol"].get("split")
-    return fingerprint_of([repr(sorted(differing.items())), images])[:12], seed
+    return fingerprint_of([repr(sorted(differing.items())), images])[:12], seeds
 
 
 def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
@@ -130,7 +162,7 @@ def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
         entry.reason = f"{entry.state}: {folder.status['error']}" if folder.status.get("error") else entry.state
         return entry
     try:
-        entry.system, entry.seed = system_of(folder)
+        entry.system, entry.seeds = system_of(folder, outputs)
         entry.evidence = evidence_of(run, outputs, data_dir)
     except CrackSegError as error:
         entry.reason = str(error)
@@ -168,10 +200,10 @@ def settle(entries: list[Entry]) -> list[Entry]:
                 f"; the settings are the same, but seed {entry.seed} drew another split: "
                 "only data with a published one has several seeds"
             )
-        if not entry.reason and (entry.system, entry.seed) in seen:
+        if not entry.reason and (entry.system, entry.seeds) in seen:
             entry.reason = "a repetition: another run with the same settings and seed takes part"
         if not entry.reason:
-            seen.add((entry.system, entry.seed))
+            seen.add((entry.system, entry.seeds))
     return entries
 
 
