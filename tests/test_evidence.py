@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import cv2
 import numpy as np
@@ -16,12 +17,14 @@ from PIL import Image
 from crackseg_nb.core.files import project_root, read_yaml, write_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.evidence.comparison import compare, system_of
+from crackseg_nb.evidence.protocols import Protocol, count, score
 from crackseg_nb.evidence.report import finish_comparison
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure
-from crackseg_nb.runs.experiment import run
+from crackseg_nb.runs.experiment import load_splits, run
 from crackseg_nb.runs.notebook import write_page
 from crackseg_nb.runs.results import prediction_path, save_prediction
+from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(
@@ -110,6 +113,35 @@ def test_a_prediction_of_another_size_is_refused(copied):
     save_prediction(copied / "first" / "predictions", predictions.names[0], np.zeros((20, 20), np.float32))
     one_line(lambda: evidence_of("first", str(copied)), "found size (20, 20), expected that of its mask, (48, 48)")
     assert not (copied / "first" / "evidence").exists()
+
+
+def test_images_called_na_and_images_of_void(tmp_path):
+    "An image that is all void counts nowhere; the names of others may read like missing numbers."
+    walls = write_synthetic(tmp_path / "walls", 12, (48, 48), seed=1)
+    for name, kind in product(("NA", "null", "nan", "None", "NULL", "n-a"), ("images", "masks")):
+        first = sorted((walls / kind).glob("0*"))[0]
+        first.rename(first.with_stem(name))
+    for path in (walls / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.uint8(mask > 0)).save(path)
+    config = configure(
+        **SMALL | dict(data="folder", data_dir=str(walls), mask_encoding="ids", epochs=0, fractions="0.1,0.1,0.8"),
+        outputs=str(tmp_path),
+        run_name="named",
+    )
+    names = [sample.name for sample in load_splits(config).test]
+    assert len({"NA", "null", "nan", "None", "NULL"} & {*names}) > 2
+    blank = names[0]
+    Image.fromarray(np.full((48, 48), 255, np.uint8)).save(walls / "masks" / f"{blank}.png")
+    results = run(config).results["test"]
+    found = evidence_of("named", str(tmp_path))
+    assert found.per_image.index.tolist() == names[1:] and found.protocol["images"] == len(names)
+    assert read_evidence(tmp_path / "named" / "evidence").scores == found.scores
+    for kind in ("pooled", "per_image"):
+        assert found.scores[kind]["f1"] == pytest.approx(results[kind]["f1"], abs=1e-12)
+    assert len(compare(["named"], outputs=str(tmp_path)).systems) == 1
+    counted = count(open_predictions("named", str(tmp_path)))
+    assert score(counted, Protocol("", average="images"))["f1"] == pytest.approx(results["per_image"]["f1"], abs=1e-12)
 
 
 @pytest.mark.parametrize("state", ["running", "failed", "stopped"])

@@ -100,8 +100,8 @@ class Counted:
 
     @property
     def empty(self) -> int:
-        "How many images hold no crack."
-        return int((self.counts["kept", 0.0][:, 3, 0] == 0).sum())
+        "How many images hold no crack; those that are all void do not count."
+        return int(((self.counts["kept", 0.0][:, 3, 0] == 0) & (self.pixels["kept", 0.0] > 0)).sum())
 
 
 def count_image(
@@ -223,7 +223,8 @@ def all_scores(counts: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
 def score(counted: Counted, protocol: Protocol) -> dict[str, float]:
     "Return F1, IoU and mIoU by a protocol; NaN where there is none."
     key = (protocol.maps, protocol.tolerance)
-    counts, pixels = counted.counts[key][..., 1:], counted.pixels[key]
+    known = counted.pixels[key] > 0  # an image that is all void counts nowhere
+    counts, pixels = counted.counts[key][known, :, 1:], counted.pixels[key][known]
     nothing = counts[:, 3, 0] == 0  # in the mask
     if protocol.average == "pooled":
         found = all_scores(counts.sum(0, keepdims=True), pixels.sum(keepdims=True))

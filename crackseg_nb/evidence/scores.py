@@ -141,12 +141,14 @@ def digest_of(plane: np.ndarray) -> str:
 
 
 def own_counts(predictions: TestPredictions) -> pd.DataFrame:
-    "Return tp, fp, fn and scores of each image as the run counted them, before its probabilities were rounded."
-    table = (
-        pd.read_csv(predictions.folder / "predictions" / "per_image.csv", dtype={"name": str})
-        .set_index("name")
-        .loc[predictions.names]
-    )
+    "Return tp, fp, fn and scores of each image as the run counted them, before rounding; images of void have none."
+    table = pd.read_csv(
+        predictions.folder / "predictions" / "per_image.csv",
+        dtype={"name": str},
+        keep_default_na=False,  # an image may be called NA
+        na_values=[""],
+    ).set_index("name")
+    table = table.loc[[name for name in predictions.names if name in table.index]]
     found = (table["recall"] * table["crack_pixels"]).round().astype(int)
     counts = pd.DataFrame({"tp": found, "fp": table["predicted_pixels"] - found, "fn": table["crack_pixels"] - found})
     return counts.join(table[["iou", "f1", "precision", "recall"]])
@@ -286,7 +288,7 @@ def measure(
         protocol,
         metrics,
         table[["group", "photo", "mask"]]
-        .join(own_counts(predictions))
+        .join(own_counts(predictions), how="inner")
         .join(table.drop(columns=["group", "photo", "mask"])),
     )
 
