@@ -39,6 +39,7 @@ from ..core.checks import CrackSegError, check_number, choose
 from ..figures.photos import CURVE_COLOURS, check_pair, name_tile, shrink_image, tiles
 from ..figures.style import styled
 from ..models.encoders import Encoder
+from ..models.kernels import own_operations
 from ..models.layers import ASPP, CBAM
 from ..models.swinv2_hybrid import DecoderBlock
 from ..sources.images import normalize
@@ -70,7 +71,8 @@ def watched(
             handles.append(part.register_forward_hook(note(key)))
         model.eval()
         with torch.no_grad():
-            model(normalize(image)[None].to(next(model.parameters())))
+            with own_operations():  # fused kernels would pass over a part, such as the softmax of attention
+                model(normalize(image)[None].to(next(model.parameters())))
             yield seen
     finally:
         for handle in handles:
