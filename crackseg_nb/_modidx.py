@@ -643,6 +643,10 @@ d = {
                 "evidence/comparison.html#system.rows",
                 "crackseg_nb/evidence/comparison.py",
             ),
+            "crackseg_nb.evidence.comparison.clear_names": (
+                "evidence/comparison.html#clear_names",
+                "crackseg_nb/evidence/comparison.py",
+            ),
             "crackseg_nb.evidence.comparison.compare": (
                 "evidence/comparison.html#compare",
                 "crackseg_nb/evidence/comparison.py",

@@ -17,7 +17,7 @@ from PIL import Image
 from crackseg_nb.core.files import project_root, read_yaml, write_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.evidence.comparison import compare, system_of
-from crackseg_nb.evidence.protocols import Protocol, count, score
+from crackseg_nb.evidence.protocols import Protocol, begin_protocols, count, precision_table, score
 from crackseg_nb.evidence.report import finish_comparison
 from crackseg_nb.evidence.scores import evidence_of, measure, open_predictions, read_evidence
 from crackseg_nb.runs.config import configure
@@ -288,6 +288,19 @@ def test_a_run_of_another_version_is_left_out_of_a_comparison(outputs, copied):
     write_yaml(path, settings)
     found = compare(["first", "second"], outputs=str(copied))
     assert list(found.systems) == ["first"] and "momentum_of_tomorrow" in found.left_out["reason"].iloc[0]
+
+
+def test_runs_of_two_sweeps_that_share_a_name_are_told_apart(outputs, tmp_path):
+    for run_name in ("first", "second"):
+        evidence_of(run_name, str(outputs))
+        shutil.copytree(outputs / run_name, tmp_path / f"sweep-{run_name}" / "seed1")
+    shutil.copytree(outputs / "synthetic", tmp_path / "synthetic")
+    runs = ["sweep-first/seed1", "sweep-second/seed1"]
+    finish_comparison(compare(runs, outputs=str(tmp_path)), tmp_path / "both")
+    assert pd.read_csv(tmp_path / "both" / "training.csv")["run"].tolist() == runs
+    assert len([*(tmp_path / "both").glob("pair-*.png")]) == 1
+    counted, _ = begin_protocols(dict(runs=",".join(runs), outputs=str(tmp_path)))
+    assert precision_table(counted).columns.tolist() == runs
 
 
 def test_a_run_that_trained_no_epoch_is_reported(tmp_path):

@@ -13,6 +13,7 @@ __all__ = [
     "Entry",
     "source_of_weights",
     "system_of",
+    "clear_names",
     "enter",
     "difference_in_protocol",
     "settle",
@@ -33,6 +34,7 @@ __all__ = [
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,7 +44,7 @@ from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/02_comparison.ipynb #272f7ab3
 from ..core.checks import CrackSegError, choose, first_few
-from ..core.files import display_path, fingerprint_of
+from ..core.files import fingerprint_of
 from ..core.run_folder import RunFolder, find_run_folder, read_results
 from .scores import Evidence, evidence_of
 from ..figures.photos import CURVE_COLOURS, shorten
@@ -107,7 +109,7 @@ def published() -> pd.DataFrame:
 class Entry:
     "Hold one requested run and, if it is left out, the reason."
 
-    run_id: str
+    run_id: str  # in a comparison one of `clear_names`
     state: str
     folder: RunFolder
     seeds: tuple[int, ...] = ()  # its own, then that of the run that its weights come from, and so on
@@ -152,6 +154,18 @@ def system_of(
                 differing[name], seeds = (system, epoch, data), seeds + earlier
     images = read_results(folder)["protocol"].get("split")
     return fingerprint_of([repr(sorted(differing.items())), images])[:12], seeds
+
+
+def clear_names(folders: Sequence[RunFolder]) -> list[str]:
+    "Return the names of runs; where some share one, as runs of two sweeps may, with the folders that tell them apart."
+    places = [folder.path.absolute().parts for folder in folders]
+
+    def name(place):
+        others = {*places} - {place}
+        parts = next(size for size in count(1) if all(other[-size:] != place[-size:] for other in others))
+        return "/".join(place[-parts:])
+
+    return [name(place) for place in places]
 
 
 def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
@@ -232,12 +246,7 @@ def systems_of(entries: list[Entry]) -> dict[str, System]:
     for entry in entries:
         if not entry.reason:
             members.setdefault(entry.system, []).append(entry)
-    names = [own[0].run_id for own in members.values()]
-    clear = [
-        name if names.count(name) == 1 else display_path(own[0].folder.path)
-        for name, own in zip(names, members.values())
-    ]  # runs of two sweeps
-    return {name: System(name, own) for name, own in zip(clear, members.values())}
+    return {own[0].run_id: System(own[0].run_id, own) for own in members.values()}
 
 
 # %% ../../nbs/evidence/02_comparison.ipynb #a8ca1e1c
@@ -376,6 +385,8 @@ def compare(
     choose("statistic", statistic, STATISTICS)
     place = find_run_folder("baseline", baseline, outputs).path.resolve() if baseline else None
     entries = settle([enter(str(run), outputs, data_dir) for run in runs])
+    for entry, name in zip(entries, clear_names([entry.folder for entry in entries])):
+        entry.run_id = name
     systems = systems_of(entries)
     if not systems:
         raise CrackSegError(

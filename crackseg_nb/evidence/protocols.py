@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05004
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05005
 from ..core.checks import VOID, CrackSegError, check_folder_name
 from ..core.files import outputs_folder, write_table
+from .comparison import clear_names
 from .scores import TestPredictions, open_predictions
 from ..figures.photos import CURVE_COLOURS, save_figure
 from ..figures.style import styled
@@ -342,7 +343,8 @@ def begin_protocols(
             f"runs: found the threshold {odd[0].threshold} of {odd[0].folder.run_id}, "
             "expected a hundredth from 0.01 to 0.99"
         )
-    return [count(one) for one in opened], folder
+    names = clear_names([one.folder for one in opened])
+    return [replace(count(one), run_id=name) for one, name in zip(opened, names)], folder
 
 
 def precision_table(runs: list[Counted]) -> pd.DataFrame:

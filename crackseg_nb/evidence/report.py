@@ -6,6 +6,7 @@
 __all__ = ["pictures_of", "protocol_lines", "ComparisonConfig", "begin_comparison", "finish_comparison"]
 
 # %% ../../nbs/evidence/03_report.ipynb #fd4d589c
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,4 +104,4 @@ def finish_comparison(comparison: Comparison, folder: Path) -> None:
         "\n".join(comparison.sentences) + "\n\nProtocol\n" + protocol_lines(comparison) + "\n",
     )
     for name, figure in pictures_of(comparison).items():
-        save_figure(figure, folder / f"{name.replace(' ', '-')}.png")
+        save_figure(figure, folder / f"{re.sub(r'[ /]', '-', name)}.png")  # runs may be named with their folders
