@@ -309,7 +309,8 @@ def show_translation(
     "Show the points of F1 that each protocol adds to the first, a mark for each run."
     names = list(table.index.unique("protocol"))
     figure, axis = plt.subplots(figsize=(9, 1.1 + 0.27 * len(names)), layout="constrained")
-    for (run, rows), colour, marker in zip(table.groupby("run", sort=False), CURVE_COLOURS, "osD^vP*X"):
+    for number, (run, rows) in enumerate(table.groupby("run", sort=False)):
+        colour, marker = CURVE_COLOURS[number % len(CURVE_COLOURS)], "osD^vP*X"[number % 8]
         places = [names.index(protocol) for protocol in rows.index.get_level_values("protocol")]
         axis.scatter(rows["f1_points"], places, color=colour, marker=marker, s=32, label=run, zorder=3)
     axis.axvline(0, color="grey", linewidth=1)
