@@ -248,11 +248,11 @@ def read_evidence(folder: Path) -> Evidence:
                     metric.sums[name] = (
                         type(zero)(sums[f"{kind}/{name}"]) if np.isscalar(zero) else sums[f"{kind}/{name}"]
                     )
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
+        return Evidence(kept["run"], kept["protocol"], metrics, per_image)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
         raise CrackSegError(
             f"{folder}: found evidence that cannot be read ({str(error).splitlines()[0]}); {again}"
         ) from None
-    return Evidence(kept["run"], kept["protocol"], metrics, per_image)
 
 
 # %% ../../nbs/evidence/01_scores.ipynb #b7888ec4
