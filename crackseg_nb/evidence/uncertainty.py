@@ -38,7 +38,7 @@ def tta_probabilities(
     images: Tensor,  # (B, 3, H, W)
 ) -> Tensor:  # (8, B, 1, H, W)
     "Return the crack probabilities in all eight poses, turned back; the model is in evaluation mode meanwhile."
-    was_training, answers = model.training, []
+    modes, answers = [(part, part.training) for part in model.modules()], []
     model.eval()
     try:
         for pose in POSES["all"]:
@@ -46,7 +46,8 @@ def tta_probabilities(
             check_logits(logits, 1)
             answers.append(turn_back(logits.float().sigmoid(), pose))
     finally:
-        model.train(was_training)
+        for part, training in modes:  # frozen parts may have a mode of their own
+            part.training = training
     return torch.stack(answers)
 
 
