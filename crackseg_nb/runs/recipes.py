@@ -195,7 +195,7 @@ READY_UNET = CRACK_UNET | {
     "unet_channels": (96, 48, 32, 16, 8),
     "fine_tune": "ready",
     "pretrained": "false",
-    "epochs": 36,
+    "epochs": 54,
     "tta": "flips",
     "scales": (0.5, 1.0),
     "val_scales": (1.0, 2.0),
