@@ -24,7 +24,7 @@ setup: $(STAMP)  ## create .venv and install the pinned packages (every other ta
 
 $(STAMP):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)
-	@echo "setup: installing the pinned packages (the first time a few minutes and about 6 GB)"
+	@echo "setup: installing the pinned packages (the first time a few minutes and about 7 GB)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[dev]' || \
 	  { echo "setup: pip could not install the packages (its message is above); the same command tries again"; exit 1; }
 	@rm -f $(VENV)/.installed-*
