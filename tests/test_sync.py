@@ -243,9 +243,8 @@ def test_links_lead_to_files(path):
     assert not [target for target in targets if not (path.parent / target).exists()]
 
 
-def test_readme_links_lead_somewhere():
+def test_readme_links_lead_to_files_that_are_kept():
     targets = LINK.findall((ROOT / "README.md").read_text("utf-8"))
-    assert not [target for target in targets if not (ROOT / target).exists()]
     if not (ROOT / ".git").exists():
         return
     kept = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(

@@ -534,8 +534,8 @@ def _mean_width(cracks):
 # %% ../../nbs/measure/02_cracks.ipynb #40a7e5b8
 @styled
 def show_rose(
-    summary: pd.Series,
-) -> Figure:  # of `summarize_cracks`, or a sum of several; without a length in mm, in px
+    summary: pd.Series,  # of `summarize_cracks`, or a sum of several; without a length in mm, in px
+) -> Figure:
     "Draw the length of cracks in each direction; 0 degrees along the rows, counted as on the photo, clockwise."
     figure = plt.figure(figsize=(3, 3))
     axis = figure.add_subplot(projection="polar")

@@ -305,7 +305,7 @@ def cost_of(experiment, against: str) -> float:
 
 
 def train_trial(search: Search, trial: "optuna.Trial", folder: Path):
-    "Carry the trial's run to the end of its training; return the experiment and its values. Stopped: it ended early."
+    "Train the trial's run, and return the experiment and its values; raise Stopped if it ended early."
     from crackseg_nb.runs.config import configure
     from crackseg_nb.runs.experiment import prepare
 
