@@ -99,12 +99,12 @@ def test_another_model_says_no_terms(drawn, tmp_path, capsys):
 
 
 def test_a_model_of_ones_own_begins_with_it(drawn, tmp_path):
-    settings = dict(
-        data_dir=str(drawn), mask_encoding="auto", group_pattern="", image_size=64, fractions="0.5,0.25,0.25"
-    )
-    config = configure(
-        config=str(ready_folder() / "config.yaml"), fine_tune=READY, epochs=0, outputs=str(tmp_path), **settings
-    )
+    "The guide to own photos scores it so, whatever the names and the values of the masks."
+    begun_with = dict(recipe="ready_unet", epochs=0, tta="none", scales="1", val_scales="1")
+    read_as = dict(data="folder", data_dir=str(drawn), mask_encoding="auto", group_pattern="")
+    config = configure(**begun_with, **read_as, fractions="0.5,0.25,0.25", outputs=str(tmp_path))
+    command = "`crackseg_run -p " + " -p ".join(f"{name} {value}" for name, value in begun_with.items())
+    assert command in (project_root() / "docs" / "guides" / "your_photos.md").read_text("utf-8")
     begun = prepare(config)
     assert " 0 missing, 0 unexpected, 0 mismatched" in begun.built.model.weights["report"]
     begun.folder.mark("stopped")

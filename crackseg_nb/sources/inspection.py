@@ -265,6 +265,12 @@ def settle_encoding(
     if base == "class_ids":
         check_ids(samples, found, classes, void)
     raise_first([error for sample, fact in zip(samples, found) if (error := unknown_values(sample, fact, encoding))])
+    highest = max((max(occurring(fact)) for fact in found), default=0)
+    if base == "threshold" and 0 < highest < 128:
+        raise CrackSegError(
+            f"{samples[0].mask.parent}: found no mask value above {highest}, expected some of 128 or more, where "
+            "mask_encoding threshold cuts; masks of 0 and 1 are read with mask_encoding auto"
+        )
     notes = []
     if base == COLOURS:
         unclear = sum(VOID in occurring(fact) for fact in found)
