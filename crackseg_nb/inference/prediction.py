@@ -201,7 +201,7 @@ def predict_photo(
     folder: Path,  # for the results
     network: Network,
     settings: PredictSettings,
-    progress: tqdm,  # counts millions of pixels
+    progress: tqdm,  # counts pixels
 ) -> dict[str, Any]:
     "Predict one photo, or the part not done yet, and return its manifest entry."
     work, digest = folder / ".crackseg" / path.stem, sha256_file(path)
@@ -210,21 +210,22 @@ def predict_photo(
         plan = plan_for(photo, network, settings)
         key = {"photo": digest, "size": [photo.height, photo.width], **describe_model(network, settings)}
         key["tiles"] = plan.describe()
-        record, million = work.with_name(f"{work.name}.json"), photo.height * photo.width / 1e6
+        record, pixels = work.with_name(f"{work.name}.json"), photo.height * photo.width
         if (entry := read_record(record, key, folder)) is not None:
-            progress.update(million)
+            progress.update(pixels)
             return entry
         store = BandStore(work, key, photo.width, settings.depth)
-        done = store.count
-        progress.update(million * done / len(plan.rows))
+        done, bands = store.count, len(plan.rows)
+        progress.update(pixels * done // bands)
         if done:
             logger.info("%s: going on behind %d of %d bands", path.name, done, len(plan.rows))
         if done < len(plan.rows):
             workers = settings.workers or count_workers(plan, network, settings.batch)
-            for band in predict_bands(photo, plan, network, settings.batch, workers, first=done):
+            left = predict_bands(photo, plan, network, settings.batch, workers, first=done)
+            for number, band in enumerate(left, done + 1):
                 store.add(band, network.facts, rules)
                 del band  # before the next one is made
-                progress.update(million / len(plan.rows))
+                progress.update(pixels * number // bands - pixels * (number - 1) // bands)
             if plan.count > 1:
                 network.rest()
         paths = result_paths(folder, path.stem, hasattr(photo, "dataset"))
@@ -332,9 +333,9 @@ def predict(
     network = open_network(model, device, outputs, settings.tta, settings.scales)
     rules_of(network, settings)  # raises for a hysteresis above the threshold
     check_writable(folder / ".crackseg")
-    shown = "{l_bar}{bar}| {n:.1f}/{total:.1f} Mpx [{elapsed}<{remaining}]"
+    shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} pixels [{elapsed}<{remaining}]"
     try:
-        with tqdm(total=pixels / 1e6, desc="predicting", disable=not progress, bar_format=shown) as bar:
+        with tqdm(total=pixels, unit_scale=True, desc="predicting", disable=not progress, bar_format=shown) as bar:
             for path in paths:
                 bar.set_postfix_str(path.name)
                 predict_photo(path, folder, network, settings, bar)
