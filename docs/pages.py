@@ -13,11 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 
+import pandas as pd
 import yaml
 from execnb.nbio import dict2nb
 from fastcore.docments import docments
 from nbdev import processors
 from nbdev.process import NBProcessor
+
+from crackseg_nb.studies.pretraining import arms, tell
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -167,6 +170,14 @@ def figure_text(output: dict, source: str, heading: str, prose: str) -> str:
     return ". ".join(part[:1].upper() + part[1:] for part in parts if part).replace("?.", "?") + "."
 
 
+def is_table(output: dict) -> bool:
+    "Return whether an output is printed text in columns, which broken lines would mix up."
+    data = output.get("data", {})
+    text = output.get("text") or ("" if "text/html" in data else data.get("text/plain", ""))
+    lines = [line for line in "".join(text).splitlines() if line.strip()]
+    return sum("  " in line.strip() for line in lines) > len(lines) / 2
+
+
 def prepare_code(cell: dict, heading: str, prose: str, folded: bool) -> None:
     "Remove from a code `cell` what only tools read; describe its figures; fold a run's list of all parameters."
     tags = cell["metadata"].get("tags", [])
@@ -180,6 +191,8 @@ def prepare_code(cell: dict, heading: str, prose: str, folded: bool) -> None:
         if "text/html" in output.get("data", {}):  # the corner of a table heads nothing
             html = "".join(output["data"]["text/html"])
             output["data"]["text/html"] = re.sub(r"<th>\s*</th>", "<td></td>", html)
+    if any(map(is_table, cell["outputs"])):
+        tags = [*tags, "printed-table"]
     cell["metadata"] = {"tags": tags}
     if "hide-input" in tags:
         cell["metadata"]["mystnb"] = {"code_prompt_show": "Show all parameters and their meaning"}
@@ -355,11 +368,13 @@ def of_ablation(effects: list[dict]) -> str:
 
 
 def of_data_sets(scores: list[dict]) -> str:
-    "Name the best model of each data set."
+    "Name the best model of each data set, which may have learned its training images."
     best = {}
     for row in scores:
         best[row["set"]] = max(best.get(row["set"], row), row, key=lambda row: float(row["iou"]))
-    return "IoU: " + ", ".join(f"{name} {float(row['iou']):.3f} ({row['model']})" for name, row in best.items())
+    return "highest IoU, by a model that may have learned training images of the same set: " + ", ".join(
+        f"{name} {float(row['iou']):.3f} ({row['model']})" for name, row in best.items()
+    )
 
 
 def of_comparison(tests: list[dict]) -> str:
@@ -390,12 +405,9 @@ def of_search(trials: list[dict]) -> str:
     return f"{len(trials)} trials, validation IoU of the best {best:.3f}"
 
 
-def of_transfer(arms: list[dict]) -> str:
-    names = {
-        arm["encoder_weights"]: "from scratch" if arm["encoder_weights"] == "none" else "pretrained" for arm in arms
-    }
-    parts = [f"{names[arm['encoder_weights']]} {float(arm['test_iou']):.3f}" for arm in arms]
-    return f"test IoU, mean of {arms[0]['done']} seeds: {', '.join(parts)}"
+def of_transfer(runs: list[dict]) -> str:
+    told = tell(arms(pd.DataFrame(runs).astype({"seed": int, "val_iou": float, "test_iou": float})))
+    return told.removesuffix(".")
 
 
 def of_race(rounds: list[dict]) -> str:
@@ -419,9 +431,9 @@ FINDINGS = {  # the table of a study, and what is said of it
     "differences.csv": of_encoders,
     "protocols.csv": of_protocols,
     "trials.csv": of_search,
-    "comparison.csv": of_transfer,
     "benchmark.csv": of_race,
     "scores.csv": of_data_sets,
+    "runs.csv": of_transfer,
 }
 
 
@@ -585,6 +597,8 @@ def describe(app, what: str, name: str, target, options, lines: list[str]) -> No
 def cells(name: str, entry: dict) -> tuple[str, str, str, str]:
     "Return the cells of a parameter's row."
     kind, default = entry["anno"], entry["default"]
+    if isinstance(kind, type) and kind.__module__.startswith("sphinx."):  # what Sphinx puts in a default's place
+        kind = None
     return (
         f"``{name}``" if name != "return" else "*returns*",
         "" if kind is inspect.Parameter.empty or kind is None else f"``{plain(kind)}``",

@@ -139,6 +139,7 @@ def test_a_card_of_the_gallery_says_score_and_protocol():
     assert ":img-alt: " in card and "\nswinv2_hybrid with swinv2_tiny on synthetic\n" in card
     ablation = pages.card(ROOT / "outputs" / "ablation-deepcrack")
     assert "12 runs, test IoU" in ablation and "no-aspp -0.006 (can't tell)" in ablation
+    assert "can't tell the lent encoder from random weights" in pages.card(ROOT / "outputs" / "transfer-deepcrack")
     assert "card} Ablate the hybrid\n" in ablation and "`ablation-deepcrack`: What does each part" in ablation
 
 
@@ -159,7 +160,11 @@ def write_table(path, *lines):
             ["result", "can't tell", "better", "can't tell"],
             "can't tell in 2 of 3 pairs of runs, better in 1 of 3",
         ),
-        ("scores.csv", ["set,model,iou", "A,one,0.4", "A,two,0.5", "B,one,0.3"], "IoU: A 0.500 (two), B 0.300 (one)"),
+        (
+            "scores.csv",
+            ["set,model,iou", "A,one,0.4", "A,two,0.5", "B,one,0.3"],
+            "training images of the same set: A 0.500 (two), B 0.300 (one)",
+        ),
         (
             "benchmark.csv",
             [
@@ -198,6 +203,19 @@ def test_the_corner_of_a_table_is_no_empty_heading():
     html = "<table><thead><tr><th></th><th>iou</th></tr></thead></table>"
     (cell,) = prepared(code("table", nbformat.v4.new_output("display_data", {"text/html": html})))
     assert cell["outputs"][0]["data"]["text/html"] == html.replace("<th></th>", "<td></td>")
+
+
+def test_printed_tables_scroll_and_sentences_wrap():
+    table = "set    iou\nwalls  0.5\n\n95 % interval: 0.4 to 0.6\n"
+    prose = "A sentence, and one more.\nAnother line.\n"
+    table, prose = (code("print(text)", nbformat.v4.new_output("stream", text=text)) for text in (table, prose))
+    assert [shown["metadata"]["tags"] for shown in prepared(table, prose)] == [["printed-table"], []]
+
+
+def test_a_default_that_sphinx_replaces_has_no_type():
+    replaced = type("DefaultValue", (), {"__module__": "sphinx.ext.autodoc"})
+    row = pages.cells("out", {"anno": replaced, "default": "x", "docment": "folder"})
+    assert row == ("``out``", "", "``'x'``", "folder")
 
 
 def test_a_constant_shows_its_value_where_that_is_the_same_in_every_build():
