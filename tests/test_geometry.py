@@ -256,6 +256,17 @@ def test_no_boundary_and_no_line_arises_at_void_or_at_the_border():
     assert scores["components_predicted"] == 1
 
 
+def test_a_line_found_only_by_pixels_that_touch_void_has_no_precision():
+    mask = np.zeros((12, 30), np.uint8)
+    mask[4, 8:22], mask[1] = 1, VOID
+    prediction = np.zeros(mask.shape, bool)
+    prediction[2, 8:22] = True  # touches void: matched with, not counted
+    scores = shape_scores(trace_pair(prediction, mask), 2)
+    for kind in ("centreline", "boundary"):
+        assert [scores[f"{kind}_{name}"] for name in ("precision", "recall", "f1")] == [0, 1, 0]
+    assert scores["centreline_iou"] == 0
+
+
 def test_truth_and_prediction_change_places():
     for seed in range(30):
         probability, mask = random_case(seed, void=False)

@@ -94,7 +94,7 @@ class Matches(NamedTuple):
             precision=precision,
             recall=recall,
             f1=2 * precision * recall / max(precision + recall, 1e-300),
-            iou=self.hits / (self.predicted + self.true - self.found),
+            iou=self.hits / max(self.predicted + self.true - self.found, 1),
             nsd=(self.hits + self.found) / (self.predicted + self.true),
         )
 
