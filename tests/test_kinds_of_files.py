@@ -176,6 +176,14 @@ def test_masks_of_more_than_8_bits(tmp_path, dtype, planes):
     assert (read_mask(source.samples[0].mask, source.mask_encoding) == MASK).all()
 
 
+@pytest.mark.parametrize("odd, dtype", [(-1, "int16"), (300, "uint16"), (0.5, "float32"), (np.nan, "float32")])
+def test_the_value_that_a_mask_cannot_hold_is_named(tmp_path, odd, dtype):
+    values = np.full((40, 50), 3, dtype)
+    values[7, 9] = odd
+    with_tifffile(tmp_path / "mask.tif", values, 1)
+    one_line(lambda: read_mask(tmp_path / "mask.tif", "class_ids"), f"found values such as {odd:g} ", "0 to 255")
+
+
 @pytest.mark.parametrize("names", [(), ("wall", "crack", "rust")])
 def test_palettes_that_differ_are_refused(tmp_path, names):
     colours = {0: (0, 0, 0), 1: (255, 0, 0), 2: (0, 255, 0)}

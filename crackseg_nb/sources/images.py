@@ -425,11 +425,11 @@ def deep_plane(values: np.ndarray) -> np.ndarray:
             raise CrackSegError("found colours of 16 bits, expected one plane of values, or RGB with equal channels")
         values = values[..., 0]
     values = np.where(values == 65535, 255, values)
-    if np.isin(values, np.arange(256)).all():
-        return values.astype(np.uint8)
-    raise CrackSegError(
-        f"found values such as {np.unique(values)[-1]:g} ({values.dtype}), expected 0 and 1, 0 and 255, or 0 and 65535"
-    )
+    if (odd := values[~np.isin(values, np.arange(256))]).size:
+        raise CrackSegError(
+            f"found values such as {odd[0]:g} ({values.dtype}), expected whole numbers from 0 to 255, or 0 and 65535"
+        )
+    return values.astype(np.uint8)
 
 
 # %% ../../nbs/sources/02_images.ipynb #4cd823c0
