@@ -568,6 +568,20 @@ def test_a_damaged_file_is_named_in_line_of(source, tmp_path, num_workers):
     assert str(caught.value).startswith(str(damaged)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("fault", ["no image", "a deep mask"])
+def test_an_error_in_a_worker_reads_as_it_does_without_one(source, tmp_path, fault):
+    sample, mask = source.samples[0], tmp_path / "mask.tif"
+    Image.fromarray(np.full((90, 90), 300, np.int32)).save(mask)
+    sample = replace(sample, image=tmp_path / "lost.png") if fault == "no image" else replace(sample, mask=mask)
+    messages = []
+    for num_workers in (0, 1):
+        dataset = CrackDataset([sample], source.mask_encoding, create_augmentation("none", 64))
+        with pytest.raises(CrackSegError) as caught:
+            list(Loader(dataset, batch_sampler=EpochSampler(1, 1), num_workers=num_workers))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and messages[0].startswith(str(tmp_path))
+
+
 def test_turned_photos_keep_their_masks(source, tmp_path):
     exif = Image.Exif()
     exif[274] = 6

@@ -220,7 +220,7 @@ class Loader(DataLoader):
             try:
                 yield from super().__iter__()
             except CrackSegError as error:
-                last_line = str(error).strip().splitlines()[-1]
+                last_line = str(error.args[0]).strip().splitlines()[-1]  # str(error) escapes line ends
                 raise CrackSegError(last_line.split("CrackSegError: ", 1)[-1]) from error
 
     @contextmanager
