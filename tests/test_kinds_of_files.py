@@ -204,6 +204,13 @@ def test_masks_of_void_alone_are_named(tmp_path):
     assert any("1 masks hold no class but 0, and 255, which is void (p1)" in note for note in source.notes)
 
 
+def test_masks_of_0_and_255_beside_one_of_all_three_are_named(tmp_path):
+    mixed = np.where(np.arange(len(MASK))[:, None] < 3, VOID, MASK)
+    source = read_source("folder", write_set(tmp_path, [COLOUR] * 3, [mixed, MASK * VOID, MASK * VOID]))
+    assert source.mask_encoding == "ids"
+    assert any("2 masks hold no class but 0, and 255, which is void (p1, p2)" in note for note in source.notes)
+
+
 def test_greys_of_resized_masks_name_what_reads_them(tmp_path):
     grey = Image.fromarray(MASK * 255).resize((30, 20), Image.BILINEAR).resize((60, 40), Image.BILINEAR)
     root = write_set(tmp_path, [COLOUR], [grey])

@@ -283,7 +283,7 @@ def settle_encoding(
         seen = any(value in occurring(fact) for fact in found)
         notes.append(f"mask value {value} means void" if seen else f"mask value {value}, to mean void, is in no mask")
     blunt = [sample.name for sample, fact in zip(samples, found) if VOID in occurring(fact) <= {0, VOID}]
-    if base == "class_ids" and blunt:
+    if base in ("ids", "class_ids") and blunt:
         notes.append(f"{len(blunt)} masks hold no class but 0, and 255, which is void ({first_few(blunt)})")
     if turned := sum(fact.turned for fact in found):
         notes.append(f"{turned} images are turned by their EXIF orientation")
