@@ -58,6 +58,7 @@ d = {
             "crackseg_nb.core.checks.unknown_name": ("core/checks.html#unknown_name", "crackseg_nb/core/checks.py"),
         },
         "crackseg_nb.core.files": {
+            "crackseg_nb.core.files.OnceDumper": ("core/files.html#oncedumper", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.OnceLoader": ("core/files.html#onceloader", "crackseg_nb/core/files.py"),
             "crackseg_nb.core.files.OnceLoader.compose_node": (
                 "core/files.html#onceloader.compose_node",

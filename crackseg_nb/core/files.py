@@ -12,6 +12,7 @@ __all__ = [
     "remove_unfinished",
     "write_table",
     "to_plain",
+    "OnceDumper",
     "write_yaml",
     "OnceLoader",
     "read_yaml",
@@ -116,9 +117,13 @@ def to_plain(value):
 
 
 # %% ../../nbs/core/02_files.ipynb #37f9ec50
+class OnceDumper(yaml.SafeDumper):
+    "Write plain YAML, and put text into quotes that `OnceLoader` would take for a number, too."
+
+
 def write_yaml(path, data) -> None:
     "Write `data` to `path` as YAML, atomically and in the given key order."
-    write_text(path, yaml.safe_dump(to_plain(data), sort_keys=False, allow_unicode=True, width=110))
+    write_text(path, yaml.dump(to_plain(data), Dumper=OnceDumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 # %% ../../nbs/core/02_files.ipynb #af9ca6d3
@@ -157,7 +162,8 @@ PLAIN_YAML = {  # what text stands for, by the letters with which it may begin
 }
 OnceLoader.yaml_implicit_resolvers = {}
 for kind, (pattern, first) in PLAIN_YAML.items():
-    OnceLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
+    for side in (OnceLoader, OnceDumper):
+        side.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), list(first))
 
 
 def read_yaml(path):
