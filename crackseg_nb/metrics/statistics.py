@@ -398,7 +398,11 @@ def paired_t(
     unit: str = "seeds",  # what a pair shares: seeds or rounds
     level: float = LEVEL,
 ) -> Difference:
-    "Return the mean difference of repeated scores with Student's interval and p, both NaN for fewer than two pairs."
+    """Return the mean difference of repeated scores with Student's interval and p, both NaN for fewer than two pairs.
+
+    Raises CrackSegError unless both have as many scores."""
+    if len(one) != len(other):
+        raise CrackSegError(f"{unit}: found {len(one)} scores and {len(other)}, expected pairs")
     differences = apart(np.asarray(one, float), np.asarray(other, float))
     count = len(differences)
     if not count:
