@@ -105,7 +105,7 @@ def check_large_enough(dataset: CrackDataset, least: int = 32) -> None:
 
 # %% ../../nbs/data/07_dataset.ipynb #e195163e
 class LabelDataset(Dataset):
-    "Give labelled samples as dictionaries of image (3, H, W), mask (the label) and index, as CrackDataset does."
+    "Give labelled samples as dictionaries of image (3, H, W), target (the label) and index, as CrackDataset does."
 
     def __init__(
         self,
