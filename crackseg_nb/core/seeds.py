@@ -37,6 +37,7 @@ def seed_for(*keys: int | str) -> int:
     "Derive a 32-bit seed from `keys`; the same keys give the same seed on every machine."
     words = []
     for key in keys:
+        key = key.item() if isinstance(key, np.generic) else key  # NumPy's 7 is 7
         digest = hashlib.sha256(f"{type(key).__name__}:{key}".encode()).digest()
         words.append(int.from_bytes(digest[:8], "little"))
     return int(np.random.SeedSequence(words).generate_state(1)[0])
