@@ -357,7 +357,7 @@ def prune_checkpoints(
         for manifest in read_manifests(folder)[0]
         if manifest["name"] not in protect and all(map(complete, manifest["files"].values()))
     ]
-    old = whole[: len(whole) - keep_last]
+    old = whole[: max(len(whole) - keep_last, 0)]
     for name in old:
         (folder / f"{name}.json").unlink()
         remove_strays(folder, name)
