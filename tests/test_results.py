@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from crackseg_nb.data.splits import make_splits
-from crackseg_nb.metrics.counts import BinaryMetrics
+from crackseg_nb.metrics.counts import BinaryMetrics, ClassMetrics
 from crackseg_nb.metrics.curves import HUNDREDTHS
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import make_datasets
@@ -19,6 +19,7 @@ from crackseg_nb.runs.results import (
     read_prediction,
     read_training,
     save_prediction,
+    score_lines,
     split_scores,
 )
 from crackseg_nb.runs.stages import Tested, image_scores
@@ -70,6 +71,13 @@ def test_test_images_that_overlap_are_left_out_by_their_name():
     assert found["test_without_overlap"]["pooled"]["iou"] == pytest.approx(2 / 6)
     assert found["test_without_overlap"]["threshold"] == 0.3
     assert "test_without_overlap" not in scores_of(overlapping="abc")
+
+
+def test_test_images_of_nothing_but_background_have_a_report():
+    found, plain = ClassMetrics(["background", "hole", "rust"]), torch.zeros(1, 4, 4, dtype=torch.int64)
+    found.update(plain, plain, torch.tensor([0]))
+    lines = score_lines({"test": found.compute(), "protocol": {"epoch": 1}})
+    assert [line.split()[0] for line in lines[1:]] == ["pooled", "per_image", "background", "hole", "rust"]
 
 
 def test_the_scores_of_an_image_stand_beside_its_name():

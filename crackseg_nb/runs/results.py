@@ -349,8 +349,10 @@ def score_lines(results: dict) -> list[str]:
     threshold = f"threshold {test['threshold']:.2f}, " if "threshold" in test else ""
     lines.append(f"Test images: {test['num_images']}, {threshold}epoch {protocol['epoch']}.")
     for kind in ("pooled", "pooled_without_background", "per_image"):
-        if test.get(kind):
-            lines.append(f"  {kind:9} " + "  ".join(f"{name} {value:.4f}" for name, value in test[kind].items()))
+        # A mean over no class is None: the test images may show nothing but background.
+        scores = {name: value for name, value in (test.get(kind) or {}).items() if value is not None}
+        if scores:
+            lines.append(f"  {kind:9} " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     score = "iou" if "iou" in test["pooled"] else "accuracy"
     for name, scores in test.get("per_class", {}).items():
         value = scores[score]
