@@ -14,7 +14,8 @@ from stand_in import write_stand_in
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import read_yaml
-from crackseg_nb.core.run_folder import RunFolder
+from crackseg_nb.core.run_folder import RunFolder, create_run_folder
+from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.jobs import attempts_of
 from crackseg_nb.runs.sweep import Sweep
 
@@ -266,6 +267,14 @@ def test_slurm_refuses_in_one_line(slurm, sweep):
     with pytest.raises(CrackSegError, match="invalid partition") as caught:
         refused.submit()
     assert "\n" not in str(caught.value) and not refused.active() and not refused.submissions()
+
+
+def test_a_run_beside_the_sweep_lends_its_weights_by_its_name(sweep, tmp_path):
+    first = create_run_folder(tmp_path / "outputs", "first")
+    (first / "checkpoints" / "best.json").touch()
+    made = sweep("encoder_weights=none,first,ready")
+    found = [configure(**given, outputs=str(made.folder)).encoder_weights for given in made.runs.values()]  # as a job
+    assert found == ["", str(first.path), "ready"]
 
 
 def test_another_grid_under_the_same_name_is_refused(sweep):

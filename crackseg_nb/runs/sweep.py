@@ -140,6 +140,7 @@ def check_grid(grid: dict[str, list], fixed: dict) -> None:
 def expand(
     grid: dict[str, list],  # for each parameter the values to try
     fixed: dict | None = None,  # parameters that all runs share
+    outputs: str = "",  # folder of all runs, one of which may lend its weights
 ) -> list[dict]:
     "Return the parameters of each run, the last name varying fastest; raise CrackSegError if one of them is wrong."
     from crackseg_nb.runs.config import (  # imports every model; a job that only carries runs does without
@@ -152,10 +153,13 @@ def expand(
     found = [fixed | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for parameters in found:
         for name in ("data_dir", "config", *FIRST_WEIGHTS):  # a job may be resumed from another folder
-            # Weights may be named by a run.
-            named = name in FIRST_WEIGHTS and not find_path(parameters.get(name) or "").exists()
-            if parameters.get(name) and not named:
-                parameters[name] = path_from_anywhere(parameters[name])
+            if not (place := parameters.get(name)):
+                continue
+            if name in FIRST_WEIGHTS and not find_path(place).exists():  # the name of a run, none, or ready
+                place = outputs_folder(outputs) / place
+                if not (place / "status.yaml").is_file():
+                    continue
+            parameters[name] = path_from_anywhere(place)  # a job's outputs are the sweep's own folder
         configure(**parameters)
     return found
 
@@ -228,7 +232,9 @@ class Sweep(Batch):
 @patch
 def create(self: Sweep, grid: dict, fixed: dict) -> None:
     "Write sweep.yaml, or make sure that it says the same already."
-    runs = name_runs(expand(grid, fixed), [name for name, values in grid.items() if len(values) > 1])
+    runs = name_runs(
+        expand(grid, fixed, str(self.folder.parent)), [name for name, values in grid.items() if len(values) > 1]
+    )
     path, wanted = self.folder / "sweep.yaml", to_plain({"created": now(), "grid": grid, "fixed": fixed, "runs": runs})
     if not path.is_file():
         if self.folder.exists():
