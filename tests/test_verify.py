@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.core.files import read_yaml, sha256_file, write_yaml
+from crackseg_nb.core.files import read_yaml, sha256_file, write_table, write_yaml
 from crackseg_nb.core.machine import describe_environment
+from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs import verify as module
 from crackseg_nb.runs.commands import verify_main
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
-from crackseg_nb.runs.verify import TOLERANCE, verify
+from crackseg_nb.runs.results import image_table
+from crackseg_nb.runs.verify import TOLERANCE, KeptRun, verify
 from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,6 +120,13 @@ def test_the_manifest_names_every_result(done):
     assert manifest["results"] == read_yaml(done.folder / "final_results.yaml") and manifest["config"] == read_yaml(
         done.folder / "config.yaml"
     )
+
+
+def test_images_whose_names_say_nothing_to_pandas_are_equal(tmp_path):
+    table = image_table({"test": {name: ("a" * 64, "b" * 64) for name in ("NA", "null", "1")}})
+    write_table(tmp_path / "images.csv", table)
+    check = KeptRun(RunFolder(tmp_path)).compare_table("images", "images.csv", "name", table)
+    assert check.outcome == "equal", check.lines
 
 
 # Different

@@ -242,7 +242,10 @@ class KeptRun:
             raise CrackSegError(f"{path}: no such file; expected a table of the run")
         try:
             return pd.read_csv(
-                path, dtype={column: str for column in ("split", "name", "image", "mask", "label", "answer")}
+                path,
+                dtype={column: str for column in ("split", "name", "image", "mask", "label", "answer")},
+                keep_default_na=False,  # an image may be called NA, and a class None
+                na_values=[""],
             )
         except (ValueError, UnicodeDecodeError) as error:
             raise CrackSegError(f"{path}: found no readable table ({error}), expected one of the run") from error
