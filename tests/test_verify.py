@@ -310,6 +310,12 @@ def test_another_training_is_different(copy, monkeypatch):
     assert outcomes(found)["evaluated scores"] == "equal"  # of a setting that only training knows
 
 
+def test_the_file_of_pretrained_weights_may_be_gone(copy):
+    replace_text(without_manifest(copy) / "config.yaml", "^  pretrained: .*", "  pretrained: gone.safetensors")
+    found = verify(copy)
+    assert outcomes(found)["evaluated scores"] == "equal", lines(found, "evaluated scores")
+
+
 def test_a_run_that_changed_on_its_way_is_not_trained_again(copy):
     write_yaml(copy / "resumes.yaml", [{"changed": {"lr": 0.001, "num_workers": 2}}])
     found = verify(copy, train=True)

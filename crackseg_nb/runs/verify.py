@@ -393,12 +393,11 @@ def settled(
 
 def settled_for_evaluation(run: KeptRun, data_dir: str = "") -> ExperimentConfig:
     "Return the configuration of a run without what only training needs."
-    weights = (
-        {"class_weights": "none"}
-        if str(read_config(run.folder / "config.yaml").get("class_weights")).endswith(".json")
-        else {}
-    )
-    return settled(run, data_dir, **weights)
+    own = read_config(run.folder / "config.yaml")
+    unneeded = {"class_weights": "none"} if str(own.get("class_weights")).endswith(".json") else {}
+    if "pretrained" in own:
+        unneeded["pretrained"] = "false"  # the checkpoint has every weight; the file of the first ones may be gone
+    return settled(run, data_dir, **unneeded)
 
 
 @contextlib.contextmanager
