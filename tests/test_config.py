@@ -155,6 +155,17 @@ def test_the_recipe_for_thin_cracks_is_what_its_run_was_trained_with():
     assert {*differences(known, trained, NOT_THE_RESULT)} <= {"recipe", "device"}
 
 
+def test_a_run_that_was_moved_is_resumed_where_it_lies(tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    run = create_run_folder(before, "run")
+    write_yaml(run / "config.yaml", config_to_dict(configure(outputs=str(before))))
+    run.mark("stopped")
+    assert configure(resume=str(run.path)).run.outputs == str(before)
+    before.rename(after)
+    for given in ({"resume": str(after / "run")}, {"resume": "run", "outputs": str(after)}):
+        assert configure(**given).run.outputs == str(after)
+
+
 def test_what_was_not_settled_may_be_changed_beside_resume_where_it_leaves_the_numbers_alone():
     assert differences({"amp": "off", "pretrained": "false"}, {"amp": "auto", "pretrained": "auto"}) == [
         "amp",

@@ -83,7 +83,7 @@ from crackseg_nb.core.checks import (
     first_few,
     plain_variables,
 )
-from ..core.files import find_path, read_yaml
+from ..core.files import find_path, outputs_folder, read_yaml
 from ..core.machine import get_device
 from ..core.run_folder import RunFolder, find_run_folder, locate_weights
 from ..data.augment import AUGMENTATIONS, find_recipe
@@ -648,7 +648,10 @@ def configure_resumed(run: str, given: dict[str, Any]) -> ExperimentConfig:
             f"{others[0]}: found it beside resume, expected the run's own settings; different: {found}; "
             f"only {', '.join(allowed)} may change"
         )
-    return replace(configure(config=str(folder / "config.yaml"), **changes), resume=str(folder.path))
+    config, place = configure(config=str(folder / "config.yaml"), **changes), folder.path.parent.resolve()
+    if outputs_folder(config.run.outputs).resolve() != place:  # it was moved
+        config = replace(config, run=replace(config.run, outputs=str(place)))
+    return replace(config, resume=str(folder.path))
 
 
 # %% ../../nbs/runs/02_config.ipynb #3dd51089
