@@ -317,9 +317,11 @@ def test_the_file_of_pretrained_weights_may_be_gone(copy):
 
 
 def test_a_run_that_changed_on_its_way_is_not_trained_again(copy):
-    write_yaml(copy / "resumes.yaml", [{"changed": {"lr": 0.001, "num_workers": 2}}])
+    write_yaml(copy / "resumes.yaml", [{"changed": {"lr": 0.001, "num_workers": 2}}, {"changed": {"devices": 2}}])
     found = verify(copy, train=True)
-    assert lines(found, "trained scores") == ["the run was resumed with lr=0.001: config.yaml holds what it ended with"]
+    assert lines(found, "trained scores") == [
+        "the run was resumed with lr=0.001, devices=2: config.yaml holds what it ended with"
+    ]
     assert found.code == 0 and not copy.with_name("copy-again").exists()
 
 

@@ -535,7 +535,7 @@ def changed_on_the_way(run: KeptRun) -> dict:
         name: value
         for entry in resumes(run.folder)
         for name, value in entry["changed"].items()
-        if name in ("lr", "clip_norm", "amp")
+        if name in ("lr", "clip_norm", "amp", "devices")  # each of the devices has random numbers of its own
     }
 
 
