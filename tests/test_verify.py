@@ -186,6 +186,17 @@ def test_a_changed_manifest_is_not_trusted(copy):
     assert "configuration" not in outcomes(found) and outcomes(found)["evaluated scores"] == "equal"
 
 
+@pytest.mark.parametrize(
+    "scores", [dict(per_image={"iou": "high"}), dict(per_image=[1]), dict(per_image={}, pooled={})]
+)
+def test_scores_that_are_none_are_different(copy, scores):
+    results = read_yaml(without_manifest(copy) / "final_results.yaml")
+    results["test"] |= scores
+    write_yaml(copy / "final_results.yaml", results)
+    found = verify(copy)
+    assert found.code == 1 and outcomes(found)["means"] == "different"
+
+
 def test_unreadable_results_are_different(copy):
     (copy / "final_results.yaml").write_text("test: [")
     found = verify(copy)

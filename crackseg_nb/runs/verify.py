@@ -326,7 +326,7 @@ PER_IMAGE = "predictions/per_image.csv"
 def check_means(run: KeptRun) -> Check:
     "Compare the means over the table of test images with the run's results."
     test = run.results["test"]
-    kept = test.get("per_image") or {"accuracy": test["pooled"]["accuracy"]}
+    kept = flatten(test.get("per_image") or {"accuracy": flatten(test).get("pooled.accuracy")})
     try:
         table = run.table(PER_IMAGE)
     except CrackSegError as error:
@@ -336,7 +336,8 @@ def check_means(run: KeptRun) -> Check:
         for name in kept
         if name in table and pd.api.types.is_numeric_dtype(table[name])
     }
-    kept = {name: round(value, 9) for name, value in kept.items()} | {"num_images": test["num_images"]}
+    kept = {name: round(value, 9) if is_number(value) else value for name, value in kept.items()}
+    kept["num_images"] = test["num_images"]
     found = compare("means", kept, found | {"num_images": len(table)}, f"means over {PER_IMAGE}")
     return (
         replace(found, lines=[f"{PER_IMAGE}, {line}" for line in found.lines])
