@@ -179,9 +179,13 @@ def listed_images(folder: Path) -> set[str] | None:
     return {source.facts[sample.name].image_digest for sample in source.samples if sample.name in names}
 
 
-def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
+def learned_images(
+    folder: Path,
+    outputs: str = "",
+    later: tuple[Path, ...] = (),  # folders of the runs that began with its weights
+) -> set[str] | None:
     "Return `listed_images` of a run and of those whose weights it began with."
-    digests, settings = listed_images(folder), read_config(folder / "config.yaml")
+    digests, settings, later = listed_images(folder), read_config(folder / "config.yaml"), (*later, folder.resolve())
     for name in FIRST_WEIGHTS:
         if digests is None or not settings.get(name):
             continue
@@ -189,7 +193,9 @@ def learned_images(folder: Path, outputs: str = "") -> set[str] | None:
             before = run_of_weights(locate_weights(name, settings[name], outputs))
         except CrackSegError:
             return None
-        earlier = before and learned_images(before, outputs)
+        if before in later:  # two runs that were trained again, each with the other's weights
+            continue
+        earlier = before and learned_images(before, outputs, later)
         digests = None if earlier is None else digests | earlier
     return digests
 
