@@ -87,8 +87,10 @@ def begin_comparison(
 
 
 def finish_comparison(comparison: Comparison, folder: Path) -> None:
-    "Write tables, figures and analysis_report.txt."
+    "Write tables, figures and analysis_report.txt; an earlier comparison of that folder is replaced."
     folder.mkdir(parents=True, exist_ok=True)
+    for path in [folder / "tests.csv", *folder.glob("pair-*.png")]:  # that not every comparison has
+        path.unlink(missing_ok=True)
     tables = {
         "scores": comparison.scores.reset_index(),
         "tests": comparison.tests,

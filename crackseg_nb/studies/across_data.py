@@ -422,8 +422,10 @@ def finish_across(
     details: dict,  # see `details_table`
     folder: Path,
 ) -> None:
-    "Write the scores of images, the tables and the picture."
+    "Write the scores of images, the tables and the picture; earlier ones of that folder are replaced."
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("matrix.png", "matrix_lines.png", "details.csv"):  # that not every study has
+        (folder / name).unlink(missing_ok=True)
     save_figure(show_across(table), folder / "across_data.png")
     if table.index.unique("model").size > 3:
         save_figure(show_matrix(table), folder / "matrix.png")
