@@ -202,6 +202,10 @@ d = {
                 "core/run_folder.html#say_terms",
                 "crackseg_nb/core/run_folder.py",
             ),
+            "crackseg_nb.core.run_folder.study_folder": (
+                "core/run_folder.html#study_folder",
+                "crackseg_nb/core/run_folder.py",
+            ),
             "crackseg_nb.core.run_folder.terms_of": ("core/run_folder.html#terms_of", "crackseg_nb/core/run_folder.py"),
             "crackseg_nb.core.run_folder.try_lock": ("core/run_folder.html#try_lock", "crackseg_nb/core/run_folder.py"),
         },

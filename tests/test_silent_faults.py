@@ -12,7 +12,10 @@ from test_trainer import train
 from torch import nn
 
 from crackseg_nb.core.checks import CrackSegError, check_number
+from crackseg_nb.core.run_folder import create_run_folder
 from crackseg_nb.evidence import scores
+from crackseg_nb.evidence.protocols import begin_protocols
+from crackseg_nb.evidence.report import begin_comparison
 from crackseg_nb.inference.networks import Facts, Network, Turned
 from crackseg_nb.measure.scale import Scale, flatten
 from crackseg_nb.metrics.counts import BinaryMetrics
@@ -22,8 +25,15 @@ from crackseg_nb.models.registry import create_model
 from crackseg_nb.runs import stages
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import keep_best, load_splits, make_datasets
+from crackseg_nb.runs.sweep import Sweep
 from crackseg_nb.sources.samples import Classes
+from crackseg_nb.studies.ablation import AblationConfig, sweeps_of
+from crackseg_nb.studies.across_data import begin_across
+from crackseg_nb.studies.frontier import Frontier, FrontierConfig
 from crackseg_nb.studies.race import ratios
+from crackseg_nb.studies.scales import begin_scales
+from crackseg_nb.studies.search import Search
+from crackseg_nb.studies.training_speed import Benchmark, BenchmarkConfig
 from crackseg_nb.synthetic.cracks import GENERATOR_VERSION, SyntheticConfig, synthesize
 from crackseg_nb.training.checkpoint import latest_checkpoint, load_checkpoint
 from crackseg_nb.training.trainer import restore, save_state
@@ -154,3 +164,23 @@ def test_the_same_seed_draws_the_same_masks():
     drawn = [synthesize(seed, (96, 96), thin)[1] for seed in range(8)]
     digest = hashlib.sha256(np.stack(drawn).tobytes()).hexdigest()[:12]
     assert (GENERATOR_VERSION, digest) == (1, "a69620e07d85")
+
+
+STUDIES = {
+    "ablation": lambda place: sweeps_of(AblationConfig(**place)),
+    "across_data": lambda place: begin_across(dict(sets="walls=nowhere", **place)),
+    "benchmark": lambda place: Benchmark(BenchmarkConfig(models=("unet",), **place)),
+    "comparison": lambda place: begin_comparison(dict(runs="nothing", **place)),
+    "frontier": lambda place: Frontier(FrontierConfig(("nothing", "none"), **place)),
+    "protocols": lambda place: begin_protocols(dict(runs="nothing", **place)),
+    "scales": lambda place: begin_scales(dict(run="nothing", **place)),
+    "search": lambda place: Search(space="lr=1e-4..1e-2:log", **place),
+    "sweep": lambda place: Sweep(grid="seed=1,2", **place),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_no_study_writes_into_the_folder_of_a_run(tmp_path, study):
+    create_run_folder(tmp_path, "mine")
+    with pytest.raises(CrackSegError, match="^name: found the folder of run mine in .*, expected another name$"):
+        STUDIES[study](dict(name="mine", outputs=str(tmp_path)))

@@ -18,6 +18,7 @@ __all__ = [
     "say_terms",
     "find_run_folder",
     "find_finished_run",
+    "study_folder",
     "locate_weights",
     "Claimed",
     "try_lock",
@@ -193,6 +194,15 @@ def find_finished_run(parameter: str, run: str, outputs: str = "") -> RunFolder:
     folder = find_run_folder(parameter, run, outputs)
     if folder.state != "done":
         raise CrackSegError(f"{parameter}: {folder.run_id} is {folder.state}, expected a run that is done")
+    return folder
+
+
+# %% ../../nbs/core/05_run_folder.ipynb #5d1e7c02
+def study_folder(outputs: str, name: str) -> Path:
+    "Return the folder of a study, `outputs/<name>`, which need not exist; raise CrackSegError for that of a run."
+    folder = outputs_folder(outputs) / check_folder_name("name", name)
+    if os.path.isfile(folder / "status.yaml"):
+        raise CrackSegError(f"name: found the folder of run {name} in {folder.parent}, expected another name")
     return folder
 
 

@@ -38,8 +38,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/07_protocols.ipynb #b7d05005
-from ..core.checks import VOID, CrackSegError, check_folder_name
-from ..core.files import outputs_folder, write_table
+from ..core.checks import VOID, CrackSegError
+from ..core.files import write_table
+from ..core.run_folder import study_folder
 from .comparison import clear_names
 from .scores import TestPredictions, open_predictions
 from ..figures.photos import CURVE_COLOURS, save_figure
@@ -337,7 +338,7 @@ def begin_protocols(
 ) -> tuple[list[Counted], Path]:
     "Return the counts of the runs that a notebook's parameters name, and the folder for its tables."
     config = notebook_settings(ProtocolsConfig, variables)
-    folder = outputs_folder(config.outputs) / check_folder_name("name", config.name)
+    folder = study_folder(config.outputs, config.name)
     opened = [open_predictions(run, config.outputs, config.data_dir) for run in config.runs]
     if odd := [one for one in opened if round(one.threshold, 2) not in HUNDREDTHS]:
         raise CrackSegError(

@@ -13,8 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/03_report.ipynb #15b239bc
-from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import outputs_folder, write_table, write_text
+from ..core.checks import CrackSegError
+from ..core.files import write_table, write_text
+from ..core.run_folder import study_folder
 from .comparison import Comparison, compare, rows_for, show_width_recall, training_table
 from ..figures.photos import save_figure
 from ..metrics.calibration import show_reliability
@@ -81,9 +82,9 @@ def begin_comparison(
     config = notebook_settings(ComparisonConfig, variables)
     if not config.runs:
         raise CrackSegError("runs: found none, expected at least one, such as -p runs first,second")
-    check_folder_name("name", config.name)
+    folder = study_folder(config.outputs, config.name)
     comparison = compare(config.runs, config.statistic, config.baseline, config.margin, config.outputs, config.data_dir)
-    return comparison, outputs_folder(config.outputs) / config.name
+    return comparison, folder
 
 
 def finish_comparison(comparison: Comparison, folder: Path) -> None:

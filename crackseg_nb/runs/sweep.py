@@ -46,10 +46,9 @@ import psutil
 from fastcore.basics import patch
 
 # %% ../../nbs/runs/11_sweep.ipynb #d4294545
-from ..core.checks import CrackSegError, check_folder_name, choose, plain_variables
+from ..core.checks import CrackSegError, choose, plain_variables
 from crackseg_nb.core.files import (
     find_path,
-    outputs_folder,
     project_root,
     read_if_there,
     read_yaml,
@@ -59,7 +58,7 @@ from crackseg_nb.core.files import (
     write_yaml,
 )
 from ..core.machine import is_alive, now
-from ..core.run_folder import RunFolder
+from ..core.run_folder import RunFolder, study_folder
 from .command import parse_value
 from crackseg_nb.runs.jobs import (
     JobConfig,
@@ -182,10 +181,9 @@ class Batch:
     "Hold a name, its folder `outputs/<name>`, and where the jobs for what lies in it are executed."
 
     def __init__(self, name: str, outputs: str, jobs: dict):
-        check_folder_name("name", name)
         for key in jobs:
             choose("setting of a sweep", key, [item.name for item in fields(JobConfig)])
-        self.name, self.folder, self.jobs = name, outputs_folder(outputs) / name, JobConfig(**jobs)
+        self.name, self.folder, self.jobs = name, study_folder(outputs, name), JobConfig(**jobs)
 
     def table(self) -> pd.DataFrame:
         "Return a row for each run and its state."

@@ -26,8 +26,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/05_ablation.ipynb #ba7e1158
-from ..core.checks import CrackSegError, check_folder_name, choose
-from ..core.files import outputs_folder, write_table
+from ..core.checks import CrackSegError, choose
+from ..core.files import write_table
+from ..core.run_folder import study_folder
 from ..figures.photos import CURVE_COLOURS
 from ..figures.style import styled
 from ..metrics.statistics import compare_repeats
@@ -66,7 +67,6 @@ class AblationConfig:
             raise CrackSegError(f"arms: found {self.arms}, expected at least one, each once")
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise CrackSegError(f"seeds: found {self.seeds}, expected at least one, each once")
-        check_folder_name("name", self.name)
 
 
 # %% ../../nbs/studies/05_ablation.ipynb #0406b266
@@ -80,7 +80,7 @@ def sweeps_of(config: AblationConfig) -> dict[str, Sweep]:
                 f"fixed: found {twice[0]}, which the arm {arm} changes; "
                 f"expected arms without {arm}, or {twice[0]} left as it is"
             )
-    outputs = str(outputs_folder(config.outputs) / config.name)
+    outputs = str(study_folder(config.outputs, config.name))
     return {
         arm: Sweep(arm, {"seed": list(config.seeds)}, shared | ARMS[arm], outputs, cluster=config.cluster)
         for arm in (BASE, *config.arms)

@@ -42,10 +42,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 # %% ../../nbs/studies/09_across_data.ipynb #a9c05d05
-from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import outputs_folder, read_yaml, write_table
+from ..core.checks import CrackSegError
+from ..core.files import read_yaml, write_table
 from ..core.machine import get_device, logger
-from ..core.run_folder import locate_weights
+from ..core.run_folder import locate_weights, study_folder
 from ..data.splits import Splits
 from ..figures.photos import save_figure
 from ..metrics.calibration import Calibration
@@ -410,7 +410,7 @@ def begin_across(
 ) -> tuple[pd.DataFrame, dict, Path]:
     "Return the scores of images that a notebook's parameters ask for, details on demand, and the folder for tables."
     config = notebook_settings(AcrossConfig, variables)
-    folder = outputs_folder(config.outputs) / check_folder_name("name", config.name)
+    folder = study_folder(config.outputs, config.name)
     details = {}
     filled = details if config.details else None
     return score_across(list(config.models), parse_sets(config.sets), config.outputs, filled), details, folder

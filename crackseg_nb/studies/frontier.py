@@ -29,9 +29,9 @@ from torch import nn
 
 # %% ../../nbs/studies/08_frontier.ipynb #f3d575c0
 from ..core.checks import CrackSegError, check_number, choose
-from ..core.files import outputs_folder, read_yaml, write_table
+from ..core.files import read_yaml, write_table
 from ..core.machine import get_device, logger
-from ..core.run_folder import RunFolder, create_run_folder, find_finished_run
+from ..core.run_folder import RunFolder, create_run_folder, find_finished_run, study_folder
 from ..core.seeds import seed_everything
 from ..metrics.counts import create_metrics
 from ..runs.config import ExperimentConfig, configure
@@ -141,7 +141,7 @@ class Frontier:
     "Open the runs of a configuration, measure them, and compress the student; tables go to `outputs/<name>`."
 
     def __init__(self, config: FrontierConfig):
-        self.config, self.folder = config, outputs_folder(config.outputs) / config.name
+        self.config, self.folder = config, study_folder(config.outputs, config.name)
         self.runs = {name: open_run(name, config.outputs, config.data_dir) for name in config.runs}
         self.check_runs()
         self.folder.mkdir(parents=True, exist_ok=True)

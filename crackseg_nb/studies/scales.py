@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 # %% ../../nbs/studies/12_scales.ipynb #173ed5a1
-from ..core.checks import CrackSegError, check_folder_name
-from ..core.files import display_path, outputs_folder, write_table
+from ..core.checks import CrackSegError
+from ..core.files import display_path, write_table
+from ..core.run_folder import study_folder
 from ..figures.photos import save_figure
 from ..metrics.counts import BinaryMetrics
 from ..models.settings import check_scales, scales_at
@@ -48,7 +49,6 @@ class ScalesConfig:
         if not self.run:
             raise CrackSegError("run: found none, expected a finished run on cracks, such as -p run quickstart")
         object.__setattr__(self, "val_scales", check_scales(self.val_scales, "val_scales"))
-        check_folder_name("name", self.name)
         for scales in self.sets:
             for size in self.val_scales:
                 scales_at(size, scales, "val_scales times candidates")
@@ -122,6 +122,7 @@ def begin_scales(
 ) -> tuple[pd.DataFrame, str, Path]:
     "Return the table that a notebook's parameters ask for, how to test with the best row, and the folder for tables."
     config = notebook_settings(ScalesConfig, variables)
+    folder = study_folder(config.outputs, config.name)
     trained = open_model(config.run, outputs=config.outputs, device="auto")
     criterion = trained.settings.get("threshold_criterion", "pooled_f1")
     table = scales_table(count_scales(trained, config), criterion)
@@ -131,7 +132,7 @@ def begin_scales(
     given |= dict(outputs=config.outputs, scales=table.index[0], val_scales=sizes)
     words = [word for name, value in given.items() if value != "" for word in ("-p", name, str(value))]
     command = shlex.join(["crackseg_run", *words])
-    return table, command, outputs_folder(config.outputs) / config.name
+    return table, command, folder
 
 
 def finish_scales(

@@ -54,9 +54,10 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 
 # %% ../../nbs/studies/02_training_speed.ipynb #bc87624a
-from ..core.checks import CrackSegError, check_folder_name, check_number, choose
-from ..core.files import display_path, door, outputs_folder, write_table, write_text, write_yaml
+from ..core.checks import CrackSegError, check_number, choose
+from ..core.files import display_path, door, write_table, write_text, write_yaml
 from ..core.machine import describe_environment, get_device, package_versions
+from ..core.run_folder import study_folder
 from ..core.seeds import allow_fused_attention, seed_everything
 from ..data.augment import create_augmentation
 from ..data.dataset import CrackDataset
@@ -342,7 +343,6 @@ class BenchmarkConfig:
             choose("parts", name, PARTS)
         self.models = tuple(self.models) or tuple(families)
         self.name = self.name or f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
-        check_folder_name("name", self.name)
         check_number("rounds", self.rounds, int, low=1)
         check_number("threads", self.threads, int, low=0)
         for name, low in (("sizes", 32), ("batches", 1)):
@@ -415,7 +415,7 @@ class Benchmark:
     def __init__(self, config: BenchmarkConfig):
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.folder = config, outputs_folder(config.outputs) / config.name
+        self.config, self.folder = config, study_folder(config.outputs, config.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.contests = {name: create_contest(config, name) for name in config.models}
         self.half = max(2, config.rounds // 2)
