@@ -3099,6 +3099,7 @@ d = {
                 "models/layers.html#conv_norm_relu",
                 "crackseg_nb/models/layers.py",
             ),
+            "crackseg_nb.models.layers.evaluating": ("models/layers.html#evaluating", "crackseg_nb/models/layers.py"),
         },
         "crackseg_nb.models.pretrained": {
             "crackseg_nb.models.pretrained.WeightPackage": (

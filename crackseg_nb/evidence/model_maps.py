@@ -40,7 +40,7 @@ from ..figures.photos import CURVE_COLOURS, check_pair, name_tile, shrink_image,
 from ..figures.style import styled
 from ..models.encoders import Encoder
 from ..models.kernels import own_operations
-from ..models.layers import ASPP, CBAM
+from ..models.layers import ASPP, CBAM, evaluating
 from ..models.swinv2_hybrid import DecoderBlock
 from ..sources.images import normalize
 
@@ -61,7 +61,7 @@ def watched(
 ) -> Iterator[dict]:
     "Run `model` over an image and yield a `Record` of each part; then leave the model as it was."
     check_pair(image)
-    seen, handles, modes = {}, [], [(part, part.training) for part in model.modules()]
+    seen, handles = {}, []
 
     def note(key):
         return lambda part, inputs, output: seen.update({key: Record(inputs, output)})
@@ -69,16 +69,13 @@ def watched(
     try:
         for key, part in parts.items():
             handles.append(part.register_forward_hook(note(key)))
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             with own_operations():  # fused kernels would pass over a part, such as the softmax of attention
                 model(normalize(image)[None].to(next(model.parameters())))
             yield seen
     finally:
         for handle in handles:
             handle.remove()
-        for part, training in modes:
-            part.training = training
 
 
 # %% ../../nbs/evidence/04_model_maps.ipynb #07578ab0

@@ -27,6 +27,7 @@ from crackseg_nb.figures.photos import (
 )
 from ..figures.style import styled
 from ..metrics.counts import check_logits
+from ..models.layers import evaluating
 from ..models.settings import POSES
 from ..models.views import turn, turn_back
 
@@ -38,16 +39,12 @@ def tta_probabilities(
     images: Tensor,  # (B, 3, H, W)
 ) -> Tensor:  # (8, B, 1, H, W)
     "Return the crack probabilities in all eight poses, turned back; the model is in evaluation mode meanwhile."
-    modes, answers = [(part, part.training) for part in model.modules()], []
-    model.eval()
-    try:
+    answers = []
+    with evaluating(model):
         for pose in POSES["all"]:
             logits = model(turn(images, pose))
             check_logits(logits, 1)
             answers.append(turn_back(logits.float().sigmoid(), pose))
-    finally:
-        for part, training in modes:  # frozen parts may have a mode of their own
-            part.training = training
     return torch.stack(answers)
 
 

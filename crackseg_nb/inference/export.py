@@ -37,6 +37,7 @@ from ..core.run_folder import READY, is_ready, locate_weights
 from .files import beside
 from .models import TorchNetwork, load_network
 from .networks import Facts, Network, OnnxNetwork, write_facts
+from ..models.layers import evaluating
 from ..runs.trained_model import config_beside
 
 # %% ../../nbs/inference/08_export.ipynb #309c7b8e
@@ -56,16 +57,16 @@ def write_onnx(
     side, multiple = facts.fixed_size, facts.multiple * -(-32 // facts.multiple)
     example = torch.zeros(2, 3, side or 2 * multiple, side or 3 * multiple)
     names = {0: "batch"} if side else {0: "batch", 2: "height", 3: "width"}
-    was_training = model.training
     try:
         with (
+            evaluating(model),
             warnings.catch_warnings(action="ignore"),
             quiet_loggers(logging.ERROR, "torch.onnx"),
             torch.no_grad(),
         ):
             # Tracing is exact here, and twenty times faster than torch.export; what it might miss is compared below.
             torch.onnx.export(
-                model.eval(),
+                model,
                 (example,),
                 str(path),
                 input_names=[INPUT],
@@ -78,8 +79,6 @@ def write_onnx(
         raise CrackSegError(
             f"export: {type(model).__name__} cannot be traced ({first_line(error)}); expected a model of this study"
         ) from error
-    finally:
-        model.train(was_training)
     graph = onnx.load(path)
     onnx.helper.set_model_props(graph, write_facts(facts))
     onnx.save(graph, path)

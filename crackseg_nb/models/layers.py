@@ -12,9 +12,13 @@ __all__ = [
     "ChannelAttention",
     "SpatialAttention",
     "CBAM",
+    "evaluating",
 ]
 
 # %% ../../nbs/models/02_layers.ipynb #adaa927d
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -135,3 +139,16 @@ class CBAM(nn.Sequential):
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7):
         super().__init__(ChannelAttention(channels, reduction), SpatialAttention(kernel_size))
+
+
+# %% ../../nbs/models/02_layers.ipynb #e7a10002
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    "Put a model into evaluation mode; afterwards each of its parts has its own mode again."
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

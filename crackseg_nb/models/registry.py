@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.checks import choose
 from .deeplab_lite import DeepLabOptimized, DeepLabOriginal
 from .kernels import own_operations, quicken_depthwise
+from .layers import evaluating
 from .settings import MODEL_SETTINGS
 from .swin_classifier import SwinClassifier
 from .swinv2_hybrid import SwinV2Hybrid
@@ -66,13 +67,7 @@ def count_flops(
     "Return the floating point operations of a forward pass over one RGB image of `size`; a multiply-add counts as two."
     from torch.utils.flop_counter import FlopCounterMode  # loads triton, for one number
 
-    modes = [(part, part.training) for part in model.modules()]
     counter = FlopCounterMode(display=False)
-    try:
-        model.eval()
-        with torch.no_grad(), own_operations(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
-    finally:
-        for part, training in modes:
-            part.training = training
+    with evaluating(model), torch.no_grad(), own_operations(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
     return counter.get_total_flops()

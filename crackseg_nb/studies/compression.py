@@ -49,6 +49,7 @@ from torch.nn.utils import prune
 from ..core.checks import CrackSegError, check_number, first_line
 from ..core.machine import quiet_loggers
 from ..models.encoders import STRIDES, pad_to_multiple
+from ..models.layers import evaluating
 from ..training.losses import Loss, prepare
 
 
@@ -240,15 +241,15 @@ def export_onnx(model: nn.Module, path: Path) -> None:
     "Write `model` in evaluation mode as ONNX, for any number of images with sides that are multiples of 32."
     need_packages()
     batch, rows, columns = (Dim(name, min=1, max=4096) for name in ("batch", "rows", "columns"))
-    modes = [(part, part.training) for part in model.modules()]
     example = torch.zeros(2, 3, 2 * MULTIPLE, 3 * MULTIPLE)
     try:
         with (
+            evaluating(model),
             warnings.catch_warnings(action="ignore"),
             quiet_loggers(logging.ERROR, "torch.onnx", "onnxscript", "onnx_ir"),
         ):
             program = torch.onnx.export(
-                model.eval(),
+                model,
                 (example,),
                 input_names=[INPUT],
                 output_names=[OUTPUT],
@@ -260,9 +261,6 @@ def export_onnx(model: nn.Module, path: Path) -> None:
         raise CrackSegError(
             f"int8: {type(model).__name__} cannot be exported ({first_line(error)}); expected a convolutional network"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
     for node in program.model.graph:
         if node.op_type != "BatchNormalization":
             continue

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.machine import logger
 from ..metrics.counts import BinaryMetrics, ImageCounts
+from ..models.layers import evaluating
 from ..sources.images import normalize_bytes
 from .exchange import gather_metrics, sum_over_processes
 from .losses import Loss
@@ -82,8 +83,7 @@ def evaluate(
     at_once: AtOnce | None = None,  # of the evaluations before, and of this one afterwards
 ) -> tuple[ImageCounts, float | None]:
     "Return the metrics of `model` over `loader`, and its loss, over the batches of all processes."
-    was_training, device = model.training, accelerator.device
-    model.eval()
+    device = accelerator.device
     metrics, at_once = BinaryMetrics() if metrics is None else metrics, at_once or AtOnce()
     sums, normalizers = (
         torch.zeros(0 if criterion is None else len(criterion.weights), dtype=sum_type(device), device=device)
@@ -95,21 +95,18 @@ def evaluate(
         found = None if criterion is None else (criterion.sums(logits, target), criterion.normalizers(target))
         return metrics.observe(logits, target, index), found  # last: what is repeated was not counted before
 
-    try:
-        with eager(model):
-            for batch in tqdm(
-                loader, desc=progress, leave=False, disable=not (progress and accelerator.is_local_main_process)
-            ):
-                if interrupt is not None:
-                    interrupt()
-                image, target = (batch[name].to(device, non_blocking=True) for name in ("image", "target"))
-                parts, at_once.images = in_parts(score, at_once.images, image, target, batch["index"])
-                for _, found in () if criterion is None else parts:
-                    sums, normalizers = sums + found[0], normalizers + found[1]
-                if on_batch is not None:
-                    on_batch(batch, torch.cat([answer.cpu() for answer, _ in parts]))
-    finally:
-        model.train(was_training)
+    with evaluating(model), eager(model):
+        for batch in tqdm(
+            loader, desc=progress, leave=False, disable=not (progress and accelerator.is_local_main_process)
+        ):
+            if interrupt is not None:
+                interrupt()
+            image, target = (batch[name].to(device, non_blocking=True) for name in ("image", "target"))
+            parts, at_once.images = in_parts(score, at_once.images, image, target, batch["index"])
+            for _, found in () if criterion is None else parts:
+                sums, normalizers = sums + found[0], normalizers + found[1]
+            if on_batch is not None:
+                on_batch(batch, torch.cat([answer.cpu() for answer, _ in parts]))
     metrics = gather_metrics(metrics, accelerator)
     if criterion is None:
         return metrics, None
