@@ -1953,6 +1953,10 @@ d = {
                 "measure/photos.html#_read_large",
                 "crackseg_nb/measure/photos.py",
             ),
+            "crackseg_nb.measure.photos._remove_leftovers": (
+                "measure/photos.html#_remove_leftovers",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._same_place": (
                 "measure/photos.html#_same_place",
                 "crackseg_nb/measure/photos.py",

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
 import warnings
 
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.core.files import project_root
+from crackseg_nb.core.files import project_root, write_yaml
+from crackseg_nb.core.machine import this_process
 from crackseg_nb.measure.cracks import measure_cracks, show_rose
 from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
 from crackseg_nb.measure.photos import (
@@ -386,3 +389,17 @@ def test_without_rasterio_no_place_on_the_map_is_lost(tmp_path, monkeypatch):
     with pytest.raises(CrackSegError, match="a place on the map, and no package rasterio"):
         read_plane(tmp_path / "a_mask.tif")
     assert read_plane(tmp_path / "b_mask.tif")[0].shape == (40, 50)
+
+
+def test_what_a_killed_call_left_is_removed_by_the_next(tmp_path):
+    cv2.imwrite(str(tmp_path / "a_mask.png"), (255 * (drawn_line() >= 0.5)).astype(np.uint8))
+    killed = (
+        "import os, signal, sys; from crackseg_nb.measure import photos; "
+        "photos._measure_all = lambda *given: os.kill(os.getpid(), signal.SIGKILL); photos.measure_folder(sys.argv[1])"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path], check=False).returncode == -signal.SIGKILL
+    assert len([*tmp_path.glob(".measure-*")]) == 1
+    (tmp_path / ".measure-another").mkdir()
+    write_yaml(tmp_path / ".measure-another" / "writer.yaml", this_process())  # at work
+    measure_folder(tmp_path, progress=False)
+    assert [path.name for path in tmp_path.glob(".measure-*")] == [".measure-another"]

@@ -28,8 +28,10 @@ __all__ = [
 import json
 import os
 import re
+import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +45,9 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
 from ..core.checks import CrackSegError, check_file_name, check_number, first_few, plain_variables
-from ..core.files import check_writable, write_text
+from ..core.files import check_writable, read_yaml, write_text, write_yaml
+from ..core.machine import this_process
+from ..core.run_folder import process_is_gone
 from ..figures.style import styled
 from ..inference.photos import need_rasterio, reason_for_windows
 from .classes import WidthClasses, classify, width_limits
@@ -336,10 +340,20 @@ def measure_folder(
         check_writable(target)
     if out is False:
         return _measure_all(predictions, mm_per_pixel, None, formats, progress, settings)
+    _remove_leftovers(target)
     # Files move to their places when all are written: an error leaves nothing that looks like a result.
     with tempfile.TemporaryDirectory(dir=target, prefix=".measure-") as unfinished:
+        write_yaml(Path(unfinished, "writer.yaml"), this_process())
         result = _measure_all(predictions, mm_per_pixel, Path(unfinished), formats, progress, settings)
         return result._replace(files=[path.replace(target / path.name) for path in result.files])
+
+
+def _remove_leftovers(target):
+    "Remove the unfinished files of killed processes."
+    for writer in target.glob(".measure-*/writer.yaml"):
+        with suppress(CrackSegError):  # one that ends just now removes its own
+            if process_is_gone(read_yaml(writer)):
+                shutil.rmtree(writer.parent, ignore_errors=True)
 
 
 def _measure_all(predictions, mm_per_pixel, target, formats, progress, settings):
