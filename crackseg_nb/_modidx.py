@@ -1963,6 +1963,10 @@ d = {
             ),
             "crackseg_nb.measure.photos._stack": ("measure/photos.html#_stack", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._unit": ("measure/photos.html#_unit", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._warn_of_hidden": (
+                "measure/photos.html#_warn_of_hidden",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._widen_all": (
                 "measure/photos.html#_widen_all",
                 "crackseg_nb/measure/photos.py",

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -45,8 +46,8 @@ def drawn_line(shape=(60, 100), row=25.0, width=4.0, first=20, last=80):
     return (np.clip(width / 2 - abs(rows - row) + 0.5, 0, 1) * inside).astype(np.float32)
 
 
-def write_geotiff(path, values, pixel=0.002, mask=None):
-    options = dict(height=values.shape[0], width=values.shape[1], count=1, dtype=values.dtype, crs="EPSG:32632")
+def write_geotiff(path, values, pixel=0.002, mask=None, **more):
+    options = dict(height=values.shape[0], width=values.shape[1], count=1, dtype=values.dtype, crs="EPSG:32632") | more
     transform = rasterio.Affine(pixel, 0, 570000, 0, -pixel, 5650000)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
         with rasterio.open(path, "w", driver="GTiff", transform=transform, **options) as file:
@@ -403,3 +404,18 @@ def test_what_a_killed_call_left_is_removed_by_the_next(tmp_path):
     write_yaml(tmp_path / ".measure-another" / "writer.yaml", this_process())  # at work
     measure_folder(tmp_path, progress=False)
     assert [path.name for path in tmp_path.glob(".measure-*")] == [".measure-another"]
+
+
+def test_a_mask_whose_cracks_are_declared_as_no_data_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("crackseg_nb"), "propagate", True)
+    line = drawn_line() >= 0.5
+    void = np.indices(line.shape)[1] >= 90
+    for name, mask in {"silent": 255 * line, "proper": np.where(void, 255, line), "outside": 255 + 0 * line}.items():
+        write_geotiff(tmp_path / f"{name}_mask.tif", mask.astype(np.uint8), nodata=255)
+    found = measure_folder(tmp_path, out=False).photos.set_index("photo")
+    assert found.cracks.to_dict() == {"outside": 0, "proper": 1, "silent": 0}
+    assert found.length_mm["proper"] == pytest.approx(122, rel=0.01)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'silent_mask.tif'}: found 0 and 255 alone, and 255 is declared as no data, so that no crack is "
+        "left; if it means crack, remove that declaration (gdal_edit.py -unsetnodata)"
+    ]

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
 from ..core.checks import CrackSegError, check_file_name, check_number, first_few, plain_variables
 from ..core.files import check_writable, read_yaml, write_text, write_yaml
-from ..core.machine import this_process
+from ..core.machine import logger, this_process
 from ..core.run_folder import process_is_gone
 from ..figures.style import styled
 from ..inference.photos import need_rasterio, reason_for_windows
@@ -255,6 +255,8 @@ def measure_prediction(
     for kind, path in (("mask", prediction.mask), ("probability", prediction.probability)):
         if path is not None:
             planes[kind], own, placed = read_plane(path)
+            if kind == "mask" and own is not None:
+                _warn_of_hidden(path, planes[kind], own)
             covered = own if covered is None else covered
             if placed.crs is None:
                 continue
@@ -285,6 +287,17 @@ def measure_prediction(
         mm_per_pixel = scale_from_geotiff(place)
     name = prediction.name
     return measure_photo(mask, probability, mm_per_pixel, name, known=covered, frame=frame, **settings)
+
+
+def _warn_of_hidden(path, mask, covered):
+    "Warn of a mask whose one value above 0 is that for no data: it may mean cracks."
+    hidden = mask[~covered]
+    if covered.any() and not mask[covered].any() and hidden.min() == hidden.max() > 0:
+        logger.warning(
+            "%s: found 0 and %g alone, and %g is declared as no data, so that no crack is left; "
+            "if it means crack, remove that declaration (gdal_edit.py -unsetnodata)",
+            *(path, hidden[0], hidden[0]),
+        )
 
 
 def _same_place(frame, other):
