@@ -198,7 +198,10 @@ def difference_in_protocol(one: Evidence, other: Evidence) -> str:
         if changed:
             return f"other {kind}s, or another size: {len(changed)} of {len(mine)} ({first_few(changed)})"
     differing = [name for name in RULES if one.protocol[name] != other.protocol[name]]
-    return "; ".join(f"other {name}: {other.protocol[name]}, not {one.protocol[name]}" for name in differing)
+    return "; ".join(
+        f"another {name.replace('_', ' ')}: {other.protocol[name]!r}, where {one.run_id} has {one.protocol[name]!r}"
+        for name in differing
+    )
 
 
 def settle(entries: list[Entry]) -> list[Entry]:
