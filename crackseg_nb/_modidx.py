@@ -612,6 +612,10 @@ d = {
                 "evidence/comparison.html#comparison",
                 "crackseg_nb/evidence/comparison.py",
             ),
+            "crackseg_nb.evidence.comparison.Comparison.data": (
+                "evidence/comparison.html#comparison.data",
+                "crackseg_nb/evidence/comparison.py",
+            ),
             "crackseg_nb.evidence.comparison.Comparison.label": (
                 "evidence/comparison.html#comparison.label",
                 "crackseg_nb/evidence/comparison.py",
@@ -1945,6 +1949,10 @@ d = {
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
+            "crackseg_nb.measure.photos._manifest_of": (
+                "measure/photos.html#_manifest_of",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._measure_all": (
                 "measure/photos.html#_measure_all",
                 "crackseg_nb/measure/photos.py",
@@ -1999,6 +2007,7 @@ d = {
                 "measure/photos.html#measure_prediction",
                 "crackseg_nb/measure/photos.py",
             ),
+            "crackseg_nb.measure.photos.origin_of": ("measure/photos.html#origin_of", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos.read_plane": (
                 "measure/photos.html#read_plane",
                 "crackseg_nb/measure/photos.py",

@@ -322,6 +322,11 @@ class Comparison:
         return self.statistic.replace("_", " ").replace("iou", "IoU").replace("f1", "F1")
 
     @property
+    def data(self) -> str:
+        "The data set that all runs were tested on, as their settings name it."
+        return next(entry.evidence.protocol["data"] for entry in self.entries if not entry.reason)
+
+    @property
     def left_out(self) -> pd.DataFrame:
         "The runs that take no part, and why."
         return pd.DataFrame(

@@ -15,6 +15,7 @@ __all__ = [
     "Folder",
     "measure_prediction",
     "chosen_threshold",
+    "origin_of",
     "measure_folder",
     "show_overview",
     "show_worst",
@@ -309,20 +310,37 @@ def chosen_threshold(
     place,  # folder of a prediction or of masks, or one file
 ) -> float:
     "Return the threshold at which a prediction's masks were cut, as its manifest says; 0.5 where there is none."
-    manifest = (Path(place) if Path(place).is_dir() else Path(place).parent) / "manifest.json"
-    if not manifest.is_file():  # masks from elsewhere
+    manifest, content = _manifest_of(place)
+    mask = content.get("mask")
+    if not isinstance(mask, dict):  # masks from elsewhere
         return 0.5
+    return check_number(f"{manifest}: threshold", mask.get("threshold"), float, 0.01, 0.99)
+
+
+def _manifest_of(place):
+    "Return the path of a prediction's manifest and what it says; nothing where there is none, or that of others."
+    manifest = (Path(place) if Path(place).is_dir() else Path(place).parent) / "manifest.json"
     try:
-        content = json.loads(manifest.read_bytes())
+        content = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CrackSegError(
             f"{manifest}: found a damaged file, expected the threshold of these masks; write it anew with the same "
             "crackseg_predict, or give -p threshold"
         ) from error
-    mask = content.get("mask") if isinstance(content, dict) else None
-    if not isinstance(mask, dict):  # of another program
-        return 0.5
-    return check_number(f"{manifest}: threshold", mask.get("threshold"), float, 0.01, 0.99)
+    return manifest, content if isinstance(content, dict) else {}
+
+
+def origin_of(
+    place,  # folder of a prediction or of masks, or one file
+) -> list[str]:
+    "Return in sentences who marked the masks, where they were cut, and whom to credit, as their manifest says."
+    _, content = _manifest_of(place)
+    model, mask = content.get("model"), content.get("mask")
+    if not isinstance(model, dict) or not isinstance(mask, dict):
+        return ["No manifest.json says who marked these masks."]
+    told = [f"Marked by the model {model.get('name')} (SHA-256 {str(model.get('sha256'))[:12]})."]
+    told += [f"Its masks are cut at {mask.get('threshold')} (threshold from {mask.get('threshold_origin')})."]
+    return told + [f"Terms and sources: {content['terms']}."] * ("terms" in content)
 
 
 def measure_folder(

@@ -275,6 +275,9 @@ def write_page(
     exporter = HTMLExporter(
         exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True
     )
+    for cell in content.cells:
+        if cell.cell_type == "markdown":  # a page that is passed on has no chapters beside it
+            cell.source = re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)[^)]*\)", r"\1", cell.source)
     title = next((line[2:] for cell in content.cells for line in cell.source.splitlines() if line[:2] == "# "), "")
     body, _ = exporter.from_notebook_node(content, {"metadata": {"name": title or notebook.stem}})
     page = Path(page) if page else notebook.with_suffix(".html")

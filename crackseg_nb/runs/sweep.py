@@ -49,6 +49,7 @@ from fastcore.basics import patch
 from ..core.checks import CrackSegError, choose, plain_variables
 from crackseg_nb.core.files import (
     find_path,
+    outputs_folder,
     project_root,
     read_if_there,
     read_yaml,
@@ -495,6 +496,8 @@ def notes_on(results: pd.DataFrame) -> list[str]:
     same = done.groupby("seed")["data_fingerprint"] if "seed" in done else [("", done["data_fingerprint"])]
     if any(prints.nunique() > 1 for _, prints in same):
         notes.append("Runs of the same seed were tested on different images: their scores cannot be compared.")
+    if len(done) and done["val_iou"].isna().all():
+        notes.append("No run has a validation IoU, as with images that have labels and no masks: nothing is ranked.")
     return notes
 
 

@@ -178,14 +178,18 @@ class Search(Batch):
                     "expected a space, such as lr=1e-4..1e-2:log"
                 )
         else:
-            create_search(path, read_settings(space, "space"), read_fixed(fixed), goal)
+            create_search(path, read_settings(space, "space"), read_fixed(fixed), goal, outputs)
         found = read_yaml(path)
         self.space, self.fixed = found["space"], found["fixed"]
         self.goal = Goal(**found["goal"])
         self.distributions = {name: read_range(name, text) for name, text in self.space.items()}
 
 
-def check_space(space: dict[str, str], fixed: dict) -> dict:
+def check_space(
+    space: dict[str, str],
+    fixed: dict,
+    outputs: str = "",  # folder of all runs, one of which may lend its weights
+) -> dict:
     "Return `fixed`, its paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
     check_grid({name: [text] for name, text in space.items()}, fixed)
     if not space:
@@ -193,7 +197,7 @@ def check_space(space: dict[str, str], fixed: dict) -> dict:
     ends = {name: ends_of(read_range(name, text)) for name, text in space.items()}
     first = {name: [value_of(name, values[0])] for name, values in ends.items()}
     for name, values in ends.items():
-        runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed)
+        runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed, outputs)
     if runs[0].get("train_set") == "trainval":
         raise CrackSegError("train_set: found trainval in a search, expected train: validation images decide")
     if 0 in [run.get("epochs") for run in runs]:
@@ -201,9 +205,9 @@ def check_space(space: dict[str, str], fixed: dict) -> dict:
     return {name: value for name, value in runs[0].items() if name in fixed}
 
 
-def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal) -> None:
+def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str = "") -> None:
     "Write search.yaml, or make sure that it says the same already."
-    fixed = check_space(space, fixed)
+    fixed = check_space(space, fixed, outputs)
     given = to_plain({"space": space, "fixed": fixed, "goal": vars(goal)})
     if not path.is_file():
         if path.parent.exists():
