@@ -17,7 +17,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder, create_run_folder
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.jobs import attempts_of
-from crackseg_nb.runs.sweep import Sweep
+from crackseg_nb.runs.sweep import Sweep, notes_on
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -275,6 +275,12 @@ def test_a_run_beside_the_sweep_lends_its_weights_by_its_name(sweep, tmp_path):
     made = sweep("encoder_weights=none,first,ready")
     found = [configure(**given, outputs=str(made.folder)).encoder_weights for given in made.runs.values()]  # as a job
     assert found == ["", str(first.path), "ready"]
+
+
+@pytest.mark.parametrize("score, told", [(None, ["No run has a validation IoU"]), (0.7, [])])
+def test_runs_without_an_iou_are_not_ranked_and_that_is_told(score, told):
+    runs = pd.DataFrame([dict(run="a", state="done", val_iou=score, data_fingerprint="x")])
+    assert [note.partition(",")[0] for note in notes_on(runs)] == told
 
 
 def test_another_grid_under_the_same_name_is_refused(sweep):

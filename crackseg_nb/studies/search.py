@@ -188,7 +188,7 @@ class Search(Batch):
 def check_space(
     space: dict[str, str],
     fixed: dict,
-    outputs: str = "",  # folder of all runs, one of which may lend its weights
+    outputs: str,  # folder of all runs, one of which may lend its weights
 ) -> dict:
     "Return `fixed`, its paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
     check_grid({name: [text] for name, text in space.items()}, fixed)
@@ -205,7 +205,7 @@ def check_space(
     return {name: value for name, value in runs[0].items() if name in fixed}
 
 
-def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str = "") -> None:
+def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str) -> None:
     "Write search.yaml, or make sure that it says the same already."
     fixed = check_space(space, fixed, outputs)
     given = to_plain({"space": space, "fixed": fixed, "goal": vars(goal)})
