@@ -405,7 +405,12 @@ def of_search(trials: list[dict]) -> str:
     return f"{len(trials)} trials, validation IoU of the best {best:.3f}"
 
 
-def of_transfer(runs: list[dict]) -> str:
+def of_sweep(runs: list[dict]) -> str:
+    "Return what pretraining gives, where runs differ in their first weights; else the run that validation prefers."
+    if "encoder_weights" not in runs[0]:
+        done = [row for row in runs if row["state"] == "done"]
+        best = max(done, key=lambda row: float(row["val_iou"]))
+        return f"highest validation IoU of {len(done)} runs: {best['run']}, test IoU {float(best['test_iou']):.3f}"
     told = tell(arms(pd.DataFrame(runs).astype({"seed": int, "val_iou": float, "test_iou": float})))
     return told.removesuffix(".")
 
@@ -433,7 +438,7 @@ FINDINGS = {  # the table of a study, and what is said of it
     "trials.csv": of_search,
     "benchmark.csv": of_race,
     "scores.csv": of_data_sets,
-    "runs.csv": of_transfer,
+    "runs.csv": of_sweep,
 }
 
 

@@ -179,6 +179,11 @@ def write_table(path, *lines):
             ["model,file_bytes,iou", "student,10e6,0.7", "INT8,3e6,0.69"],
             "10.0 MB, IoU 0.700; INT8: 3.0 MB, IoU 0.690",
         ),
+        (
+            "runs.csv",
+            ["run,state,val_iou,test_iou", "lr=1,done,0.4,0.6", "lr=2,done,0.5,0.55", "lr=3,failed,,"],
+            "highest validation IoU of 2 runs: lr=2, test IoU 0.550",
+        ),
     ],
 )
 def test_what_a_study_found_comes_from_its_table(tmp_path, name, lines, told):

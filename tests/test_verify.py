@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from crackseg_nb.core.checks import CrackSegError
-from crackseg_nb.core.files import read_yaml, sha256_file, write_table, write_yaml
+from crackseg_nb.core.files import manifest_sum, read_yaml, sha256_file, write_table, write_yaml
 from crackseg_nb.core.machine import describe_environment
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.runs import verify as module
@@ -22,7 +22,6 @@ from crackseg_nb.synthetic.cracks import write_synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = dict(
-    synthetic_width=(3, 6),
     image_size=32,
     fit="crop",
     batch_size=4,
@@ -184,6 +183,15 @@ def test_a_changed_manifest_is_not_trusted(copy):
     found = verify(copy)
     assert found.code == 1 and lines(found, "manifest") == ["manifest.yaml: changed or damaged (its sum does not fit)"]
     assert "configuration" not in outcomes(found) and outcomes(found)["evaluated scores"] == "equal"
+
+
+def test_a_manifest_with_a_part_missing_is_not_trusted(copy):
+    manifest = read_yaml(copy / "manifest.yaml")
+    del manifest["files"]
+    write_yaml(copy / "manifest.yaml", manifest | {"sum": manifest_sum(manifest)})
+    assert lines(verify(copy), "manifest") == [
+        "manifest.yaml: changed or damaged (found no files, expected what a run writes)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -368,13 +376,7 @@ def test_several_classes_are_equal(folder):
         "synthetic_images": 24,
         "class_weights": "inverse_sqrt",
     }
-    several = run(
-        configure(
-            **{name: value for name, value in settings.items() if name != "synthetic_width"},
-            outputs=str(folder),
-            run_name="several",
-        )
-    )
+    several = run(configure(**settings, outputs=str(folder), run_name="several"))
     found = verify(several.folder.path)
     assert found.code == 0 and outcomes(found)["evaluated images"] == "equal"
     assert {"class_weights.json", "confusion_matrix.csv"} <= {*read_yaml(several.folder / "manifest.yaml")["files"]}

@@ -283,6 +283,9 @@ def open_manifest(run: KeptRun) -> list[Check]:
         manifest = read_yaml(path)
         if manifest["sum"] != manifest_sum(manifest):
             raise ValueError("its sum does not fit")
+        for key in ("files", "config", "results"):
+            if not isinstance(manifest.get(key), dict):
+                raise ValueError(f"found no {key}, expected what a run writes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [Check("manifest", "different", [f"manifest.yaml: changed or damaged ({error})"])]
     run.manifest = manifest
