@@ -3444,6 +3444,7 @@ d = {
                 "runs/config.html#check_class_weights",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.check_effect": ("runs/config.html#check_effect", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_eval_size": (
                 "runs/config.html#check_eval_size",
                 "crackseg_nb/runs/config.py",

@@ -22,6 +22,7 @@ __all__ = [
     "SETTLED",
     "NOT_THE_RESULT",
     "CARRIED",
+    "WORKS_WITH",
     "DataConfig",
     "check_place",
     "check_reader_options",
@@ -49,6 +50,7 @@ __all__ = [
     "inherit",
     "sort_settings",
     "build_config",
+    "check_effect",
     "config_to_dict",
     "read_config",
     "declared_parameters",
@@ -569,6 +571,7 @@ def configure(
         base = inherit(dict(RECIPES[recipe].settings), base) | base
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
     config = build_config({**base, "recipe": recipe}, given)
+    check_effect(config, given)
     # The weights of an earlier configuration may be gone, and a resumed run does not need them any more.
     for name in FIRST_WEIGHTS:
         if name in given and getattr(config, name):
@@ -719,6 +722,34 @@ def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfi
         optim=OptimConfig(**sections["optim"]),
         train=TrainConfig(**sections["train"]),
     )
+
+
+# %% ../../nbs/runs/02_config.ipynb #5a1c0e02
+WORKS_WITH = {  # a parameter: the one that it depends on, and the values of that one with which it has an effect
+    "patience": ("train_set", ("train",)),  # without validation there is no better or worse epoch
+    "threshold_criterion": ("train_set", ("train",)),
+    "warmup_fraction": ("scheduler", ("cosine", "warmup_cosine", "onecycle")),
+    "warmup_start": ("scheduler", ("cosine", "warmup_cosine")),
+    "min_lr_fraction": ("scheduler", ("cosine", "warmup_cosine")),
+    "eps": ("optimizer", ("adamw",)),
+    "effective_beta": ("class_weights", ("effective",)),
+}
+
+
+def check_effect(config: ExperimentConfig, given: dict[str, Any]) -> None:
+    "Raise CrackSegError for a setting in `given` that has no effect beside the others of `config`."
+    settings = vars(config) | vars(config.data) | vars(config.optim)
+    for name, (other, values) in WORKS_WITH.items():
+        if given.get(name) and settings[other] not in values:
+            raise CrackSegError(
+                f"{name}: found {given[name]} with {other} {settings[other]}, where it changes nothing; "
+                f"expected none, or {other} {' or '.join(values)}"
+            )
+    if given.get("threshold_criterion") and not config.data.classes.binary:
+        raise CrackSegError(
+            f"threshold_criterion: found {given['threshold_criterion']} with {len(config.data.classes)} classes, "
+            "which need no threshold; expected none"
+        )
 
 
 # %% ../../nbs/runs/02_config.ipynb #0fdc2aea
