@@ -59,16 +59,16 @@ def pick_groups(
 ) -> list[int]:
     "Return indices of groups whose sizes sum as close to `target` as can be, at least one, leaving at least `leave`."
     limit = target + max(sizes)  # no larger sum can be the nearest
-    reachable = np.zeros((len(sizes) + 1, limit + 1), bool)  # [n, total]: some of the first n groups sum to total
-    reachable[0, 0] = True
+    needed = np.full(limit + 1, len(sizes) + 1)  # [total]: some of the first so many groups sum to total
+    needed[0] = 0
     for index, size in enumerate(sizes):
-        reachable[index + 1] = reachable[index]
-        reachable[index + 1, size:] |= reachable[index, :-size]
-    sums = np.flatnonzero(reachable[-1]).tolist()[1:]  # without the sum of no group
+        reached = (needed[:-size] <= index) & (needed[size:] > index)
+        needed[size:][reached] = index + 1
+    sums = np.flatnonzero(needed <= len(sizes)).tolist()[1:]  # without the sum of no group
     best = min(sums, key=lambda total: (abs(total - target), total))
     picked = []
     for index in reversed(range(len(sizes))):
-        if best >= sizes[index] and reachable[index, best - sizes[index]]:
+        if best >= sizes[index] and needed[best - sizes[index]] <= index:
             picked.append(index)
             best -= sizes[index]
     while len(sizes) - len(picked) < leave:
