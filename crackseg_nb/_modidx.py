@@ -718,8 +718,16 @@ d = {
             ),
         },
         "crackseg_nb.evidence.error_types": {
+            "crackseg_nb.evidence.error_types._starts": (
+                "evidence/error_types.html#_starts",
+                "crackseg_nb/evidence/error_types.py",
+            ),
             "crackseg_nb.evidence.error_types.draw_errors": (
                 "evidence/error_types.html#draw_errors",
+                "crackseg_nb/evidence/error_types.py",
+            ),
+            "crackseg_nb.evidence.error_types.error_budget": (
+                "evidence/error_types.html#error_budget",
                 "crackseg_nb/evidence/error_types.py",
             ),
             "crackseg_nb.evidence.error_types.error_types": (
@@ -736,6 +744,10 @@ d = {
             ),
             "crackseg_nb.evidence.error_types.paint_types": (
                 "evidence/error_types.html#paint_types",
+                "crackseg_nb/evidence/error_types.py",
+            ),
+            "crackseg_nb.evidence.error_types.show_budget": (
+                "evidence/error_types.html#show_budget",
                 "crackseg_nb/evidence/error_types.py",
             ),
             "crackseg_nb.evidence.error_types.show_errors": (
@@ -906,6 +918,10 @@ d = {
             ),
             "crackseg_nb.evidence.report.begin_comparison": (
                 "evidence/report.html#begin_comparison",
+                "crackseg_nb/evidence/report.py",
+            ),
+            "crackseg_nb.evidence.report.budgets_of": (
+                "evidence/report.html#budgets_of",
                 "crackseg_nb/evidence/report.py",
             ),
             "crackseg_nb.evidence.report.finish_comparison": (

@@ -33,7 +33,7 @@ __all__ = [
 # %% ../../nbs/evidence/02_comparison.ipynb #63ff485b
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -312,6 +312,7 @@ class Comparison:
     statistic: str
     intervals: dict[str, Interval]
     tests: pd.DataFrame  # of `compare_all`; empty for one system
+    budgets: dict[str, pd.DataFrame] = field(default_factory=dict)  # `error_budget` of one run of each system
 
     @property
     def scores(self) -> pd.DataFrame:

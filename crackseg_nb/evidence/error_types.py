@@ -10,6 +10,7 @@ __all__ = [
     "THIN",
     "KINDS",
     "GALLERY_TILE",
+    "MISSED",
     "find_bridges",
     "surplus_kinds",
     "lost_widths",
@@ -20,18 +21,24 @@ __all__ = [
     "show_errors",
     "draw_errors",
     "show_worst",
+    "error_budget",
+    "show_budget",
 ]
 
 # %% ../../nbs/evidence/03_error_types.ipynb #7198da9c
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cv2
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.ndimage import distance_transform_edt
 from skimage.measure import label
+from tqdm.auto import tqdm
 
 # %% ../../nbs/evidence/03_error_types.ipynb #e9379d42
 from ..core.checks import VOID, CrackSegError, check_number
@@ -212,3 +219,59 @@ def show_worst(cases: Sequence[Case], count: int = 4) -> Figure:
     name_tile(axes[0, 1], "truth")
     figure.set_figheight(figure.get_figheight() + add_legend(figure, type_legend()))
     return figure
+
+
+# %% ../../nbs/evidence/03_error_types.ipynb #5b0d9e02
+MISSED = ("missed thin crack", "missed wide crack", "gap", "thin edge")  # pixels of the truth; the others are predicted
+
+
+def error_budget(
+    answers: Sequence[
+        tuple[np.ndarray, np.ndarray]
+    ],  # probability and mask (H, W) of each image, as `open_predictions`
+    threshold: float,
+    workers: int = 2,  # threads
+) -> pd.DataFrame:
+    "Return the pixels of each error type over all images, their share of the wrong pixels, and the IoU without them."
+
+    def count(index: int) -> dict[str, int]:
+        probability, mask = answers[index]
+        prediction = probability >= threshold
+        counts = error_types(prediction, mask)[0] | {"hit": int((prediction & (mask == 1)).sum())}
+        progress.update()
+        return counts
+
+    with tqdm(total=len(answers), desc="types of errors", leave=False) as progress, ThreadPoolExecutor(workers) as pool:
+        totals = pd.DataFrame(pool.map(count, range(len(answers)))).sum()
+    hits, pixels = totals["hit"], totals[list(ERROR_TYPES)]
+    union, missed = hits + pixels.sum(), pixels.index.isin(MISSED)
+    right = (hits + pixels.where(missed, 0)) / (union - pixels.where(~missed, 0))
+    shares = pixels / max(pixels.sum(), 1)
+    return pd.DataFrame({"pixels": pixels, "share": shares, "iou_if_right": right}).rename_axis("type")
+
+
+@styled
+def show_budget(budgets: dict[str, pd.DataFrame]) -> Figure:
+    "Return a figure with one bar for each `error_budget`, divided by type in the colours of the types."
+    figure, axis = plt.subplots(figsize=(7.5, 0.7 + 0.4 * len(budgets)))
+    names = [shorten(name, 30) for name in budgets]
+    for (kind, colour), left in zip(ERROR_TYPES.items(), _starts(budgets)):
+        shares = [budget.loc[kind, "share"] for budget in budgets.values()]
+        colour = np.array(colour) / 255
+        axis.barh(names, shares, 0.7, left, color=colour, edgecolor="grey", linewidth=0.5)
+        for row, (share, start) in enumerate(zip(shares, left)):
+            if share >= 0.05:
+                ink = "black" if colour @ (0.3, 0.6, 0.1) > 0.5 else "white"
+                axis.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", color=ink, fontsize="small")
+    axis.set(xlim=(0, 1), xlabel="share of the wrong pixels")
+    axis.invert_yaxis()
+    figure.set_figheight(figure.get_figheight() + add_legend(figure, type_legend()[:-1]))
+    return figure
+
+
+def _starts(budgets: dict[str, pd.DataFrame]) -> Any:
+    "Yield for each type where its part of each bar begins."
+    ends = np.zeros(len(budgets))
+    for kind in ERROR_TYPES:
+        yield ends
+        ends = ends + [budget.loc[kind, "share"] for budget in budgets.values()]
