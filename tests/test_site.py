@@ -241,6 +241,9 @@ def test_every_guide_is_listed_and_the_glossary_is_in_order():
     glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8").split("```{glossary}")[1]
     terms = re.findall(r"^(\w.*)$", glossary, re.M)
     assert len(terms) >= 40 and terms == sorted(terms, key=str.lower)
+    assert {"batch", "ECE", "epoch", "overlay", "U-Net", "views"} < {*terms}
+    linked = re.findall(r"\]\(([^)]+)\)", glossary)
+    assert linked and all((ROOT / "docs" / link).is_file() for link in linked)
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
