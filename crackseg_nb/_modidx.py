@@ -49,6 +49,7 @@ d = {
             "crackseg_nb.core.checks.choose": ("core/checks.html#choose", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_few": ("core/checks.html#first_few", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.first_line": ("core/checks.html#first_line", "crackseg_nb/core/checks.py"),
+            "crackseg_nb.core.checks.how_many": ("core/checks.html#how_many", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.listed": ("core/checks.html#listed", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.nearest": ("core/checks.html#nearest", "crackseg_nb/core/checks.py"),
             "crackseg_nb.core.checks.plain_variables": (

@@ -374,7 +374,7 @@ def test_voc(tmp_path, inside):
         "2007_000003": "val",
     }
     assert (len(source.classes), source.classes.names[15], source.classes.names[20]) == (21, "person", "tvmonitor")
-    assert "1 test images whose masks are not published were skipped" in source.notes
+    assert "skipped 1 test image without a published mask" in source.notes
     for sample in source.samples:
         assert (read_mask(sample.mask, source.mask_encoding) == VOC_IDS[sample.name]).all()
     splits = make_splits(source)
@@ -674,7 +674,7 @@ def test_groups_that_were_torn_are_told_once(tmp_path):
     source = read_source("folder", augmented(tmp_path, ["", "_aug1"], change=unlike), group_pattern=r"^(.*?)(_aug1)?$")
     splits = make_splits(source)
     report = audit(replace(splits, val=splits.val[1:], train=splits.train + splits.val[:1]))
-    assert len(report.problems) == 1 and "groups in more than one split" in report.problems[0]
+    assert len(report.problems) == 1 and "group in more than one split" in report.problems[0]
 
 
 def test_samples_without_folders_are_families_too():

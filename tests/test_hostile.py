@@ -556,7 +556,7 @@ def test_names_are_shown_as_they_are(tmp_path, name):
     result = measured.measure_folder(tmp_path, progress=False, out=False)
     figure = measured.show_overview(result, tmp_path)
     figure.draw_without_rendering()
-    assert figure.axes[0].get_title().startswith(f"{name}: 1 pieces")
+    assert figure.axes[0].get_title().startswith(f"{name}: 1 piece")
     assert "<b>" not in measured.short_table(result).to_html()
 
 

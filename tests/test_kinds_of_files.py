@@ -201,7 +201,7 @@ def test_palettes_that_differ_are_refused(tmp_path, names):
 def test_masks_of_void_alone_are_named(tmp_path):
     root = write_set(tmp_path, [COLOUR] * 2, [MASK * 2, MASK * VOID])
     source = read_source("folder", root, class_names=["wall", "crack", "rust"])
-    assert any("1 masks hold no class but 0, and 255, which is void (p1)" in note for note in source.notes)
+    assert any("1 mask holds no class but 0, and 255, which is void (p1)" in note for note in source.notes)
 
 
 def test_masks_of_0_and_255_beside_one_of_all_three_are_named(tmp_path):
@@ -269,7 +269,7 @@ def test_dev_is_a_split_and_other_folders_are_named(tmp_path):
 def test_pictures_of_other_formats_are_named(tmp_path, suffix):
     root = write_set(tmp_path, [COLOUR] * 2, [MASK] * 2)
     (root / "images/p1.png").rename(root / f"images/p1{suffix}")
-    assert f"1 {suffix} files in images/ were left out" in read_source("folder", root).notes
+    assert f"left out 1 {suffix} file in images/" in read_source("folder", root).notes
 
 
 # ---- what the audit sees
@@ -277,7 +277,7 @@ def test_pictures_of_other_formats_are_named(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     "picture, said",
-    [(COLOUR * 0 + 90, "show one grey"), (COLOUR // 25, "are nearly black"), (COLOUR // 8 + 214, "mostly white")],
+    [(COLOUR * 0 + 90, "of one grey"), (COLOUR // 25, "nearly black"), (COLOUR // 8 + 214, "mostly white")],
 )
 def test_pictures_that_show_nothing(tmp_path, picture, said):
     bright = np.where(picture > 215, 255, picture).astype(np.uint8)

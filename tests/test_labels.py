@@ -86,7 +86,7 @@ def test_images_deeper_down_and_files_beside(tmp_path):
     (tmp_path / "dog/readme.txt").write_text("dogs")
     source = read_source("ImageFolder", tmp_path)
     assert labels_of(source) == {"cat/tabby/0": 0, "cat/tabby/1": 0, "dog/0": 1, "dog/1": 1}
-    assert source.notes[0] == "1 images outside the class folders were skipped"
+    assert source.notes[0] == "skipped 1 image outside the class folders"
 
 
 @pytest.mark.parametrize("where", ["train", "val", "test"])
@@ -111,7 +111,7 @@ def test_splits_with_other_classes(where, change, tmp_path):
     "layout, part",
     [
         ({}, "found 0 classes, expected 2 to 254"),
-        ({"cat/a": 1}, "found 1 classes (cat)"),
+        ({"cat/a": 1}, "found 1 class (cat)"),
         ({"test/cat": 1, "test/dog": 1}, "found test but no train/ in it"),
         ({"train/cat": 1, "dog": 1}, "found dog beside train/"),
         ({"val/a": 1, "valid/a": 1, "train/a": 1}, "expected each split once"),
@@ -196,7 +196,7 @@ def test_tiny_imagenet_as_published(tiny):
     assert all(sample.name.startswith("train/") for sample in splits.train + splits.val) and splits.val
     told = "\n".join(source.notes)
     assert (
-        "7 images of test/ carry no labels and were left out" in told
+        "left out 7 images of test/, which has no labels" in told
         and "n01443537 goldfish, n02124075 Egyptian cat" in told
     )
     assert audit(splits).problems == []
@@ -244,7 +244,7 @@ def test_tiny_imagenet_with_odd_annotations(old, new, parts, tiny):
 
 def test_tiny_imagenet_copied_half_way(tiny):
     (tiny / "train/n02124075/images/n02124075_3.JPEG").unlink()
-    one_line(lambda: read_source("TinyImageNet", tiny), "n02124075_boxes.txt", "1 images", "n02124075_3.JPEG")
+    one_line(lambda: read_source("TinyImageNet", tiny), "n02124075_boxes.txt", "1 image", "n02124075_3.JPEG")
     shutil.rmtree(tiny / "train/n02124075")
     one_line(lambda: read_source("TinyImageNet", tiny), "train/n02124075/images", "found no images of class n02124075")
 
@@ -252,7 +252,7 @@ def test_tiny_imagenet_copied_half_way(tiny):
 def test_a_validation_image_without_a_line_is_noted(tiny):
     write_image(tiny / "val/images/val_9.JPEG", noise(9, (64, 64)))
     source = read_source("TinyImageNet", tiny)
-    assert "1 images of val/ without a label were skipped (val_9)" in source.notes and len(source) == 25
+    assert "skipped 1 image of val/ without a label (val_9)" in source.notes and len(source) == 25
 
 
 # ---------------------------------------------------------------- splits and audit
@@ -592,7 +592,7 @@ def test_cifar10(data_folder, one_thread):
 
 
 def test_sources_of_masks_are_as_they_were():
-    assert repr(Source("x", [Sample("a", "a.png", "b.png", "a")])) == "Source('x', 1 images, 1 groups, masks 'ids')"
+    assert repr(Source("x", [Sample("a", "a.png", "b.png", "a")])) == "Source('x', 1 image, 1 group, masks 'ids')"
     assert Sample("a", "a.png", "b.png", "a") == Sample("a", "a.png", "b.png", "a", None, None)
     one_line(lambda: read_mask("a.png", LABELS), "mask_encoding: found 'labels'")
 

@@ -172,7 +172,7 @@ def test_grey_masks_in_three_channels_need_no_colours(tmp_path):
     [
         (dict(class_colours="0,0,0; red"), "class_colours: found 'red', expected red, green and blue from 0 to 255"),
         (dict(class_colours="0,0,0; 1,2"), "class_colours: found '1,2'"),
-        (dict(class_colours="0,0,0"), "class_colours: found 1 colours"),
+        (dict(class_colours="0,0,0"), "class_colours: found 1 colour"),
         (dict(class_colours="0,0,0; 9,9,9; 0,0,0"), "class_colours: found 0,0,0 more than once"),
         (dict(class_colours="a 0,0,0; a 9,9,9"), "class_names: found 'a' more than once"),
         (dict(class_colours="class_dict.csv"), "class_colours: cannot read class_dict.csv"),
@@ -376,7 +376,7 @@ def test_images_of_a_coco_file(tmp_path):
     one_line(lambda: read_source("coco", tmp_path), "marks.json (b.png): found a mask of 60x40 for an image of 50x40")
     Image.new("RGB", (60, 40)).save(tmp_path / "b.png")
     Image.new("RGB", (60, 40)).save(tmp_path / "c.png")
-    assert "1 images that no annotation file names were left out (c.png)" in read_source("coco", tmp_path).notes
+    assert "left out 1 image that no annotation file names (c.png)" in read_source("coco", tmp_path).notes
     (tmp_path / "more.json").write_text((tmp_path / "marks.json").read_text())
     one_line(lambda: read_source("coco", tmp_path), "more.json (a.png): found it in marks.json as well")
 
@@ -530,7 +530,7 @@ def test_text_files_beside_images_and_pictures_that_are_no_data(tmp_path):
     (tmp_path / "classes.txt").write_text("crack\n")
     source = read_source("yolo", tmp_path)
     assert mask_of(source, 0).sum() == 600 and not mask_of(source, 1).any() and len(source.samples) == 2
-    assert "1 images without a text file were left out (labels.png)" in source.notes
+    assert "left out 1 image without a text file (labels.png)" in source.notes
 
 
 def test_a_yolo_file_leads_nowhere_out_of_the_data(tmp_path):

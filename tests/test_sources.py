@@ -12,6 +12,7 @@ from messages import one_line
 from PIL import Image
 from scipy.io import savemat
 
+from crackseg_nb.core.checks import how_many
 from crackseg_nb.data.audit import audit, crossing_groups, fingerprint
 from crackseg_nb.data.splits import make_splits, pick_groups
 from crackseg_nb.sources.images import ENCODINGS, read_image, read_mask
@@ -123,7 +124,7 @@ def test_hidden_files_and_surplus_masks_are_skipped(tmp_path):
     (tmp_path / "images/.ipynb_checkpoints/00-checkpoint.png").write_bytes(b"x")
     (tmp_path / "images/Thumbs.db").write_bytes(b"x")
     source = read_folder(tmp_path)
-    assert len(source) == 2 and source.notes[0] == "1 masks without an image were skipped (02)"
+    assert len(source) == 2 and source.notes[0] == "skipped 1 mask without an image (02)"
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -434,7 +435,7 @@ def test_split_larger_than_the_data():
 def test_empty_split_says_what_is_there_and_what_is_needed(sizes):
     one_line(
         lambda: make_splits(Source("s", samples_of(sizes))),
-        f"found {sum(sizes)} images in {len(sizes)} groups",
+        f"found {how_many(sum(sizes), 'image')} in {how_many(len(sizes), 'group')}",
         "at least 3 groups",
         "split would be empty",
     )
@@ -511,7 +512,7 @@ def test_real_deepcrack():
 
 def test_real_crackforest():
     source = real("CrackForest")
-    assert len(source) == 118 and re.match("4 images without a label", source.notes[0])
+    assert len(source) == 118 and re.match("skipped 4 images without a label", source.notes[0])
     assert set(np.unique(read_mask(source.samples[0].mask, source.mask_encoding))) == {0, 1}
     report = audit(make_splits(source))
     assert report.problems == [] and report.table["images"].tolist() == [82, 18, 18]

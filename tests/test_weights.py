@@ -121,13 +121,13 @@ def test_none_weighs_all_alike():
 @pytest.mark.parametrize(
     "pixels, images, message",
     [
-        ([1, 2], [1], "images: found 1 classes, expected 2"),
+        ([1, 2], [1], "images: found 1 class, expected 2"),
         ([0, 0], [0, 0], "pixels: found none in any class"),
         ([-1, 2], [1, 1], "pixels: found [-1, 2]"),
         ([1.5, 2], [1, 1], "pixels: found [1.5, 2.0]"),
         ([[1, 2]], [1, 1], "expected a whole number from 0 for each class"),
         ([5, 2], [1, 0], "found class 1 with 2 pixels in 0 images"),
-        ([5, 0], [1, 1], "found class 1 with 0 pixels in 1 images"),
+        ([5, 0], [1, 1], "found class 1 with 0 pixels in 1 image"),
         ([5, 2], [1, 3], "found class 1 with 2 pixels in 3 images"),
     ],
 )
@@ -218,7 +218,7 @@ def test_content_that_is_no_class_weights_is_refused(tmp_path, content, message)
     "key, value, message",
     [
         ("weights", [1, 2, 3], "found 3 numbers, expected 4"),
-        ("weights", "heavy", "found 'heavy' numbers, expected 4"),
+        ("weights", "heavy", "found 'heavy', expected 4, one for each of background"),
         ("weights", [1, 2, 3, None], "weights of 'corrosion': found None"),
         ("weights", [1, 2, 3, True], "weights of 'corrosion': found True"),
         ("weights", [1, 2, -3, 0], "weights of 'spalling': found -3"),
@@ -229,7 +229,7 @@ def test_content_that_is_no_class_weights_is_refused(tmp_path, content, message)
         ("pixels", [1.5, 1, 1, 0], "pixels of 'background': found 1.5, expected a whole number"),
         ("pixels", [0, 0, 0, 0], "found none in any class"),
         ("images", [1, 1, 1], "found 3 numbers, expected 4"),
-        ("images", [1, 1, 1, 1], "found class 3 with 0 pixels in 1 images"),
+        ("images", [1, 1, 1, 1], "found class 3 with 0 pixels in 1 image"),
         ("method", "invers", "did you mean 'inverse'?"),
         ("method", ["inverse"], "method: found"),
         ("beta", 1, "beta: found 1.0"),
@@ -316,7 +316,7 @@ def test_a_file_by_its_path(tmp_path):
     "choice, message",
     [
         ("1,5", "class_weights: found 2 numbers, expected 4, one for each of background, crack, spalling, corrosion"),
-        ("3", "class_weights: found 1 numbers, expected 4"),
+        ("3", "class_weights: found 1 number, expected 4"),
         ("1,1,1,-1", "class_weights of 'corrosion': found -1.0"),
         ("1,nan,1,1", "class_weights of 'crack': found nan"),
         ("0,0,0,1", "0 for each class that occurs"),

@@ -26,6 +26,7 @@ __all__ = [
     "check_folder_name",
     "plain_variables",
     "first_few",
+    "how_many",
     "first_line",
     "LateModule",
 ]
@@ -262,6 +263,16 @@ def plain_variables(
 def first_few(items, limit: int = 3) -> str:
     "Return the first few items as text."
     return ", ".join(str(item) for item in items[:limit]) + (", ..." if len(items) > limit else "")
+
+
+# %% ../../nbs/core/01_checks.ipynb #5e1c0a71
+def how_many(
+    number: int,
+    one: str,  # the noun of one, with its verb if need be: mask, or mask holds
+    several: str = "",  # that of several: masks hold (default: `one` with an s)
+) -> str:
+    "Return a count with its noun."
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 # %% ../../nbs/core/01_checks.ipynb #4b235402

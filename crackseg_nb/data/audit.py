@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/data/02_audit.ipynb #548f89ab
-from ..core.checks import VOID, CrackSegError, first_few
+from ..core.checks import VOID, CrackSegError, first_few, how_many
 from ..core.files import fingerprint_of, in_threads
 from .splits import SPLITS, Splits
 from ..sources.duplicates import same_detail, similar
@@ -289,8 +289,8 @@ def family_problem(splits: Splits, families: dict[str, list[str]]) -> str:
     pattern = proposed_pattern([sample.name for _, samples in splits for sample in samples])
     copies = "; ".join(first_few(names, 2) for names in list(families.values())[:2])
     return (
-        f"splits: found {len(families)} images with augmented copies in another split ({copies}), expected all copies "
-        f"of an image in one split: give group_pattern={pattern!r}, or split before augmenting"
+        f"splits: found {how_many(len(families), 'image')} with augmented copies in another split ({copies}), "
+        f"expected all copies of an image in one split: give group_pattern={pattern!r}, or split before augmenting"
     )
 
 
@@ -311,13 +311,15 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
     problems = [f"{split}: found no images, expected at least one" for split, samples in splits if not samples]
     counts = Counter(sample.name for _, samples in splits for sample in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
-        problems.append(f"splits: found {len(twice)} samples more than once ({first_few(twice)}), expected each once")
+        problems.append(
+            f"splits: found {how_many(len(twice), 'sample')} more than once ({first_few(twice)}), expected each once"
+        )
     own_groups, published_groups = crossing_groups(splits)
     own_families, published_families = crossing_families(splits)
     if own_groups:
         names = first_few(list(own_groups))
         problems.append(
-            f"splits: found {len(own_groups)} groups in more than one split ({names}), expected each in one"
+            f"splits: found {how_many(len(own_groups), 'group')} in more than one split ({names}), expected each in one"
         )
     if families := untold(own_families, own_groups):
         problems.append(family_problem(splits, families))
@@ -333,9 +335,9 @@ def border_findings(splits: Splits) -> tuple[list[str], list[str]]:
 def picture_warnings(splits: Splits, facts: dict[str, FileFacts]) -> list[str]:
     "Return warnings about images that show nothing: uniform grey, nearly black, or mostly overexposed."
     found = {
-        "show one grey": lambda grey: np.ptp(grey) < 2,
-        "are nearly black": lambda grey: np.mean(grey < 16) > 0.99,
-        "are mostly white, as overexposed": lambda grey: np.mean(grey >= 254) > 0.5,
+        "of one grey": lambda grey: np.ptp(grey) < 2,
+        "nearly black": lambda grey: np.mean(grey < 16) > 0.99,
+        "mostly white, as overexposed": lambda grey: np.mean(grey >= 254) > 0.5,
     }
     names = {look: [] for look in found}
     for _, samples in splits:
@@ -343,7 +345,7 @@ def picture_warnings(splits: Splits, facts: dict[str, FileFacts]) -> list[str]:
             grey = facts[sample.name].large.astype(np.float32) * (255 / (sample.white or 255))
             if look := next((look for look, test in found.items() if test(grey)), None):
                 names[look].append(sample.name)
-    return [f"{len(part)} images {look} ({first_few(part)})" for look, part in names.items() if part]
+    return [f"{how_many(len(part), 'image')} {look} ({first_few(part)})" for look, part in names.items() if part]
 
 
 def contradictions(splits: Splits, facts: dict[str, FileFacts], limit: int = 10) -> list[str]:
@@ -362,7 +364,9 @@ def contradictions(splits: Splits, facts: dict[str, FileFacts], limit: int = 10)
             for other in others
             if (facts[other.name].mask_content or other.label) != said
         ]
-    return lines[:limit] + ([f"{len(lines) - limit} more images with different masks"] if len(lines) > limit else [])
+    return lines[:limit] + (
+        [f"{how_many(len(lines) - limit, 'more image')} with different masks"] if len(lines) > limit else []
+    )
 
 
 # %% ../../nbs/data/02_audit.ipynb #2f9ad6b8

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.checks import CrackSegError, LateModule, check_number, choose
+from ..core.checks import CrackSegError, LateModule, check_number, choose, how_many
 from ..core.files import to_plain, write_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def check_counts(pixels, images) -> tuple[np.ndarray, np.ndarray]:
             raise CrackSegError(f"{name}: found {found.tolist()!r}, expected a whole number from 0 for each class")
     pixels, images = (found.astype(np.int64) for found in counts.values())
     if len(pixels) != len(images):
-        raise CrackSegError(f"images: found {len(images)} classes, expected {len(pixels)} as in pixels")
+        raise CrackSegError(
+            f"images: found {how_many(len(images), 'class', 'classes')}, expected {len(pixels)} as in pixels"
+        )
     if not pixels.any():
         raise CrackSegError("pixels: found none in any class, expected a training split with annotated pixels")
     if odd := [
@@ -52,7 +54,8 @@ def check_counts(pixels, images) -> tuple[np.ndarray, np.ndarray]:
         if images[index] > pixels[index] or (images[index] == 0) != (pixels[index] == 0)
     ]:
         raise CrackSegError(
-            f"images: found class {odd[0]} with {pixels[odd[0]]} pixels in {images[odd[0]]} images, "
+            f"images: found class {odd[0]} with {how_many(pixels[odd[0]], 'pixel')} in "
+            f"{how_many(images[odd[0]], 'image')}, "
             "expected at least one pixel in each image that shows the class"
         )
     return pixels, images
@@ -134,7 +137,7 @@ class ClassWeights:
         lines = [
             f"{name}: weight {weight:.4g} "
             + (
-                f"({share:.3g} % of the pixels, in {images} training images)"
+                f"({share:.3g} % of the pixels, in {how_many(images, 'training image')})"
                 if pixels
                 else "(in no training image: nothing to weigh)"
             )
@@ -190,9 +193,9 @@ def check_same(found, class_names: tuple[str, ...]) -> None:
 def check_numbers(where: str, found, class_names: tuple[str, ...], kind: type = float) -> np.ndarray:
     "Return `found` as an array with one number from 0 for each class; raise CrackSegError otherwise."
     if not isinstance(found, (list, tuple)) or len(found) != len(class_names):
-        count = len(found) if isinstance(found, (list, tuple)) else repr(found)
+        count = how_many(len(found), "number") if isinstance(found, (list, tuple)) else repr(found)
         raise CrackSegError(
-            f"{where}: found {count} numbers, expected {len(class_names)}, one for each of {', '.join(class_names)}"
+            f"{where}: found {count}, expected {len(class_names)}, one for each of {', '.join(class_names)}"
         )
     return np.array([check_number(f"{where} of {name!r}", value, kind, 0) for name, value in zip(class_names, found)])
 

@@ -31,7 +31,7 @@ from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../../nbs/data/08_loaders.ipynb #6ca5dfef
-from ..core.checks import CrackSegError, check_number
+from ..core.checks import CrackSegError, check_number, how_many
 from ..core.seeds import seed_for
 from .dataset import CrackDataset
 
@@ -264,8 +264,8 @@ def create_loader(
     check_number("timeout", timeout, low=0)
     if train and check_number("batch_size", batch_size, int, low=1) > len(dataset):
         raise CrackSegError(
-            f"batch_size: found {batch_size} for {len(dataset)} training images (batch larger than the data), "
-            f"expected at most {len(dataset)}"
+            f"batch_size: found {batch_size} for {how_many(len(dataset), 'training image')} (batch larger "
+            f"than the data), expected at most {len(dataset)}"
         )
     if train and len(set(dataset.sizes)) > 1:
         raise CrackSegError(

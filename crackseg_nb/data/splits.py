@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # %% ../../nbs/data/01_splits.ipynb #433f2d13
-from ..core.checks import CrackSegError, check_number, first_few
+from ..core.checks import CrackSegError, check_number, first_few, how_many
 from ..core.seeds import seed_for
 from ..sources.samples import Classes, Sample, Source
 
@@ -119,13 +119,13 @@ def published_parts(source: Source) -> tuple[dict[str, list[Sample]], list[Sampl
     if loose and any(parts.values()):
         names = first_few([sample.name for sample in loose])
         raise CrackSegError(
-            f"{source.name}: found {len(loose)} images outside the published splits ({names}), "
+            f"{source.name}: found {how_many(len(loose), 'image')} outside the published splits ({names}), "
             "expected a published split for all or for none"
         )
     pool = loose or parts["train"]
     if not pool:
         raise CrackSegError(
-            f"{source.name}: found {len(source)} images but none for training, expected some; "
+            f"{source.name}: found {how_many(len(source), 'image')} but none for training, expected some; "
             "a finished run is scored on them by nbs/across_data.ipynb"
         )
     return parts, pool
@@ -144,7 +144,7 @@ def make_splits(
     groups, images = len({sample.group for sample in rest}), len(rest)
     if groups < len(missing) + 1:
         raise CrackSegError(
-            f"splits: found {images} images in {groups} groups of {source.name!r} to fill "
+            f"splits: found {how_many(images, 'image')} in {how_many(groups, 'group')} of {source.name!r} to fill "
             f"{', '.join(['train', *missing])}, expected at least {len(missing) + 1} groups, or a split "
             "would be empty (a group never crosses splits)"
         )

@@ -48,7 +48,7 @@ import numpy as np
 import PIL
 
 # %% ../../nbs/data/06_store.ipynb #7e00a826
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..core.files import atomic_write, display_path, fingerprint_of, in_order, sha256_file
 from ..core.machine import free_memory, logger
 from .augment import resize_pair
@@ -259,7 +259,7 @@ class Room:
     def __str__(self):
         disk = "no cache folder" if self.disk is None else f"{amount(self.disk)} of disk"
         available = f"{amount(self.memory)} of memory and {disk} are available"
-        return f"{self.images:,} images need {amount(self.needed)}; {available}"
+        return f"{how_many(self.images, 'image needs', 'images need')} {amount(self.needed)}; {available}"
 
     def place(self, preload: bool | str) -> str:
         "Return memory, disk or files; raise CrackSegError where the place that `preload` names has no room."

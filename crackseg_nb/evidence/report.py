@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # %% ../../nbs/evidence/04_report.ipynb #15b239bc
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..core.files import write_table, write_text
 from ..core.run_folder import study_folder
 from .comparison import Comparison, compare, rows_for, show_width_recall, training_table
@@ -73,7 +73,7 @@ def protocol_lines(comparison: Comparison) -> str:
             *told,
             f"groups of images that show the same photo: {groups}",
             f"tested: {comparison.statistic}, chosen before; Holm's correction over "
-            f"{max(len(comparison.tests), 1)} pairs",
+            f"{how_many(max(len(comparison.tests), 1), 'pair')}",
             "ODS, OIS and AP take their thresholds from the test images: upper bounds, for orientation",
         ]
     )

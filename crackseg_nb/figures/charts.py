@@ -43,7 +43,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 # %% ../../nbs/figures/03_charts.ipynb #9c66e365
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..data.audit import Audit
 from .photos import CURVE_COLOURS, in_notebook, shorten
 from .style import styled
@@ -60,7 +60,7 @@ def show_class_balance(report: Audit, classes: Classes = Classes()) -> Figure:
     figure, axis = plt.subplots(figsize=(5, 0.6 + 0.34 * len(table)))
     share = table["crack %"].fillna(0).to_numpy(float)
     bars = axis.barh(
-        [f"{split} ({int(images)} images)" for split, images in table["images"].items()],
+        [f"{split} ({how_many(int(images), 'image')})" for split, images in table["images"].items()],
         share,
         color=CURVE_COLOURS[0],
         height=0.6,
@@ -100,7 +100,7 @@ def draw_shares(report: Audit, classes: Classes) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 0.9 + 0.24 * len(classes)))
     axis.hlines(rows, 0, 1, transform=axis.get_yaxis_transform(), color="0.9", linewidth=0.8, zorder=0)
     for column, ((split, share), marker, colour) in enumerate(zip(shares.items(), "os^", CURVE_COLOURS)):
-        shown, label = share > 0, f"{split} ({int(report.table['images'][split])} images)"
+        shown, label = share > 0, f"{split} ({how_many(int(report.table['images'][split]), 'image')})"
         axis.scatter(share[shown], rows[shown], marker=marker, color=colour, s=26, alpha=0.85, label=label)
         write_shares(axis, column, split, share)
     present = np.concatenate([share[share > 0] for share in shares.values()])

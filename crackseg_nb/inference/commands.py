@@ -10,7 +10,7 @@ import argparse
 import sys
 
 # %% ../../nbs/inference/09_commands.ipynb #ffc363e3
-from ..core.checks import RESUME_CODE
+from ..core.checks import RESUME_CODE, how_many
 from ..core.run_folder import READY
 from ..runs.command import command, new_parser, take_outputs
 
@@ -69,7 +69,8 @@ def predict_main(words: list[str] | None = None) -> int:
         print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
         return RESUME_CODE
     rule = manifest["mask"]
-    print(f"{len(manifest['photos'])} photos, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
+    photos = how_many(len(manifest["photos"]), "photo")
+    print(f"{photos}, threshold {rule['threshold']:g} ({rule['threshold_origin']}): {out}")
     if manifest.get("terms"):
         print(manifest["terms"])
     return 0

@@ -34,7 +34,7 @@ import pandas as pd
 from skimage.measure import find_contours
 
 # %% ../../nbs/measure/05_files.ipynb #7e0b61fd
-from ..core.checks import CrackSegError, choose
+from ..core.checks import CrackSegError, choose, how_many
 from ..core.files import atomic_write, write_text
 from .cracks import Tables, as_fraction
 
@@ -274,7 +274,9 @@ def write_dxf(measured: Measured, folder: Path) -> list[Path]:
             )
             text.set_placement(place.tolist())
     if (problems := drawing.audit()).has_errors:
-        raise CrackSegError(f"{measured.name}: found {len(problems.errors)} errors in its drawing, expected none")
+        raise CrackSegError(
+            f"{measured.name}: found {how_many(len(problems.errors), 'error')} in its drawing, expected none"
+        )
     path = folder / f"{measured.name}_cracks.dxf"
     with atomic_write(path, "w") as handle:
         drawing.write(handle)

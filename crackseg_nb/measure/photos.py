@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 # %% ../../nbs/measure/06_photos.ipynb #b8057d2a
-from ..core.checks import CrackSegError, check_file_name, check_number, first_few, plain_variables
+from ..core.checks import CrackSegError, check_file_name, check_number, first_few, how_many, plain_variables
 from ..core.files import check_writable, read_yaml, write_text, write_yaml
 from ..core.machine import logger, this_process
 from ..core.run_folder import process_is_gone
@@ -461,7 +461,7 @@ def show_overview(
         colours = points[f"width_{unit}"]
         drawn = axis.scatter(points["column"], points["row"], c=colours, s=2, cmap="viridis", vmin=0, vmax=highest)
         length = getattr(photo, f"length_{unit}")
-        axis.set_title(f"{photo.photo}: {photo.cracks} pieces, {length:.4g} {unit}", parse_math=False)
+        axis.set_title(f"{photo.photo}: {how_many(photo.cracks, 'piece')}, {length:.4g} {unit}", parse_math=False)
     for axis in axes.flat[len(photos) :]:
         axis.axis("off")
     if drawn is not None:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 # %% ../../nbs/measure/07_promise.ipynb #70d5a8e2
-from ..core.checks import CrackSegError, check_number
+from ..core.checks import CrackSegError, check_number, how_many
 from .cracks import as_fraction, center_line
 
 # %% ../../nbs/measure/07_promise.ipynb #84ea1f3b
@@ -50,7 +50,9 @@ def promised_threshold(
         raise CrackSegError(f"losses: found shape {losses.shape}, expected (N, {len(thresholds)})")
     least = int(np.ceil(1 / bound - 1 - 1e-9))
     if len(losses) < least:
-        raise CrackSegError(f"losses: found {len(losses)} images, expected at least {least} for a bound of {bound:g}")
+        raise CrackSegError(
+            f"losses: found {how_many(len(losses), 'image')}, expected at least {least} for a bound of {bound:g}"
+        )
     kept = (losses.sum(0) + 1) / (len(losses) + 1) <= bound
     if not kept[0]:
         least = (losses[:, 0].sum() + 1) / (len(losses) + 1)

@@ -56,7 +56,7 @@ import pandas as pd
 from scipy import stats
 
 # %% ../../nbs/metrics/07_statistics.ipynb #ed9b0107
-from ..core.checks import CrackSegError, LateModule, check_number, choose
+from ..core.checks import CrackSegError, LateModule, check_number, choose, how_many
 from ..figures.style import styled
 from .scores import SCORES, scores_from_counts
 
@@ -145,11 +145,12 @@ def group_codes(
         missing = [name for name in table.index if name not in known]
         if missing:
             raise CrackSegError(
-                f"groups: found none for {len(missing)} images, such as {missing[0]!r}; expected one for each"
+                f"groups: found none for {how_many(len(missing), 'image')}, such as {missing[0]!r}; "
+                "expected one for each"
             )
         groups = [known[name] for name in table.index]
     if len(groups) != len(table):
-        raise CrackSegError(f"groups: found {len(groups)} for {len(table)} images, expected one for each")
+        raise CrackSegError(f"groups: found {len(groups)} for {how_many(len(table), 'image')}, expected one for each")
     codes, names = pd.factorize(np.asarray(groups, dtype=object))
     if (codes < 0).any():
         raise CrackSegError(f"groups: found none for image {table.index[codes.argmin()]!r}, expected one for each")
@@ -196,7 +197,9 @@ class Interval:
 
     @property
     def evidence(self) -> str:
-        return f"{self.images} images" + (f" in {self.groups} groups" if self.groups < self.images else "")
+        return how_many(self.images, "image") + (
+            f" in {how_many(self.groups, 'group')}" if self.groups < self.images else ""
+        )
 
     def __str__(self):
         return f"{self.value:.4f} ({100 * self.level:g} % interval {self.low:.4f} to {self.high:.4f}, {self.evidence})"
@@ -315,7 +318,7 @@ class Difference(Interval):
     def evidence(self) -> str:
         if self.unit == "images":
             return super().evidence
-        return f"{self.images} {self.unit if self.images != 1 else self.unit.removesuffix('s')}"
+        return how_many(self.images, self.unit.removesuffix("s"))
 
     @property
     def too_few(self) -> bool:

@@ -34,7 +34,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from segmentation_models_pytorch.encoders.mix_transformer import mix_transformer_encoders
 
 # %% ../../nbs/models/05_pretrained.ipynb #8a9b432e
-from ..core.checks import CrackSegError, first_line
+from ..core.checks import CrackSegError, first_line, how_many
 from ..core.files import sha256_file
 from ..core.machine import logger
 from ..core.tensors import read_tensors
@@ -185,7 +185,7 @@ def fill_encoder(
     strange = sorted(name for name in tensors.keys() - known_names(encoder) if not name.endswith(buffers))
     if strange:
         raise CrackSegError(
-            f"pretrained: {path} has {len(strange)} tensors that {encoder.architecture} lacks, "
+            f"pretrained: {path} has {how_many(len(strange), 'tensor')} that {encoder.architecture} lacks, "
             f"first {strange[0]!r}; {expected}"
         )
     encoder.body.load_state_dict({name: tensors[plain] for plain, (name, _) in wanted.items()})

@@ -66,7 +66,7 @@ from fastcore.basics import patch
 from torch import nn
 
 # %% ../../nbs/runs/05_experiment.ipynb #7d1c4d0d
-from ..core.checks import RESUME_CODE, CrackSegError, Interrupted, Stopped, first_few
+from ..core.checks import RESUME_CODE, CrackSegError, Interrupted, Stopped, first_few, how_many
 from crackseg_nb.core.files import (
     check_writable,
     display_path,
@@ -784,7 +784,9 @@ def fitting_batch(
         raise CrackSegError(f"memory: {estimate}")
     if fitting < train.batch_size:
         logger.warning(
-            "MEMORY: %d images at a time instead of %d; the effective batch stays the same", fitting, train.batch_size
+            "MEMORY: %s at a time instead of %d; the effective batch stays the same",
+            how_many(fitting, "image"),
+            train.batch_size,
         )
     return fitting
 

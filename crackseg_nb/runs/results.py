@@ -51,7 +51,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../../nbs/runs/04_results.ipynb #6b9d3ac1
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..core.files import atomic_write, manifest_sum, read_yaml, sha256_file, to_plain, write_table, write_yaml
 from ..core.run_folder import RunFolder
 from ..figures.cases import Case, ClassCase, show_cases
@@ -304,8 +304,8 @@ def read_losses(history: pd.DataFrame) -> str:
     falls = [1 - loss[-1] / loss[-1 - tail] if loss[-1 - tail] > 0 else 0.0 for loss in (train, val)]
     if min(falls) > 0.02:
         return (
-            f"Both losses still fall (by {100 * falls[0]:.0f} and {100 * falls[1]:.0f} % over the last {tail} epochs): "
-            "the model is not fitted yet (underfitting)."
+            f"Both losses still fall (by {100 * falls[0]:.0f} and {100 * falls[1]:.0f} % over the last "
+            f"{how_many(tail, 'epoch')}): the model is not fitted yet (underfitting)."
         )
     verdict = (
         "The validation loss does not end more than 10 % above its lowest value while the training loss falls: "
@@ -361,7 +361,8 @@ def score_lines(results: dict) -> list[str]:
         kinds = [kind for kind in ("pooled", "per_image") if rest.get(kind)]
         numbers = ", ".join(f"{kind} {score} {rest[kind][score]:.4f}" for kind in kinds)
         count = len(results["overlapping_test_images"])
-        lines.append(f"  without {count} test images that overlap with training: {numbers}")
+        overlapping = how_many(count, "test image that overlaps", "test images that overlap")
+        lines.append(f"  without {overlapping} with training: {numbers}")
     return lines
 
 

@@ -57,7 +57,7 @@ import torch
 from torch import nn
 
 # %% ../../nbs/runs/12_verify.ipynb #de7a3798
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..core.files import find_path, manifest_sum, read_yaml
 from ..core.machine import describe_environment, get_device, quiet_loggers
 from ..core.run_folder import RunFolder, find_finished_run
@@ -314,7 +314,9 @@ def check_files(run: KeptRun) -> list[Check]:
     there = {name: digest for name, digest in kept.items() if name not in gone}
     checks = [compare("files", there, {name: found[name] for name in there if name in found}, "files")]
     if gone:
-        checks.append(Check("left out", "not checked", [f"{len(gone)} files that the folder no longer holds", *gone]))
+        checks.append(
+            Check("left out", "not checked", [f"{how_many(len(gone), 'file')} that the folder no longer holds", *gone])
+        )
     return [
         *checks,
         compare_yaml("configuration", manifest["config"], run.folder / "config.yaml"),
@@ -439,7 +441,7 @@ def look_for_changes(run: KeptRun, config: ExperimentConfig, splits: Splits) -> 
 def check_images(run: KeptRun, config: ExperimentConfig, splits: Splits) -> Check:
     "Compare the images and masks with those that the run used."
     digests = split_digests(splits)
-    count = f"images and masks of {sum(splits.lengths.values())} samples"
+    count = f"images and masks of {how_many(sum(splits.lengths.values()), 'sample')}"
     if (run.folder / "images.csv").is_file():
         return run.compare_table("images", "images.csv", "name", image_table(digests), f"digests of {count}")
     found, kept = fingerprint(splits), run.results["data_fingerprint"]

@@ -56,7 +56,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/09_annotations.ipynb #879f04d5
-from ..core.checks import VOID, CrackSegError, first_few, first_line, unknown_name
+from ..core.checks import VOID, CrackSegError, first_few, first_line, how_many, unknown_name
 from .folders import PICTURES, group_notes, group_of, split_of, split_word, walk
 from .images import Content, Drawn, check_pixels, image_size, open_picture
 from .samples import VOID_NAMES, Reader, Sample
@@ -251,7 +251,7 @@ class Images:
         used = {sample.image for sample in samples}
         others = [path.name for paths in self.by_name.values() for path in paths if path not in used]
         return (
-            [f"{len(others)} images that no annotation file names were left out ({first_few(others)})"]
+            [f"left out {how_many(len(others), 'image')} that no annotation file names ({first_few(others)})"]
             if others
             else []
         )
@@ -274,7 +274,8 @@ def with_notes(
     group_pattern: str | None,
 ) -> tuple[list[Sample], list[str]]:
     "Return what a reader of annotation files returns: samples and notes."
-    notes = [f"{len(empty)} images have no {mark} and show background ({first_few(empty)})"] if empty else []
+    without = how_many(len(empty), f"image has no {mark} and shows", f"images have no {mark} and show")
+    notes = [f"{without} background ({first_few(empty)})"] if empty else []
     found = [*samples.values()]
     return found, notes + left_out + group_notes(found, group_pattern)
 
@@ -525,7 +526,8 @@ def labelme_shape(shape: dict, label: int, line_width: float, path: Path) -> tup
         )
     if len(points) < CORNERS[kind]:
         raise CrackSegError(
-            f"{path}: found a {found} of {len(points)} points ({shape['label']}), expected {CORNERS[kind]} or more"
+            f"{path}: found a {found} of {how_many(len(points), 'point')} ({shape['label']}), "
+            f"expected {CORNERS[kind]} or more"
         )
     if kind == "picture":
         return label, kind, (points[0], shape["mask"])

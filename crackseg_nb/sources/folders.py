@@ -54,7 +54,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../../nbs/sources/03_folders.ipynb #5476cb68
-from ..core.checks import CrackSegError, check_file_name, first_few, unknown_name
+from ..core.checks import CrackSegError, check_file_name, first_few, how_many, unknown_name
 from .samples import Reader, Sample
 
 # %% ../../nbs/sources/03_folders.ipynb #5a1c07de
@@ -135,8 +135,13 @@ def left_out(folder: Path, suffixes: set[str] = PICTURES) -> list[str]:
     files = [path for path in walk(folder) if path.suffix.lower() not in suffixes]
     others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_PICTURES | PICTURES)
     broken = [path.name for path in walk(folder) if path.is_symlink() and not path.exists()]
-    notes = [f"{count} {suffix} files in {folder.name}/ were left out" for suffix, count in sorted(others.items())]
-    return notes + ([f"{len(broken)} links in {folder.name}/ lead nowhere ({first_few(broken)})"] if broken else [])
+    notes = [
+        f"left out {how_many(count, suffix + ' file')} in {folder.name}/" for suffix, count in sorted(others.items())
+    ]
+    if broken:
+        lead = how_many(len(broken), f"link in {folder.name}/ leads", f"links in {folder.name}/ lead")
+        notes.append(f"{lead} nowhere ({first_few(broken)})")
+    return notes
 
 
 # %% ../../nbs/sources/03_folders.ipynb #62377f79
@@ -182,9 +187,9 @@ def pair_folders(
             f"{mask_folder}: found no mask for {len(no_mask)} of {len(images)} images ({first_few(no_mask)}), "
             f"expected one of the same name for each{hint(mask_folder, mask_suffixes)}"
         )
-    notes = [f"{len(no_mask)} images without a label were skipped ({first_few(no_mask, 5)})"] if no_mask else []
+    notes = [f"skipped {how_many(len(no_mask), 'image')} without a label ({first_few(no_mask, 5)})"] if no_mask else []
     if no_image:
-        notes.append(f"{len(no_image)} masks without an image were skipped ({first_few(no_image)})")
+        notes.append(f"skipped {how_many(len(no_image), 'mask')} without an image ({first_few(no_image)})")
     return pairs, notes + left_out(image_folder) + left_out(mask_folder, mask_suffixes)
 
 
@@ -405,7 +410,9 @@ def pairs_beside(place: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
 def left_out_beside(place: Path) -> list[str]:
     "Return notes on pictures of other formats in one folder."
     others = Counter(path.suffix.lower() for path in place.iterdir() if path.suffix.lower() in OTHER_PICTURES)
-    return [f"{count} {suffix} files in {place.name}/ were left out" for suffix, count in sorted(others.items())]
+    return [
+        f"left out {how_many(count, suffix + ' file')} in {place.name}/" for suffix, count in sorted(others.items())
+    ]
 
 
 # %% ../../nbs/sources/03_folders.ipynb #121975dc

@@ -82,7 +82,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # %% ../../nbs/sources/02_images.ipynb #f162de6a
-from ..core.checks import IMAGENET_MEAN, IMAGENET_STD, VOID, CrackSegError, LateModule, choose, first_few
+from crackseg_nb.core.checks import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VOID,
+    CrackSegError,
+    LateModule,
+    choose,
+    first_few,
+    how_many,
+)
 from .samples import COLOURS, Sample
 
 if TYPE_CHECKING:
@@ -597,8 +606,8 @@ def describe_unknown(codes: np.ndarray, known: dict[tuple[int, int, int], int]) 
     others = f" and {counts.sum() - counts.max()} of {len(values) - 1} others" if len(values) > 1 else ""
     found, expected = (",".join(map(str, shown)) for shown in (colour, nearest))
     return (
-        f"found {counts.max()} pixels of the colour {found}{others}, expected the {len(known)} of class_colours "
-        f"(the nearest is {expected})"
+        f"found {how_many(counts.max(), 'pixel')} of the colour {found}{others}, "
+        f"expected the {len(known)} of class_colours (the nearest is {expected})"
     )
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/05_inspection.ipynb #6a8e2b91
-from ..core.checks import VOID, CrackSegError, choose, first_few
+from ..core.checks import VOID, CrackSegError, choose, first_few, how_many
 from ..core.files import in_threads, raise_first
 from .duplicates import describe_tile, shrink, thumbnails, unit_vector
 from crackseg_nb.sources.images import (
@@ -153,7 +153,8 @@ def settle_white(samples: list[Sample], facts: dict[str, FileFacts]) -> tuple[li
         with naming(sample.image):
             white = find_white(low, high, whole)
         whites |= {sample.name: white for sample, _ in found}
-        notes.append(f"{len(found)} images hold {kind} up to {highest[1][2]:g}: {white} is shown as white")
+        hold = how_many(len(found), "image holds", "images hold")
+        notes.append(f"{hold} {kind} up to {highest[1][2]:g}: {white} is shown as white")
     return [replace(sample, white=whites.get(sample.name)) for sample in samples], notes
 
 
@@ -284,9 +285,10 @@ def settle_encoding(
         notes.append(f"mask value {value} means void" if seen else f"mask value {value}, to mean void, is in no mask")
     blunt = [sample.name for sample, fact in zip(samples, found) if VOID in occurring(fact) <= {0, VOID}]
     if base in ("ids", "class_ids") and blunt:
-        notes.append(f"{len(blunt)} masks hold no class but 0, and 255, which is void ({first_few(blunt)})")
+        hold = how_many(len(blunt), "mask holds", "masks hold")
+        notes.append(f"{hold} no class but 0, and 255, which is void ({first_few(blunt)})")
     if turned := sum(fact.turned for fact in found):
-        notes.append(f"{turned} images are turned by their EXIF orientation")
+        notes.append(f"{how_many(turned, 'image is', 'images are')} turned upright, as EXIF says")
     return encoding, notes
 
 

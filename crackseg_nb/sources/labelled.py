@@ -22,7 +22,7 @@ __all__ = [
 from pathlib import Path
 
 # %% ../../nbs/sources/08_labelled.ipynb #b7e374b5
-from ..core.checks import CrackSegError, first_few, nearest
+from ..core.checks import CrackSegError, first_few, how_many, nearest
 from ..core.files import read_lines
 from .folders import PICTURES, files_below, group_notes, group_of, split_word, subfolders
 from .samples import LABELS, Reader, Sample
@@ -82,7 +82,7 @@ def read_image_folder(root: Path, group_pattern: str | None = None) -> tuple[lis
             for key, image in images.items():
                 own = f"{place.name}/{name}/{key}" if split else f"{name}/{key}"
                 samples.append(Sample(own, image, None, group_of(own, group_pattern) or own, split, label))
-    notes = [f"{loose} images outside the class folders were skipped"] if loose else []
+    notes = [f"skipped {how_many(loose, 'image')} outside the class folders"] if loose else []
     return samples, notes + group_notes(samples, group_pattern)
 
 
@@ -135,7 +135,7 @@ def tiny_train(folder: Path, names: list[str]) -> list[Sample]:
         absent = [file for file in listed if Path(file).stem not in images]
         if absent:
             raise CrackSegError(
-                f"{boxes}: found {len(absent)} images that are not in images/ ({first_few(absent)}), expected all"
+                f"{boxes}: found {how_many(len(absent), 'image')} outside images/ ({first_few(absent)}), expected all"
             )
         if not images:
             raise CrackSegError(f"{place}: found no images of class {name}, expected {TINY_IMAGENET_READER.layout}")
@@ -165,7 +165,9 @@ def tiny_validation(folder: Path, names: list[str]) -> tuple[list[Sample], list[
             raise CrackSegError(f"{path}: found {file}, which is not in val/images; expected all images that it names")
         samples[key] = Sample(f"val/{key}", images[key], None, f"val/{key}", "test", names.index(name))
     unnamed = [key for key in images if key not in samples]
-    notes = [f"{len(unnamed)} images of val/ without a label were skipped ({first_few(unnamed)})"] if unnamed else []
+    notes = (
+        [f"skipped {how_many(len(unnamed), 'image')} of val/ without a label ({first_few(unnamed)})"] if unnamed else []
+    )
     return [*samples.values()], notes
 
 
@@ -177,7 +179,7 @@ def read_tiny_imagenet(root: Path) -> tuple[list[Sample], list[str]]:
     tested_on = "the published validation images, on which papers report, are the test split"
     notes.insert(0, f"{tested_on}; validation is carved from training")
     if unlabelled := len(files_below(folder / "test")):
-        notes.append(f"{unlabelled} images of test/ carry no labels and were left out")
+        notes.append(f"left out {how_many(unlabelled, 'image')} of test/, which has no labels")
     if words:
         notes.append("classes: " + first_few([f"{name} {word}" for name, word in sorted(words.items())]))
     return tiny_train(folder, names) + tested, notes

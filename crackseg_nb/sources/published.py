@@ -30,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # %% ../../nbs/sources/06_published.ipynb #def6ca7f
-from ..core.checks import CrackSegError, first_few
+from ..core.checks import CrackSegError, first_few, how_many
 from ..core.files import read_lines
 from .duplicates import photo_numbers, same_photos
 from .folders import IMAGE_FOLDERS, MASK_FOLDERS, pair_folders, subfolder
@@ -187,7 +187,7 @@ def read_voc(root: Path) -> tuple[list[Sample], list[str]]:
                 unlabelled += 1
             else:
                 samples.append(sample)
-    return samples, [f"{unlabelled} test images whose masks are not published were skipped"] if unlabelled else []
+    return samples, [f"skipped {how_many(unlabelled, 'test image')} without a published mask"] if unlabelled else []
 
 
 VOC_READER = Reader(

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/sources/11_registry.ipynb #8270d356
-from ..core.checks import VOID, CrackSegError, choose, first_few, nearest
+from ..core.checks import VOID, CrackSegError, choose, first_few, how_many, nearest
 from .annotations import COCO_READER, LABELME_READER
 from .artefact import ARTEFACT_READER
 from .folders import FOLDER_READER
@@ -163,7 +163,7 @@ def painted_classes(
     names = class_names or paint.names or (Classes().names if len(paint.colours) == 2 else ())
     if len(names) != len(paint.colours):
         raise CrackSegError(
-            f"class_names: found {len(names)} names for the {len(paint.colours)} colours of class_colours, "
+            f"class_names: found {how_many(len(names), 'name')} for the {len(paint.colours)} colours of class_colours, "
             "expected as many, or names before the colours such as 'wall 0,0,0; crack 128,0,0'"
         )
     return Classes(names, paint.colours), paint.encoding
@@ -193,14 +193,15 @@ def label_classes(
     if not 2 <= len(found) <= MAX_CLASSES:
         names = f" ({first_few(found)})" if found else ""
         raise CrackSegError(
-            f"{root}: found {len(found)} classes{names}, expected 2 to {MAX_CLASSES} in {SOURCES[name].layout}"
+            f"{root}: found {how_many(len(found), 'class', 'classes')}{names}, "
+            f"expected 2 to {MAX_CLASSES} in {SOURCES[name].layout}"
         )
     if not class_names:
         return Classes(found)
     classes = Classes(class_names)
     if len(classes) != len(found):
         raise CrackSegError(
-            f"class_names: found {len(classes)} names for {name!r}, expected {len(found)} as in {root} "
+            f"class_names: found {how_many(len(classes), 'name')} for {name!r}, expected {len(found)} as in {root} "
             f"({first_few(found, 6)})"
         )
     if moved := [(given, own) for given, own in zip(classes.names, found) if given != own and given in found]:

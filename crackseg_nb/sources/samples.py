@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/sources/01_samples.ipynb #0ed5581f
-from ..core.checks import ODD_LETTERS, CrackSegError, first_few
+from ..core.checks import ODD_LETTERS, CrackSegError, first_few, how_many
 
 
 # %% ../../nbs/sources/01_samples.ipynb #180f2008
@@ -77,7 +77,9 @@ def check_colours(colours, names: tuple[str, ...]) -> tuple[tuple[int, int, int]
     if any(len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in colours):
         raise CrackSegError("colours: found something else than red, green and blue from 0 to 255 for each class")
     if len(colours) != len(names):
-        raise CrackSegError(f"colours: found {len(colours)} for {len(names)} classes, expected as many")
+        raise CrackSegError(
+            f"colours: found {len(colours)} for {how_many(len(names), 'class', 'classes')}, expected as many"
+        )
     if twice := [colour for index, colour in enumerate(colours) if colour in colours[:index]]:
         raise CrackSegError(f"colours: found {twice[0]} for two classes, expected different colours")
     return colours
@@ -192,7 +194,8 @@ def read_paint(
     names, colours = [name for name, _ in classes], [colour for _, colour in classes]
     if not 2 <= len(colours) <= MAX_CLASSES:
         raise CrackSegError(
-            f"class_colours: found {len(colours)} colours in {text!r}, expected 2 to {MAX_CLASSES}, one for each class"
+            f"class_colours: found {how_many(len(colours), 'colour')} in {text!r}, "
+            f"expected 2 to {MAX_CLASSES}, one for each class"
         )
     if twice := [colour for colour, count in Counter(colour for _, colour in named).items() if count > 1]:
         raise CrackSegError(
@@ -247,7 +250,7 @@ class Source:
             *([] if self.classes.binary and not labelled else [classes]),
             LABELS if labelled else f"masks {COLOURS if painted else self.mask_encoding!r}",
         ]
-        return f"Source({self.name!r}, {len(self)} images, {groups} groups, {', '.join(told)})"
+        return f"Source({self.name!r}, {how_many(len(self), 'image')}, {how_many(groups, 'group')}, {', '.join(told)})"
 
 
 # %% ../../nbs/sources/01_samples.ipynb #2453b7a2

@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 # %% ../../nbs/sources/10_yolo_cvat.ipynb #y0c1a005
-from ..core.checks import CrackSegError, first_few
+from ..core.checks import CrackSegError, first_few, how_many
 from ..core.files import read_lines, read_yaml
 from crackseg_nb.sources.annotations import (
     Images,
@@ -157,7 +157,9 @@ def yolo_shapes(
         if len(corners) == 4:
             raise CrackSegError(f"{where}: found a box and no outline ({classes[label]}), expected x y of its corners")
         if len(corners) < 6 or len(corners) % 2:
-            raise CrackSegError(f"{where}: found {len(corners)} numbers, expected x and y of three corners or more")
+            raise CrackSegError(
+                f"{where}: found {how_many(len(corners), 'number')}, expected x and y of three corners or more"
+            )
         if odd := [value for value in corners if not -0.01 <= value <= 1.01]:
             raise CrackSegError(f"{where}: found a coordinate of {odd[0]:g}, expected fractions from 0 to 1")
         points = (np.reshape(corners, (-1, 2)) * size).tolist()
@@ -180,9 +182,11 @@ def read_yolo(
     lost -= {*labels.values(), *(path for path in lost if path.name == "classes.txt")}
     if lost:
         shown = first_few([str(path.relative_to(root)) for path in sorted(lost)])
-        raise CrackSegError(f"{root}: found no image for {len(lost)} text files ({shown}), expected all")
+        raise CrackSegError(f"{root}: found no image for {how_many(len(lost), 'text file')} ({shown}), expected all")
     if not any(path.is_file() for path in labels.values()):
-        raise CrackSegError(f"{root}: found {len(pictures)} images and no text file, expected {YOLO_READER.layout}")
+        raise CrackSegError(
+            f"{root}: found {how_many(len(pictures), 'image')} and no text file, expected {YOLO_READER.layout}"
+        )
     splits, samples, empty = yolo_splits(root, [*labels]), {}, []
     for image, label in labels.items():
         name, size = image.relative_to(root).with_suffix("").as_posix(), image_size(image)[0]
@@ -195,7 +199,9 @@ def read_yolo(
         group, split = group_of(name, group_pattern) or name, splits.get(image) or split_of(name)
         samples[name] = Sample(name, image, mask, group, split)
     others = [path.name for path, label in pictures.items() if label is None]
-    left_out = [f"{len(others)} images without a text file were left out ({first_few(others)})"] if others else []
+    left_out = (
+        [f"left out {how_many(len(others), 'image')} without a text file ({first_few(others)})"] if others else []
+    )
     return with_notes(samples, empty, "outline", left_out, group_pattern)
 
 

@@ -43,7 +43,7 @@ import safetensors.torch
 import torch
 
 # %% ../../nbs/training/08_checkpoint.ipynb #92d4bd3b
-from ..core.checks import CrackSegError, check_number, unknown_name
+from ..core.checks import CrackSegError, check_number, how_many, unknown_name
 from ..core.files import atomic_write, manifest_sum
 from ..core.machine import logger
 from ..core.tensors import load_torch
@@ -334,7 +334,7 @@ def latest_checkpoint(
             return manifest["name"]
     if problems:
         raise CrackSegError(
-            f"{folder}: found {len(problems)} damaged checkpoints and no whole one; first: {problems[0]}"
+            f"{folder}: found {how_many(len(problems), 'damaged checkpoint')} and no whole one; first: {problems[0]}"
         )
     return None
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..core.checks import how_many
 from ..core.machine import logger
 from ..metrics.counts import BinaryMetrics, ImageCounts
 from ..models.layers import evaluating
@@ -45,7 +46,7 @@ def in_parts(
         # Only here is the traceback gone, and with it what the part took.
         size = smaller_micro_batch(min(size, images - start), device)
         clear_cache(device)
-        logger.warning("OUT OF MEMORY in evaluation: going on with %d images at a time", size)
+        logger.warning("OUT OF MEMORY in evaluation: going on with %s at a time", how_many(size, "image"))
     return done, size
 
 

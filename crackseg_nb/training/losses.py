@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.checks import VOID, CrackSegError
+from ..core.checks import VOID, CrackSegError, how_many
 from crackseg_nb.training.settings import (
     LossConfig,
     check_factors,
@@ -215,7 +215,8 @@ class PixelLoss(Loss):
         num_classes = max(2, pixels.logits.shape[1])
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise CrackSegError(
-                f"class_weights: found {len(self.class_weights)} numbers, expected {num_classes}, one per class"
+                f"class_weights: found {how_many(len(self.class_weights), 'number')}, "
+                f"expected {num_classes}, one per class"
             )
         return masked_sum(self.pixel_weights(pixels.target) * losses, pixels.valid)
 

@@ -65,7 +65,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 # %% ../../nbs/training/14_trainer.ipynb #63d29c58
-from ..core.checks import CrackSegError, Stopped
+from ..core.checks import CrackSegError, Stopped, how_many
 from ..core.files import display_path, write_table
 from ..core.machine import logger
 from ..core.run_folder import RunFolder
@@ -750,14 +750,14 @@ def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
         restore(trainer, resume)
     config, accelerator = trainer.config, trainer.accelerator
     logger.info(
-        "training on %s (%s)%s, precision %s, learning rate up to %g, %d steps of %d images per epoch, %d at a time",
+        "training on %s (%s)%s, precision %s, learning rate up to %g, %s of %s per epoch, %d at a time",
         accelerator.device,
         platform.machine(),
         f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else "",
         accelerator.mixed_precision,
         max(trainer.scheduler.base_lrs),
-        trainer.steps_per_epoch,
-        trainer.sampler.window_size,
+        how_many(trainer.steps_per_epoch, "step"),
+        how_many(trainer.sampler.window_size, "image"),
         trainer.micro_batch,
     )
     # A resumed run writes some steps again: `purge_step` makes TensorBoard forget the first writing.
@@ -771,9 +771,9 @@ def fit(trainer: Trainer, resume: Checkpoint | None = None) -> pd.DataFrame:
             run_epoch(trainer, monitor, writer)
     if 0 < trainer.epoch < config.epochs:
         logger.info(
-            "stopped after epoch %d: no better val %s for %d epochs",
+            "stopped after epoch %d: no better val %s for %s",
             trainer.epoch,
             trainer.metrics.iou_name,
-            config.patience,
+            how_many(config.patience, "epoch"),
         )
     return pd.DataFrame(trainer.history)

@@ -36,7 +36,7 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from torch import nn
 
 # %% ../../nbs/training/09_weights.ipynb #77b09062
-from ..core.checks import CrackSegError
+from ..core.checks import CrackSegError, how_many
 from ..core.tensors import read_tensors
 from ..models.encoders import Encoder
 from ..models.pretrained import known_names, plain_name
@@ -219,7 +219,7 @@ class TransferReport:
     def describe(self) -> str:
         "Return the report in one line."
         parts = [
-            f"{len(self.of(kind))} tensors {kind} ({self.values(kind):,} values)"
+            f"{how_many(len(self.of(kind)), 'tensor')} {kind} ({self.values(kind):,} values)"
             for kind in ("loaded", "resized", "left")
         ]
         first = "".join(f", first left {fate.name!r} ({fate.why})" for fate in self.of("left")[:1])

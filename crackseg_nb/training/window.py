@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
 from torch import nn
 
+from ..core.checks import how_many
 from ..core.machine import logger
 from ..core.seeds import capture_rng_state, restore_rng_state
 from ..sources.images import normalize_bytes
@@ -151,6 +152,6 @@ def accumulate_window(
         clear_cache(accelerator.device)
         micro_batch = smaller_micro_batch(micro_batch, accelerator.device)
         logger.warning(
-            "OUT OF MEMORY: the window is repeated with %d images at a time; the effective batch stays the same",
-            micro_batch,
+            "OUT OF MEMORY: the window is repeated with %s at a time; the effective batch stays the same",
+            how_many(micro_batch, "image"),
         )
