@@ -444,7 +444,7 @@ def polygon(**more):
         (polygon(label=3), {}, "found a shape with label 3"),
         (polygon(shape_type=[]), {}, "found a shape with shape_type [], expected text"),
         (polygon(points=5), {}, "found a shape with points 5, expected a list"),
-        (polygon(points=[[1, 2]]), {}, "found a polygon of 1 points (crack), expected 3 or more"),
+        (polygon(points=[[1, 2]]), {}, "found a polygon of 1 point (crack), expected 3 or more"),
         (polygon(points=[["a", 2]] * 3), {}, "found a shape that cannot be drawn"),
         (polygon(shape_type="mask"), {}, "found a shape with mask none, expected text"),
         (polygon(shape_type="mask", mask="bm90IGEgcGljdHVyZQ=="), {}, "its mask: found a damaged or unreadable image"),
