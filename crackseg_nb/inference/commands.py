@@ -22,7 +22,9 @@ def predict_parser() -> argparse.ArgumentParser:
         "crackseg_predict",
         "Find cracks in photos of any size: masks, probabilities and overlays, with a manifest.",
         """\
-            The same command goes on where it was stopped or killed, also inside a photo, and ends with the same bytes.
+            For each photo: NAME_mask (white is crack), NAME_probability, and NAME_overlay.jpg to look at.
+            Lengths and widths: crackseg_measure predictions
+            A command that was stopped or killed continues when it is given again, and leaves the same files.
             exit status: 0 done; 75 stopped by Ctrl-C; 1 refused or failed, with one line that says why.
             examples:
               crackseg_predict photo.jpg
@@ -37,14 +39,18 @@ def predict_parser() -> argparse.ArgumentParser:
         help=f"a run, its checkpoint or an .onnx file; repeated: averaged (default: {READY}, which comes along)",
     )
     parser.add_argument("--out", default="predictions", help="folder for the results (default: predictions)")
-    parser.add_argument("--threshold", type=float, help="probability of a crack (default: the run's)")
+    parser.add_argument(
+        "--threshold", type=float, help="probability from which on a pixel is crack (default: the run's)"
+    )
     parser.add_argument("--tta", default="", help="average over poses: none, flips (4) or all (8) (default: the run's)")
-    parser.add_argument("--scales", default="", help="sizes to look at, such as 0.5,1 (default: the run's)")
-    parser.add_argument("--hysteresis", type=float, default=0.0, help="lower threshold for what hangs together")
-    parser.add_argument("--specks", type=int, default=0, help="pixels of the smallest part that is kept")
-    parser.add_argument("--depth", type=int, default=8, help="bits of the probability's file: 8 or 16")
+    parser.add_argument("--scales", default="", help="average over sizes, such as 0.5,1 (default: the run's)")
+    parser.add_argument("--hysteresis", type=float, default=0.0, help="lower threshold for pixels connected to a crack")
+    parser.add_argument("--specks", type=int, default=0, help="drop marks of fewer pixels")
+    parser.add_argument("--depth", type=int, default=8, help="bits of the probability's file: 8 (default) or 16")
     parser.add_argument("--tile", type=int, default=0, help="pixels on a side of a tile (default: by memory)")
-    parser.add_argument("--halo", type=int, help="pixels around it (default: as far as the network looks)")
+    parser.add_argument(
+        "--halo", type=int, help="pixels of context around a tile (default: as far as the network looks)"
+    )
     parser.add_argument(
         "--batch", type=int, default=1, help="tiles in one pass through the network; no effect on the result"
     )
@@ -66,7 +72,7 @@ def predict_main(words: list[str] | None = None) -> int:
     try:
         manifest = predict(given.pop("model") or READY, given.pop("images"), progress=not quiet, **given)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
+        print(f"stopped; the same command continues from what is finished in {out}", file=sys.stderr)
         return RESUME_CODE
     rule = manifest["mask"]
     photos = how_many(len(manifest["photos"]), "photo")

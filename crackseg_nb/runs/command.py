@@ -176,12 +176,13 @@ def command_line() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_run`."
     parser = new_parser(
         "crackseg_run",
-        "Execute one run (the notebook run_experiment.ipynb) without a screen.",
+        "Train and test a model: execute the notebook run_experiment.ipynb, without a screen.",
         f"""\
             SIGTERM, SIGUSR1 and Ctrl-C stop the run after its present step, with a checkpoint.
             exit status: 0 done; 75 to be resumed (the command is printed); 1 failed.
             examples:
               crackseg_run -p recipe quickstart -p epochs 3
+              crackseg_run -p recipe crack_unet -p data folder -p data_dir my_data
               crackseg_run -p resume outputs/RUN
             every parameter: papermill --help-notebook {display_path(door("run_experiment.ipynb"))}""",
     )

@@ -34,14 +34,14 @@ from .notebook import one_line, write_page
 
 # %% ../../nbs/runs/13_commands.ipynb #09a34885
 JOB_HELP = {
-    "cluster": "local, slurm or debug",
-    "parallel": "runs at once",
-    "retries": "further attempts at a run that failed",
-    "cpus": "cores of each run",
-    "gpus": "GPUs of each run",
-    "time": "SLURM: minutes",
-    "mem": "SLURM: GiB",
-    "partition": "SLURM: where jobs are queued",
+    "cluster": "local (default), slurm or debug",
+    "parallel": "runs at once (default: one for each GPU, or one; on SLURM as many as it gives)",
+    "retries": "further attempts at a run that failed (default: 1)",
+    "cpus": "cores of each run (default: an equal share)",
+    "gpus": "GPUs of each run (default: one if there is any; on SLURM none)",
+    "time": "SLURM: minutes (default: the partition's)",
+    "mem": "SLURM: GiB (default: the partition's)",
+    "partition": "SLURM: where jobs are queued (default: the cluster's)",
 }
 
 
@@ -72,13 +72,14 @@ def given_jobs(given: argparse.Namespace) -> dict:
     return jobs | {"extra": read_fixed(given.extra)}
 
 
+# %% ../../nbs/runs/13_commands.ipynb #e3b1f2c9
 def sweep_parser() -> argparse.ArgumentParser:
     "Return the parser of `crackseg_sweep`."
     parser = new_parser(
         "crackseg_sweep",
         "Execute a grid of runs, on this machine or on SLURM, and compare them.",
         """\
-            The same command goes on with a sweep; runs that are done are not repeated. Ctrl-C stops local runs with a
+            The same command continues a sweep; runs that are done are not repeated. Ctrl-C stops local runs with a
             checkpoint.
             examples:
               crackseg_sweep encoders -g encoder=swinv2_tiny,swinv2_small -g seed=1,2 -p epochs 3
