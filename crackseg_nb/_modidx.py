@@ -1751,6 +1751,7 @@ d = {
                 "inference/tiles.html#tileplan.tile",
                 "crackseg_nb/inference/tiles.py",
             ),
+            "crackseg_nb.inference.tiles.add_tile": ("inference/tiles.html#add_tile", "crackseg_nb/inference/tiles.py"),
             "crackseg_nb.inference.tiles.batches_of": (
                 "inference/tiles.html#batches_of",
                 "crackseg_nb/inference/tiles.py",
@@ -1831,6 +1832,11 @@ d = {
                 "measure/cracks.html#_branch.outside",
                 "crackseg_nb/measure/cracks.py",
             ),
+            "crackseg_nb.measure.cracks._as_tables": (
+                "measure/cracks.html#_as_tables",
+                "crackseg_nb/measure/cracks.py",
+            ),
+            "crackseg_nb.measure.cracks._branches": ("measure/cracks.html#_branches", "crackseg_nb/measure/cracks.py"),
             "crackseg_nb.measure.cracks._check_classes": (
                 "measure/cracks.html#_check_classes",
                 "crackseg_nb/measure/cracks.py",
@@ -1965,6 +1971,10 @@ d = {
                 "measure/photos.html#_background",
                 "crackseg_nb/measure/photos.py",
             ),
+            "crackseg_nb.measure.photos._check_settings": (
+                "measure/photos.html#_check_settings",
+                "crackseg_nb/measure/photos.py",
+            ),
             "crackseg_nb.measure.photos._crs_name": ("measure/photos.html#_crs_name", "crackseg_nb/measure/photos.py"),
             "crackseg_nb.measure.photos._manifest_of": (
                 "measure/photos.html#_manifest_of",
@@ -1972,6 +1982,10 @@ d = {
             ),
             "crackseg_nb.measure.photos._measure_all": (
                 "measure/photos.html#_measure_all",
+                "crackseg_nb/measure/photos.py",
+            ),
+            "crackseg_nb.measure.photos._read_geotiff": (
+                "measure/photos.html#_read_geotiff",
                 "crackseg_nb/measure/photos.py",
             ),
             "crackseg_nb.measure.photos._read_large": (

@@ -122,6 +122,7 @@ class Entry:
         return self.seeds[0] if self.seeds else None
 
 
+# %% ../../nbs/evidence/02_comparison.ipynb #b899e980
 def source_of_weights(where: str, outputs: str = "") -> tuple[RunFolder, str]:
     "Return the run that weights come from, even if they are gone, and of which epoch; raise CrackSegError for others."
     path, epoch = Path(where), "best"
@@ -156,6 +157,7 @@ def system_of(
     return fingerprint_of([repr(sorted(differing.items())), images])[:12], seeds
 
 
+# %% ../../nbs/evidence/02_comparison.ipynb #579aacc1
 def clear_names(folders: Sequence[RunFolder]) -> list[str]:
     "Return the names of runs; where some share one, as runs of two sweeps may, with the folders that tell them apart."
     places = [folder.path.absolute().parts for folder in folders]
@@ -168,6 +170,7 @@ def clear_names(folders: Sequence[RunFolder]) -> list[str]:
     return [name(place) for place in places]
 
 
+# %% ../../nbs/evidence/02_comparison.ipynb #bf8d89a4
 def enter(run: str, outputs: str = "", data_dir: str = "") -> Entry:
     "Return the entry of a run; raise CrackSegError if there is none of this name."
     folder = find_run_folder("runs", run, outputs)
@@ -303,6 +306,7 @@ def precision_notes(entries: list[Entry]) -> list[str]:
     return notes
 
 
+# %% ../../nbs/evidence/02_comparison.ipynb #f7468387
 @dataclass
 class Comparison:
     "Hold entries, systems, their intervals, and the tests on one statistic."

@@ -60,6 +60,7 @@ class KeptBand:
     empty: int
 
 
+# %% ../../nbs/inference/05_files.ipynb #e10973f5
 PART = 64  # rows that are packed at once
 
 
@@ -252,6 +253,7 @@ def plane_bands(store: BandStore, facts: Facts, rules: Rules) -> Iterator[tuple[
             yield ids[part], band.probability[part], covered
 
 
+# %% ../../nbs/inference/05_files.ipynb #e23051f2
 def write_results(
     photo: Photo,
     store: BandStore,  # with all bands
@@ -287,6 +289,7 @@ def write_results(
     return {name: int(count) for name, count in zip(facts.classes, counts)}
 
 
+# %% ../../nbs/inference/05_files.ipynb #dce1111f
 def write_tiffs(photo: Photo, whole, paths: dict[str, Path], facts: Facts, look) -> None:
     "Write mask and probability as TIFF, row by row."
     rasterio, palette = need_rasterio(photo.path, "a photo whose results are TIFF"), palette_of(facts)

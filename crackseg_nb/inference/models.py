@@ -147,6 +147,7 @@ def alignment_of(model: nn.Module) -> int:
     return int(np.lcm(align, 32 * max(windows, default=1)))
 
 
+# %% ../../nbs/inference/06_models.ipynb #f3ed2f34
 class TorchNetwork(Network):
     "Run a model with PyTorch; on the CPU two cores share an image, which needs the memory of one."
 

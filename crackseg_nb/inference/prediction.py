@@ -154,6 +154,7 @@ def plan_for(photo: Photo, network: Network, settings: PredictSettings) -> TileP
     return whole if whole.count == 1 else plan(halo=network.radius())
 
 
+# %% ../../nbs/inference/07_prediction.ipynb #0c50e5e5
 def rules_of(network: Network, settings: PredictSettings) -> tuple[Rules, str]:
     "Return the rules of the mask, and where its threshold comes from; raise CrackSegError for rules without effect."
     facts, given = network.facts, dict(threshold=settings.threshold, hysteresis=settings.hysteresis or None)
@@ -196,6 +197,7 @@ def count_workers(plan: TilePlan, network: Network, batch: int = 1) -> int:
     return max(1, min(cores() // network.threads, network.workers, int(free_memory() / 4 / (tile * batch))))
 
 
+# %% ../../nbs/inference/07_prediction.ipynb #158af00c
 def predict_photo(
     path: Path,
     folder: Path,  # for the results
@@ -245,6 +247,7 @@ def predict_photo(
     return entry
 
 
+# %% ../../nbs/inference/07_prediction.ipynb #9823c633
 def describe_place(photo: Photo) -> dict[str, Any]:
     "Return the manifest's entry on a photo's georeference; nothing if it has none."
     described = {}

@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "batches_of",
     "in_turn",
+    "add_tile",
     "predict_bands",
     "finish_band",
 ]
@@ -110,6 +111,7 @@ class TilePlan:
         return {name: int(getattr(self, name)) for name in names}
 
 
+# %% ../../nbs/inference/03_tiles.ipynb #76bb2254
 BLEND = 64  # pixels
 BUDGET = 872 * 2**20  # bytes for the bands and one tile
 TILE_BYTES = 250  # assumed for each pixel of a tile; networks differ
@@ -251,6 +253,20 @@ def in_turn(pool: ThreadPoolExecutor, function, items, workers: int) -> Iterator
 
 
 # %% ../../nbs/inference/03_tiles.ipynb #1c39b0c3
+def add_tile(
+    sums: np.ndarray,  # (C, N, W) of a band
+    tile: np.ndarray,  # (C, h, w), what the network predicts for it
+    row: Span,
+    column: Span,
+    alone: bool,  # the tile is the whole photo
+) -> None:
+    "Add what a tile predicts to the sums of a band, with its weights and without its halo."
+    rows = slice(row.first - row.start, row.last - row.start)
+    inside = tile[:, rows, column.first - column.start : column.last - column.start]
+    sums[:, :, column.first : column.last] += inside if alone else inside * row.weights[:, None] * column.weights
+
+
+# %% ../../nbs/inference/03_tiles.ipynb #98acc92d
 def predict_bands(
     photo: Photo,
     plan: TilePlan,
@@ -286,15 +302,8 @@ def predict_bands(
             batches = batches_of(row, columns, seen.covered, seen.top, batch)
             for tiles, found in in_turn(pool, compute, batches, workers):
                 computed += len(tiles)
-                for column, answer in zip(tiles, found):
-                    inside = answer[
-                        :,
-                        row.first - row.start : row.last - row.start,
-                        column.first - column.start : column.last - column.start,
-                    ]
-                    sums[:, :, column.first : column.last] += (
-                        inside * row.weights[:, None] * column.weights if plan.count > 1 else inside
-                    )
+                for column, tile in zip(tiles, found):
+                    add_tile(sums, tile, row, column, alone=plan.count == 1)
             done = following.first - row.first if following else len(row.weights)
             carry, sums = sums[:, done:].copy(), sums[:, :done]
             if index >= first:

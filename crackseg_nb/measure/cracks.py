@@ -160,6 +160,7 @@ def path_normals(points: np.ndarray) -> np.ndarray:
     return np.column_stack([-tangents[:, 1], tangents[:, 0]])
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #e1a5d184
 def _reach_end(probability, points, furthest, threshold):
     "Return places, a pixel apart, up to the crack's end on the parabola that goes on from the smooth points."
     count = min(len(points), int(2 * furthest) + 11)
@@ -176,6 +177,7 @@ def _reach_end(probability, points, furthest, threshold):
     return steps[[*range(10, last - 4, 10), last]]
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #ba63f053
 def path_points(
     probability: np.ndarray,  # (H, W) of 0..1, or a mask
     path: Path,
@@ -261,6 +263,7 @@ class _Branch:
         self.places[at] = place
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #ee2e218c
 def _is_crossing(branch, others):
     "Tell whether a piece between two junctions is a crossing: the branches at both ends meet at one place on it."
     path, widest = branch.path, branch.radius.max()
@@ -279,6 +282,7 @@ def _is_crossing(branch, others):
     return max(near) <= widest and np.hypot(*(places[1] - places[0])) <= max(widest, 0.3 * length)
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #f6047d8c
 def _join(branches):
     "Extend the branches of each junction to one place; return those that are not pieces within a junction."
     parents = {}
@@ -323,6 +327,7 @@ def _join(branches):
     return [branch for branch in branches if branch not in crossing] or branches
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #ea9e7815
 def _widths(probability, branch, level):
     "Return row, column, width and its interval at each point, `(N, 5)`; NaN within junctions and at the rim of an end."
     points, path = branch.points, branch.path
@@ -424,6 +429,32 @@ def _check_classes(values):
         )
 
 
+# %% ../../nbs/measure/02_cracks.ipynb #1fc661ce
+def _branches(probability, part, corner, threshold):
+    "Return the branches of one crack; `part` is its own mask, which begins at a corner of the image."
+    radius, found = inner_distance(part), []
+    for path in trace_paths(center_line(part)):
+        own = radius[tuple(path.pixels.T)]
+        path = replace(path, pixels=path.pixels + corner)
+        found.append(_Branch(path, path_points(probability, path, own, threshold), own))
+    return _join(found)
+
+
+def _as_tables(cracks, branches, points):
+    "Return the figures of cracks and branches, dictionaries, and of places, arrays `(N, 7)`, as tables."
+    names = ["length_px", "width_mean_px", "width_median_px", "width_p95_px", "width_max_px"]
+    names += ["width_max_low_px", "width_max_high_px", "width_max_row", "width_max_column"]
+    names += ["width_p95_row", "width_p95_column", "orientation_deg", "tortuosity"]
+    places = ["crack", "branch", "row", "column", "width_px", "low_px", "high_px"]
+    points = pd.DataFrame(np.vstack(points) if points else np.zeros((0, 7)), columns=places)
+    return Tables(
+        pd.DataFrame(cracks, columns=["crack", "branches", *names, "area_px2"]),
+        pd.DataFrame(branches, columns=["crack", "branch", *names]),
+        points.astype(dict(crack=int, branch=int)),
+    )
+
+
+# %% ../../nbs/measure/02_cracks.ipynb #2d08f697
 def measure_cracks(
     probability: np.ndarray,  # (H, W), a probability or a mask, see `as_fraction`
     threshold: float = 0.5,  # from which on a pixel belongs to a crack
@@ -452,13 +483,8 @@ def measure_cracks(
         # A crack is followed in its own part of the image, with a pixel of background around it.
         top, left, corner = max(top - 1, 0), max(left - 1, 0), (top + height + 1, left + width + 1)
         part = numbers[top : corner[0], left : corner[1]] == crack
-        radius, found = inner_distance(part), []
-        for path in trace_paths(center_line(part)):
-            own = radius[tuple(path.pixels.T)]
-            path = replace(path, pixels=path.pixels + (top, left))
-            found.append(_Branch(path, path_points(probability, path, own, threshold), own))
         parts = []
-        for number, branch in enumerate(_join(found), 1):
+        for number, branch in enumerate(_branches(probability, part, (top, left), threshold), 1):
             points = _widths(probability, branch, level)
             parts.append(points)
             lines.append(np.column_stack([np.full((len(points), 2), (crack, number)), points]))
@@ -469,23 +495,10 @@ def measure_cracks(
         figures, own = _describe(parts), branches[len(branches) - len(parts) :]
         ratios = [(line["tortuosity"], line["length_px"]) for line in own]
         total = sum(length for _, length in ratios)
-        tortuosity = (
-            sum(ratio * length for ratio, length in ratios) / total if total else np.nan
-        )  # mean over the length
+        tortuosity = sum(ratio * length for ratio, length in ratios) / total if total else np.nan  # over the length
         cracks.append(dict(crack=crack, branches=len(parts), **figures, tortuosity=tortuosity, area_px2=area))
-    names = ["length_px", "width_mean_px", "width_median_px", "width_p95_px", "width_max_px"]
-    names += ["width_max_low_px", "width_max_high_px", "width_max_row", "width_max_column"]
-    names += ["width_p95_row", "width_p95_column", "orientation_deg", "tortuosity"]
-    points = pd.DataFrame(
-        np.vstack(lines) if lines else np.zeros((0, 7)),
-        columns=["crack", "branch", "row", "column", "width_px", "low_px", "high_px"],
-    ).astype(dict(crack=int, branch=int))
-    tables = [
-        pd.DataFrame(cracks, columns=["crack", "branches", *names, "area_px2"]),
-        pd.DataFrame(branches, columns=["crack", "branch", *names]),
-        points,
-    ]
-    return Tables(*(tables if mm_per_px is None else [with_millimetres(table, mm_per_px) for table in tables]))
+    tables = _as_tables(cracks, branches, lines)
+    return tables if mm_per_px is None else Tables(*(with_millimetres(table, mm_per_px) for table in tables))
 
 
 # %% ../../nbs/measure/02_cracks.ipynb #e0634780

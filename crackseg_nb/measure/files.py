@@ -127,6 +127,7 @@ class Measured:
     image: str = ""  # file name of the photo, for labelling tools
 
 
+# %% ../../nbs/measure/05_files.ipynb #4a58304a
 def _lines(measured):
     "Yield the coordinates of each branch and its line of the table."
     branches = measured.tables.branches.set_index(["crack", "branch"])
@@ -155,6 +156,7 @@ def _plain(values):
     return plain
 
 
+# %% ../../nbs/measure/05_files.ipynb #e322c450
 def write_geojson(measured: Measured, folder: Path) -> list[Path]:
     "Write centre lines and outlines as two GeoJSON files."
     paths = []
@@ -180,6 +182,7 @@ def write_geojson(measured: Measured, folder: Path) -> list[Path]:
     return paths
 
 
+# %% ../../nbs/measure/05_files.ipynb #e0966f82
 def write_geopackage(measured: Measured, folder: Path) -> list[Path]:
     "Write centre lines and outlines as two layers of a GeoPackage."
     pyogrio, shapely = _import("pyogrio", "geo"), _import("shapely", "geo")
@@ -303,6 +306,7 @@ def _corners(ring):
     return np.round(ring[:-1, ::-1] + 0.5, 2)
 
 
+# %% ../../nbs/measure/05_files.ipynb #25ffc094
 def write_coco(measured: Measured, folder: Path) -> list[Path]:
     "Write the cracks as instances of COCO."
     height, width = measured.size
@@ -329,6 +333,7 @@ def write_coco(measured: Measured, folder: Path) -> list[Path]:
     return [path]
 
 
+# %% ../../nbs/measure/05_files.ipynb #f139f8df
 def write_labelme(measured: Measured, folder: Path) -> list[Path]:
     "Write the cracks as shapes of labelme."
     shapes = []

@@ -72,6 +72,7 @@ def check_values(mask: np.ndarray) -> None:
         )
 
 
+# %% ../../nbs/measure/06_photos.ipynb #16245ae5
 def measure_photo(
     mask: np.ndarray | None,  # (H, W), pixels of cracks above 0, no greys; None for the threshold of the probability
     probability: np.ndarray | None = None,  # (H, W) of 0..1, or in 8 or 16 bit
@@ -182,6 +183,7 @@ def find_predictions(place) -> list[Prediction]:
     return [Prediction(name, planes.get("_mask"), planes.get("_probability")) for name, planes in sorted(found.items())]
 
 
+# %% ../../nbs/measure/06_photos.ipynb #bbd09107
 def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
     "Return the values of a mask or a probability, (H, W), which of them are covered (None for all), and the frame."
     if path.suffix.lower() in (".tif", ".tiff"):
@@ -191,28 +193,7 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
             if reason := reason_for_windows(path):  # without rasterio its place on the map would be lost
                 need_rasterio(path, reason)
             return _read_large(path), None, Frame()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of no georeference, which a photo may lack
-                with rasterio.open(path) as file:
-                    if file.count != 1:
-                        raise CrackSegError(
-                            f"{path}: found {file.count} channels, expected a mask or a probability of one"
-                        )
-                    if file.nodata == 0:
-                        raise CrackSegError(
-                            f"{path}: found that 0, the background, means no data; expected another value, or none "
-                            "(gdal_edit.py -unsetnodata)"
-                        )
-                    values, covered = file.read(1), file.dataset_mask() > 0
-                    placed = file.crs is not None and file.transform != rasterio.Affine.identity()
-                    frame = Frame(tuple(file.transform)[:6], _crs_name(file.crs)) if placed else Frame()
-        except rasterio.errors.RasterioError as error:
-            reason = str(error).splitlines()[0]
-            raise CrackSegError(
-                f"{path}: found a damaged or unreadable image ({reason}), expected a whole one"
-            ) from None
-        return values, None if covered.all() else covered, frame
+        return _read_geotiff(rasterio, path)
     try:
         values = open_picture(path, np.asarray)
     except TooLarge:
@@ -220,6 +201,27 @@ def read_plane(path: Path) -> tuple[np.ndarray, np.ndarray | None, Frame]:
     if values.ndim != 2:
         raise CrackSegError(f"{path}: found {values.shape[2]} channels, expected a mask or a probability of one")
     return values.astype(np.uint16) if values.dtype.kind == "i" else values, None, Frame()
+
+
+def _read_geotiff(rasterio, path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of no georeference, which a photo may lack
+            with rasterio.open(path) as file:
+                if file.count != 1:
+                    raise CrackSegError(f"{path}: found {file.count} channels, expected a mask or a probability of one")
+                if file.nodata == 0:
+                    raise CrackSegError(
+                        f"{path}: found that 0, the background, means no data; expected another value, or none "
+                        "(gdal_edit.py -unsetnodata)"
+                    )
+                values, covered = file.read(1), file.dataset_mask() > 0
+                placed = file.crs is not None and file.transform != rasterio.Affine.identity()
+                frame = Frame(tuple(file.transform)[:6], _crs_name(file.crs)) if placed else Frame()
+    except rasterio.errors.RasterioError as error:
+        reason = str(error).splitlines()[0]
+        raise CrackSegError(f"{path}: found a damaged or unreadable image ({reason}), expected a whole one") from None
+    return values, None if covered.all() else covered, frame
 
 
 def _read_large(path):
@@ -245,6 +247,7 @@ class Folder(NamedTuple):
     files: list[Path]
 
 
+# %% ../../nbs/measure/06_photos.ipynb #911e9ae0
 def measure_prediction(
     prediction: Prediction,
     mm_per_pixel: float | Scale | None = None,  # by default that of a GeoTIFF
@@ -306,6 +309,7 @@ def _same_place(frame, other):
     return frame.crs == other.crs and np.allclose(frame.transform, other.transform, rtol=1e-12, atol=0)
 
 
+# %% ../../nbs/measure/06_photos.ipynb #e346dd2d
 def chosen_threshold(
     place,  # folder of a prediction or of masks, or one file
 ) -> float:
@@ -343,6 +347,16 @@ def origin_of(
     return told + [f"Terms and sources: {content['terms']}."] * ("terms" in content)
 
 
+# %% ../../nbs/measure/06_photos.ipynb #b1c80ccc
+def _check_settings(settings):
+    "Raise CrackSegError for a setting that is wrong, before the first photo is read."
+    check_number("threshold", settings.get("threshold", 0.5), float, 0.01, 0.99)
+    check_number("width_error", settings.get("width_error", 0.0), float, 0, 1)
+    check_number("min_length_px", settings.get("min_length_px", 0.0), float, 0)
+    if settings.get("classes") is not None:
+        width_limits(settings["classes"])
+
+
 def measure_folder(
     place,  # folder of a prediction or of masks, or one file
     mm_per_pixel: float | Scale | dict | None = None,  # or one for each photo by name; by default that of a GeoTIFF
@@ -352,15 +366,10 @@ def measure_folder(
     **settings,  # threshold (by default that of the masks), width_error, min_length_px, classes, class_id
 ) -> Folder:
     "Measure the cracks of all photos of a prediction, write tables and files, or none of them, and return the tables."
-    # What can be wrong with the settings is found before the first photo is read.
     formats = check_formats(formats)
     if not isinstance(mm_per_pixel, (Scale, dict)) and mm_per_pixel is not None:
         mm_per_pixel = Scale(check_scale(mm_per_pixel, "mm_per_pixel"))
-    check_number("threshold", settings.get("threshold", 0.5), float, 0.01, 0.99)
-    check_number("width_error", settings.get("width_error", 0.0), float, 0, 1)
-    check_number("min_length_px", settings.get("min_length_px", 0.0), float, 0)
-    if settings.get("classes") is not None:
-        width_limits(settings["classes"])
+    _check_settings(settings)
     predictions, place = find_predictions(place), Path(place)
     if "threshold" not in settings:
         settings["threshold"] = chosen_threshold(place)
@@ -440,6 +449,7 @@ def _background(axis, prediction, size, box=None):
     )
 
 
+# %% ../../nbs/measure/06_photos.ipynb #afe41e9a
 @styled
 def show_overview(
     result: Folder,
@@ -469,6 +479,7 @@ def show_overview(
     return figure
 
 
+# %% ../../nbs/measure/06_photos.ipynb #152ec775
 @styled
 def show_worst(
     result: Folder,
@@ -509,6 +520,7 @@ def show_worst(
     return figure
 
 
+# %% ../../nbs/measure/06_photos.ipynb #2ac76830
 @styled
 def show_widths(
     result: Folder,

@@ -172,6 +172,7 @@ def _scale_from_corners(corners, millimetres, source):
     return Scale(float(np.sqrt(values.prod())), source, error, tilt, plane)
 
 
+# %% ../../nbs/measure/03_scale.ipynb #81676aef
 def marker_dictionaries() -> list[str]:
     "Return the names of the families of markers that can be found."
     return sorted({name for name in dir(cv2.aruco) if name.startswith("DICT_") and name.upper() == name})
@@ -205,6 +206,7 @@ def scale_from_marker(
     return _scale_from_corners(corners, square, f"marker of {size_mm:g} mm")
 
 
+# %% ../../nbs/measure/03_scale.ipynb #8ac6b4df
 def scale_from_checkerboard(
     image: np.ndarray,  # (H, W) or (H, W, 3)
     square_mm: float,  # side of one square

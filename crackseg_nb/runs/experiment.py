@@ -163,6 +163,7 @@ def mark_unfinished(folder: RunFolder, config: ExperimentConfig, pid: int) -> No
         mark_ended(folder, config, "failed", error="the process ended, or let go of the run, before it was finished")
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #c0ae8afd
 STEPS = ("begin", "load_data", "build_model", "train", "test", "finish")
 
 
@@ -187,6 +188,7 @@ def check_turn(
         )
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #c6da9cf8
 BEGINNING = "the beginning"  # where a run goes on that has no state
 
 
@@ -201,6 +203,7 @@ def interrupted_line(folder: RunFolder) -> str:
     return f"interrupted at once; -p resume {display_path(folder.path)} goes on from {newest}"
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #77e158a3
 def marking(method):
     "Let a function of an experiment mark the run as failed when it raises, or as stopped when that was asked for."
 
@@ -226,6 +229,7 @@ def marking(method):
     return guarded
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #3dedc6e7
 def step(method):
     "Let a method of Experiment run once, in order; one that was stopped may be called again to continue."
 
@@ -811,6 +815,7 @@ def disk_line(model: nn.Module, config: ExperimentConfig) -> str:
     )
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #be3de917
 @patch
 @step
 def build_model(self: Experiment) -> None:
@@ -840,6 +845,7 @@ def build_model(self: Experiment) -> None:
     self.record(model.weights)
 
 
+# %% ../../nbs/runs/05_experiment.ipynb #6005f4b7
 @patch
 def make_room(
     self: Experiment,

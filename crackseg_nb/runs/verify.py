@@ -545,6 +545,7 @@ def changed_on_the_way(run: KeptRun) -> dict:
     }
 
 
+# %% ../../nbs/runs/12_verify.ipynb #1074049b
 def images_at_a_time(run: KeptRun, new: KeptRun) -> list[Check]:
     "Note that a repetition took its batches in other parts, as memory allowed: batch normalisation sees others then."
     kept, found = (part.results["performance"].get("images_at_a_time") for part in (run, new))
@@ -578,6 +579,7 @@ def compare_training(run: KeptRun, new: KeptRun, exact: bool) -> list[Check]:
     return [*checks, *compare_scores("trained", run, new.results, new.table(PER_IMAGE), exact)]
 
 
+# %% ../../nbs/runs/12_verify.ipynb #c0ded1cc
 def trained(run: KeptRun, data_dir: str, exact: bool) -> list[Check]:
     "Train a run again, in a new folder, and compare."
     if changed := changed_on_the_way(run):

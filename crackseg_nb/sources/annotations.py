@@ -257,6 +257,7 @@ class Images:
         )
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #b756c50e
 def check_all_found(root: Path, absent: list[str], found: int, kind: str) -> None:
     "Raise CrackSegError if there is no file for some images that annotation files of a kind name."
     if absent:
@@ -280,12 +281,14 @@ def with_notes(
     return found, notes + left_out + group_notes(found, group_pattern)
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #123f8ba9
 def split_of_file(path: Path, root: Path) -> str | None:
     "Return the published split that an annotation file names by its folders or by a word of its own, or None."
     words = (split_word(word) for word in re.split(r"[-_. ]", path.stem))
     return split_of(path.relative_to(root).as_posix()) or next(filter(None, words), None)
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #f9af2bf0
 def each_once(pairs: list) -> dict:
     "Return an object of JSON; raise ValueError for a key that stands twice, of which Python takes the last."
     found = dict(pairs)
@@ -312,6 +315,7 @@ def read_json(path: Path):
         raise CrackSegError(f"{path}: found a damaged file ({first_line(error)}), expected JSON") from error
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #e8aa6a88
 BACKGROUND = ("background", "_background_")  # names under which shapes show nothing
 
 
@@ -366,6 +370,7 @@ def json_files(root: Path, paths: list[Path], fits, reader: Reader) -> dict[Path
     return found
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #4a0a454e
 def coco_files(root: Path) -> dict[Path, dict]:
     "Return the COCO files below `root` by path; raise CrackSegError where there is none."
     paths = [path for path in walk(root) if path.suffix.lower() == ".json"]
@@ -410,6 +415,7 @@ def coco_names(root: Path) -> tuple[str, ...]:
     return with_background([name for name, real in names.items() if real])
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #0656fdea
 def coco_shapes(annotation: dict, label: int, where: str) -> list:
     "Return the shapes of an annotation; raise CrackSegError where it has none."
     outline = annotation.get("segmentation")
@@ -433,6 +439,7 @@ def coco_shapes(annotation: dict, label: int, where: str) -> list:
     return [(label, "polygon", ring) for ring in outline]
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #4f3a7296
 def read_coco(
     root: Path,
     group_pattern: str | None = None,
@@ -511,6 +518,7 @@ def labelme_names(root: Path) -> tuple[str, ...]:
     )
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #e7f92271
 def labelme_shape(shape: dict, label: int, line_width: float, path: Path) -> tuple:
     "Return a shape as `fill_shape` draws it; raise CrackSegError for a kind that covers no area."
     found = shape.get("shape_type", "polygon")
@@ -534,6 +542,7 @@ def labelme_shape(shape: dict, label: int, line_width: float, path: Path) -> tup
     return label, kind, points
 
 
+# %% ../../nbs/sources/09_annotations.ipynb #3362c32f
 def read_labelme(
     root: Path,
     group_pattern: str | None = None,

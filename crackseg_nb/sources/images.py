@@ -236,6 +236,7 @@ def stored_as(picture: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
+# %% ../../nbs/sources/02_images.ipynb #6f113c84
 def unknown_tiff(path, error: CrackSegError) -> Content | None:
     "Return the content of a TIFF of a kind that Pillow does not know, which ended in `error`; else None."
     if isinstance(error.__cause__, UnidentifiedImageError):

@@ -128,6 +128,7 @@ def yolo_splits(root: Path, images: list[Path]) -> dict[Path, str]:
     return found
 
 
+# %% ../../nbs/sources/10_yolo_cvat.ipynb #542f7e3f
 def yolo_label(image: Path, root: Path) -> Path | None:
     "Return an image's text file: below `labels` in place of the last `images`, or beside it; None if it is no data."
     parts, beside = image.relative_to(root).with_suffix(".txt").parts, image.with_suffix(".txt")
@@ -136,6 +137,7 @@ def yolo_label(image: Path, root: Path) -> Path | None:
     return beside if beside.is_file() and not (below and below.is_file()) else below
 
 
+# %% ../../nbs/sources/10_yolo_cvat.ipynb #3f89d021
 def yolo_shapes(
     path: Path,  # of the text file
     classes: dict[int, str],
@@ -280,6 +282,7 @@ def cvat_ellipse(shape: ElementTree.Element) -> list:
     return np.stack([x + turned[0], y + turned[1]], 1).round(4).tolist()
 
 
+# %% ../../nbs/sources/10_yolo_cvat.ipynb #32bc8654
 def cvat_shape(shape: ElementTree.Element, label: int, line_width: float, where: str) -> tuple:
     "Return a shape of an image as `fill_shape` draws it; raise CrackSegError for one that covers no area."
     kind, name = shape.tag, shape.get("label")
@@ -303,6 +306,7 @@ def cvat_shape(shape: ElementTree.Element, label: int, line_width: float, where:
     return label, "line" if kind == "polyline" else kind, points
 
 
+# %% ../../nbs/sources/10_yolo_cvat.ipynb #b7aca228
 def read_cvat(
     root: Path,
     group_pattern: str | None = None,
