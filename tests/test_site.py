@@ -246,6 +246,13 @@ def test_every_guide_is_listed_and_the_glossary_is_in_order():
     assert linked and all((ROOT / "docs" / link).is_file() for link in linked)
 
 
+def test_guides_train_with_one_command():
+    "The guide to recipes says when papermill is the better one."
+    guides = (ROOT / "docs" / "guides").iterdir()
+    other = {path.stem for path in guides if "papermill nbs/run_experiment.ipynb" in path.read_text("utf-8")}
+    assert other <= {"recipes", "real_data"}
+
+
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
 def test_the_tables_of_a_guide_are_those_of_the_runs(path):
     names = {}
