@@ -5390,6 +5390,10 @@ d = {
                 "studies/pretraining.html#show_arms",
                 "crackseg_nb/studies/pretraining.py",
             ),
+            "crackseg_nb.studies.pretraining.sweep_of_arms": (
+                "studies/pretraining.html#sweep_of_arms",
+                "crackseg_nb/studies/pretraining.py",
+            ),
             "crackseg_nb.studies.pretraining.tell": (
                 "studies/pretraining.html#tell",
                 "crackseg_nb/studies/pretraining.py",
