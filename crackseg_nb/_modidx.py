@@ -5318,6 +5318,10 @@ d = {
                 "studies/frontier.html#finishedrun.scores",
                 "crackseg_nb/studies/frontier.py",
             ),
+            "crackseg_nb.studies.frontier.FinishedRun.viewed": (
+                "studies/frontier.html#finishedrun.viewed",
+                "crackseg_nb/studies/frontier.py",
+            ),
             "crackseg_nb.studies.frontier.Frontier": (
                 "studies/frontier.html#frontier",
                 "crackseg_nb/studies/frontier.py",

@@ -105,6 +105,16 @@ def test_equal_runs_are_asked_for(outputs):
         Frontier(FrontierConfig(("whole", "whole2"), teacher="whole2", outputs=outputs))
 
 
+def test_what_several_views_score_has_their_cost(outputs):
+    run(configure(**TINY, model="plain", tta="flips", run_name="viewed", outputs=outputs))
+    settings = dict(outputs=outputs, size=(64, 96), rounds=1)
+    costs = Frontier(FrontierConfig(("small", "viewed"), name="views", **settings)).costs()
+    assert costs.loc["viewed", "gflops"] == pytest.approx(4 * costs.loc["small", "gflops"])
+    steps = take_steps(Frontier(FrontierConfig(("viewed", "large"), name="viewed_steps", **settings)), ("student",))
+    assert steps.loc["student", "gflops"] == pytest.approx(costs.loc["viewed", "gflops"])
+    assert steps.loc["student", "iou"] == costs.loc["viewed", "iou"]
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     deeplab = {

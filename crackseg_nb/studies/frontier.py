@@ -34,6 +34,7 @@ from ..core.machine import get_device, logger
 from ..core.run_folder import RunFolder, create_run_folder, find_finished_run, study_folder
 from ..core.seeds import seed_everything
 from ..metrics.counts import create_metrics
+from ..models.views import with_views
 from ..runs.config import ExperimentConfig, configure
 from crackseg_nb.runs.experiment import (
     learned_splits,
@@ -85,6 +86,10 @@ class FinishedRun:
             "weights": self.results["model"]["weights"],
             "batch": train.batch_size * train.accumulation,
         }
+
+    def viewed(self, model: nn.Module) -> nn.Module:
+        "Return `model` in the views of this run's test: a score that eight views gave has their cost."
+        return with_views(model, self.config.run.tta, self.config.run.scales)
 
 
 def open_run(
@@ -178,7 +183,9 @@ class Frontier:
     def costs(self) -> pd.DataFrame:
         "Return what the models of all runs cost, together with their own test scores."
         table = frontier_table(
-            {name: run.model for name, run in self.runs.items()}, self.config.size, rounds=self.config.rounds
+            {name: run.viewed(run.model) for name, run in self.runs.items()},
+            self.config.size,
+            rounds=self.config.rounds,
         )
         return self.keep("runs", table.join(pd.DataFrame({name: run.scores for name, run in self.runs.items()}).T))
 
@@ -296,7 +303,7 @@ def take_steps(
         rows[name] = {**score(frontier, models[name]), "remark": remark}
         logger.info("frontier: %s: test iou %.4f (%s)", name, rows[name]["iou"], remark)
     table = frontier_table(
-        {name: model.to(memory_format=torch.channels_last) for name, model in models.items()},
+        {name: frontier.student.viewed(model.to(memory_format=torch.channels_last)) for name, model in models.items()},
         frontier.config.size,
         rounds=frontier.config.rounds,
     )
