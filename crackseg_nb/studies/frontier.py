@@ -57,6 +57,7 @@ from crackseg_nb.studies.compression import (
 )
 from .efficiency import frontier_table
 from ..training.losses import Loss
+from ..training.settings import OptimConfig
 from ..training.trainer import Trainer, TrainSettings, fit
 from ..training.weights import load_model_weights
 from ..training.window import create_accelerator
@@ -139,6 +140,15 @@ class FrontierConfig:
             raise CrackSegError(f"teacher: found {self.teacher!r}, which is the student; expected another of the runs")
         for name in ("rounds", "epochs", "calibration"):
             setattr(self, name, check_number(name, getattr(self, name), int, low=1))
+        if len(self.size) != 2:
+            raise CrackSegError(f"size: found {self.size}, expected height and width, such as 384,544")
+        for side in self.size:
+            check_number("size", side, int, low=32)
+        # What a step would refuse after many minutes is refused here.
+        OptimConfig(lr=self.lr)
+        check_number("amount", self.amount, low=0, high=0.99)
+        check_number("alpha", self.alpha, low=0, high=1)
+        check_number("temperature", self.temperature, low=0.1)
 
 
 # %% ../../nbs/studies/08_frontier.ipynb #6137cab6
