@@ -138,6 +138,18 @@ def test_a_poor_trial_ends_early_and_leaves_no_weights(tmp_path, monkeypatch):
     assert not (search.folder / "trial-0000" / "checkpoints").exists()
 
 
+def test_four_trials_and_two_epochs_are_spared(tmp_path):
+    search = Search("spared", SPACE, TINY, tmp_path)
+    study, ended = open_study(search), []
+    for score in (0.5, 0.5, 0.5, 0.5, 0.1):
+        trial = study.ask(search.distributions)
+        for epoch in (1, 2, 3):
+            trial.report(score, epoch)
+            ended.append(trial.should_prune())
+        study.tell(trial, score)
+    assert ended == 14 * [False] + [True]
+
+
 def test_a_search_in_which_nothing_can_be_trained_ends(tmp_path):
     search = Search("infinite", {"lr": "1e30..1e32:log"}, TINY, tmp_path)
     with pytest.raises(

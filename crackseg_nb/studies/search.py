@@ -232,7 +232,7 @@ def open_study(search: Search) -> "optuna.Study":
     return optuna.create_study(
         study_name=search.name,
         storage=optuna.storages.JournalStorage(backend),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3),  # steps are epochs, from 1
         directions=search.goal.directions,
         load_if_exists=True,
     )
