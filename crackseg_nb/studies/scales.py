@@ -130,6 +130,12 @@ def begin_scales(
     place = display_path(trained.folder)
     given = dict(config=f"{place}/config.yaml", fine_tune=place, epochs=0, data_dir=config.data_dir)
     given |= dict(outputs=config.outputs, scales=table.index[0], val_scales=sizes)
+    begun = {
+        "encoder_weights": "none",
+        "pretrained": "false",
+    }  # where the run began; now it begins with its own weights
+    known = {name: str(trained.settings.get(name, "")).lower() for name in begun}
+    given |= {name: begun[name] for name, value in known.items() if value not in ("", "auto", "true", "false")}
     words = [word for name, value in given.items() if value != "" for word in ("-p", name, str(value))]
     command = shlex.join(["crackseg_run", *words])
     return table, command, folder
