@@ -586,14 +586,16 @@ def first_step(self: Benchmark, **parameters) -> pd.DataFrame:  # of the run not
 
 @patch
 def finish(self: Benchmark) -> None:
-    "Write benchmark.csv with every round and benchmark.yaml with what follows from them."
-    rows = pd.concat(self.rows, ignore_index=True)
-    first = ["part", "model", "contestant", "round"]
-    rows = rows[[*first, *(name for name in rows if name not in first)]]
-    write_table(self.folder / "benchmark.csv", rows)
+    "Write benchmark.csv with every round, if there was a race, and benchmark.yaml with what was found."
+    (self.folder / "benchmark.csv").unlink(missing_ok=True)  # of an earlier benchmark of this name
+    if self.rows:
+        rows = pd.concat(self.rows, ignore_index=True)
+        first = ["part", "model", "contestant", "round"]
+        rows = rows[[*first, *(name for name in rows if name not in first)]]
+        write_table(self.folder / "benchmark.csv", rows)
     self.summary["seconds"] = time.perf_counter() - self.start
     write_yaml(self.folder / "benchmark.yaml", rounded(self.summary))
-    print(f"{self.summary['seconds'] / 60:.1f} minutes; every round: {display_path(self.folder)}/benchmark.csv")
+    print(f"{self.summary['seconds'] / 60:.1f} minutes; results: {display_path(self.folder)}")
 
 
 def rounded(value):
