@@ -79,6 +79,7 @@ from .notebook import find_notebook
 def read_settings(
     given: dict | str | list | None,  # a dictionary, or `name=value` words
     parameter: str = "grid",  # named in errors
+    several: bool = True,  # whether a name may have several values
 ) -> dict[str, str]:
     "Return `given` as a dictionary; raise CrackSegError for a word that is no `name=value`."
     if isinstance(given, dict):
@@ -89,18 +90,17 @@ def read_settings(
         if not (name and equals and value):
             raise CrackSegError(f"{parameter}: found {word!r}, expected name=value")
         if name in found:
-            raise CrackSegError(
-                f"{name}: found it twice, expected all its values in one word, as in {name}={found[name]},{value}"
-            )
+            expected = f"all its values in one word, as in {name}={found[name]},{value}" if several else "it once"
+            raise CrackSegError(f"{name}: found it twice in {parameter}, expected {expected}")
         found[name] = value
     return found
 
 
-def read_fixed(given: dict | str | list | None) -> dict:
+def read_fixed(given: dict | str | list | None, parameter: str = "fixed") -> dict:
     "Return the parameters that all runs share."
     return {
         name: parse_value(name, value) if isinstance(value, str) else value
-        for name, value in read_settings(given).items()
+        for name, value in read_settings(given, parameter, several=False).items()
     }
 
 
@@ -537,7 +537,7 @@ def sweep_parameters(
 ) -> dict:
     "Return the parameters of `Sweep` among a notebook's variables; raise CrackSegError for other plain values."
     found = plain_variables(variables, ["name", "grid", "fixed", "outputs", *[item.name for item in fields(JobConfig)]])
-    return {name: read_fixed(value) if name == "extra" else value for name, value in found.items()}
+    return {name: read_fixed(value, "extra") if name == "extra" else value for name, value in found.items()}
 
 
 # %% ../../nbs/runs/11_sweep.ipynb #1e7826d7

@@ -96,7 +96,7 @@ class EncoderBenchmarkConfig:
     rounds: int = 5  # of the measurements of speed
 
     def __post_init__(self):
-        self.settings, self.jobs = read_fixed(self.settings), read_jobs(self.jobs)
+        self.settings, self.jobs = read_fixed(self.settings, "settings"), read_jobs(self.jobs)
         check_number("rounds", self.rounds, int, low=1)
         for name in ("recipe", *OWN):
             if name in self.settings and (name == "recipe" or getattr(self, name) is not None):
@@ -113,7 +113,7 @@ class EncoderBenchmarkConfig:
 
 def read_jobs(given: dict | str) -> dict:
     "Return the options of a sweep's jobs, each of its own type."
-    kinds, options = {item.name: item.type for item in fields(JobConfig)}, read_settings(given)
+    kinds, options = {item.name: item.type for item in fields(JobConfig)}, read_settings(given, "jobs", several=False)
     for name, value in options.items():
         choose("jobs", name, kinds)
         if kinds[name] is not dict:

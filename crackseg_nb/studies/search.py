@@ -566,4 +566,4 @@ def search_parameters(
     found = plain_variables(variables, names)
     trials = found.pop("trials")
     found["goal"] = Goal(**{name: found.pop(name) for name in goal if name in found})
-    return {name: read_fixed(value) if name == "extra" else value for name, value in found.items()}, trials
+    return {name: read_fixed(value, "extra") if name == "extra" else value for name, value in found.items()}, trials
