@@ -32,6 +32,7 @@ from ..core.run_folder import study_folder
 from ..figures.photos import CURVE_COLOURS
 from ..figures.style import styled
 from ..metrics.statistics import compare_repeats
+from ..runs.config import configure
 from ..runs.sweep import Sweep, read_fixed
 
 # %% ../../nbs/studies/05_ablation.ipynb #0cf5dd5a
@@ -74,12 +75,21 @@ def sweeps_of(config: AblationConfig) -> dict[str, Sweep]:
     "Return the sweep of each arm, base first; raise CrackSegError for parameters that the run notebook does not know."
     shared = read_fixed(config.fixed)
     for arm in config.arms:
-        twice = [name for name in ARMS[arm] if name in shared]
+        twice = [name for name in ARMS[arm] if name in shared and name != "pretrained"]
         if twice:
             raise CrackSegError(
                 f"fixed: found {twice[0]}, which the arm {arm} changes; "
                 f"expected arms without {arm}, or {twice[0]} left as it is"
             )
+    base = configure(**shared)
+    if "pretrained" in config.arms and base.model_settings.get("pretrained", "auto") != "false":
+        raise CrackSegError(
+            "pretrained: found a base that begins with published weights wherever they can be had, "
+            "expected one from scratch for the arm pretrained, with pretrained=false in fixed"
+        )
+    for arm in config.arms:
+        if configure(**shared | ARMS[arm]) == base:
+            raise CrackSegError(f"arms: found {arm}, which changes nothing in this base, expected one that does")
     outputs = str(study_folder(config.outputs, config.name))
     return {
         arm: Sweep(arm, {"seed": list(config.seeds)}, shared | ARMS[arm], outputs, cluster=config.cluster)
