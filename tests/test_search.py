@@ -129,6 +129,13 @@ def test_the_table_of_a_search_without_trials_is_empty(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_what_a_search_is_given_counts_or_is_refused(tmp_path, capsys):
+    for given, told in (["--trials", "0"], "trials: found 0"), (["--against", "latency"], "with another goal"):
+        Search("given", SPACE, TINY, tmp_path)
+        assert search_main(["given", *given, "--outputs", str(tmp_path)]) == 1
+        assert told in capsys.readouterr().err
+
+
 def test_a_poor_trial_ends_early_and_leaves_no_weights(tmp_path, monkeypatch):
     search = Search("pruned", {"lr": "1e-3..1e-2:log"}, TINY | dict(epochs=5), tmp_path)
     monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda trial: True)

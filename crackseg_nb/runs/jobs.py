@@ -252,6 +252,10 @@ class JobConfig:
             setattr(self, name, check_number(name, getattr(self, name), int, low=0))
         if self.gpus is not None:
             self.gpus = check_number("gpus", self.gpus, int, low=0)
+        if self.cluster == "debug" and self.parallel > 1:
+            raise CrackSegError(
+                f"parallel: found {self.parallel} with cluster debug, which does one after the other; expected 0 or 1"
+            )
         self.mem = check_number("mem", self.mem, low=0)
         for name in ("time", "mem", "partition", "extra"):
             if self.cluster != "slurm" and getattr(self, name):

@@ -182,6 +182,10 @@ class Search(Batch):
         found = read_yaml(path)
         self.space, self.fixed = found["space"], found["fixed"]
         self.goal = Goal(**found["goal"])
+        if goal not in (Goal(), self.goal):
+            raise CrackSegError(
+                f"goal: found a search {name!r} with another goal ({found['goal']}), expected the same or another name"
+            )
         self.distributions = {name: read_range(name, text) for name, text in self.space.items()}
 
 
@@ -518,7 +522,7 @@ class SearchJob:
 @patch
 def submit(self: Search, trials: int) -> int:
     "Start jobs that carry out trials, and return their number; none where earlier ones are at work or all were begun."
-    begun = self.table()
+    trials, begun = check_number("trials", trials, int, low=1), self.table()
     left = max(0, trials - len(begun)) + int((begun["state"] == "interrupted").sum() if len(begun) else 0)
     if not left or self.active():
         return 0
