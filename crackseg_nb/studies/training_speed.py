@@ -342,6 +342,10 @@ class BenchmarkConfig:
         for name in self.parts:
             choose("parts", name, PARTS)
         self.models = tuple(self.models) or tuple(families)
+        if self.encoder and not any("encoder" in model_settings(name) for name in self.models):
+            raise CrackSegError(
+                f"encoder: found {self.encoder!r} for {', '.join(self.models)}, expected a family that takes one"
+            )
         self.name = self.name or f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
         check_number("rounds", self.rounds, int, low=1)
         check_number("threads", self.threads, int, low=0)
