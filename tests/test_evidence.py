@@ -345,7 +345,7 @@ def test_the_notebook_runs(outputs, tmp_path):
         parameters=dict(runs="first,second", outputs=str(outputs), name="both"),
     )
     page = write_page(tmp_path / "out.ipynb").read_text("utf-8")
-    assert page.count("<img") == 5 and not [word for word in ('src="http', "<script", "<link") if word in page]
+    assert page.count("<img") == 6 and not [word for word in ('src="http', "<script", "<link") if word in page]
     assert "begin_comparison" not in page
     assert "These runs are on synthetic." in page and "SCSegamba" not in page  # DeepCrack's figures mean nothing here
     assert len(pd.read_csv(outputs / "both" / "tests.csv")) == 1

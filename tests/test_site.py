@@ -250,7 +250,7 @@ def test_guides_train_with_one_command():
     "The guide to recipes says when papermill is the better one."
     guides = (ROOT / "docs" / "guides").iterdir()
     other = {path.stem for path in guides if "papermill nbs/run_experiment.ipynb" in path.read_text("utf-8")}
-    assert other <= {"recipes", "real_data"}
+    assert other <= {"recipes"}
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
