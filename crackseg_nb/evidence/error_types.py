@@ -28,7 +28,6 @@ __all__ = [
 # %% ../../nbs/evidence/03_error_types.ipynb #7198da9c
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
@@ -226,9 +225,7 @@ MISSED = ("missed thin crack", "missed wide crack", "gap", "thin edge")  # pixel
 
 
 def error_budget(
-    answers: Sequence[
-        tuple[np.ndarray, np.ndarray]
-    ],  # probability and mask (H, W) of each image, as `open_predictions`
+    answers: Sequence,  # of probability and mask, (H, W) each, as `open_predictions` gives them
     threshold: float,
     workers: int = 2,  # threads
 ) -> pd.DataFrame:
@@ -253,25 +250,16 @@ def error_budget(
 @styled
 def show_budget(budgets: dict[str, pd.DataFrame]) -> Figure:
     "Return a figure with one bar for each `error_budget`, divided by type in the colours of the types."
+    shares = pd.DataFrame({shorten(name, 30): budget["share"] for name, budget in budgets.items()}).T
+    starts = shares.cumsum(axis=1) - shares
     figure, axis = plt.subplots(figsize=(7.5, 0.7 + 0.4 * len(budgets)))
-    names = [shorten(name, 30) for name in budgets]
-    for (kind, colour), left in zip(ERROR_TYPES.items(), _starts(budgets)):
-        shares = [budget.loc[kind, "share"] for budget in budgets.values()]
+    for kind, colour in ERROR_TYPES.items():
         colour = np.array(colour) / 255
-        axis.barh(names, shares, 0.7, left, color=colour, edgecolor="grey", linewidth=0.5)
-        for row, (share, start) in enumerate(zip(shares, left)):
-            if share >= 0.05:
-                ink = "black" if colour @ (0.3, 0.6, 0.1) > 0.5 else "white"
-                axis.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", color=ink, fontsize="small")
+        bars = axis.barh(shares.index, shares[kind], 0.7, starts[kind], color=colour, edgecolor="grey", linewidth=0.5)
+        told = [f"{share:.0%}" if share >= 0.05 else "" for share in shares[kind]]
+        ink = "black" if colour @ (0.3, 0.6, 0.1) > 0.5 else "white"
+        axis.bar_label(bars, told, label_type="center", color=ink, fontsize="small")
     axis.set(xlim=(0, 1), xlabel="share of the wrong pixels")
     axis.invert_yaxis()
     figure.set_figheight(figure.get_figheight() + add_legend(figure, type_legend()[:-1]))
     return figure
-
-
-def _starts(budgets: dict[str, pd.DataFrame]) -> Any:
-    "Yield for each type where its part of each bar begins."
-    ends = np.zeros(len(budgets))
-    for kind in ERROR_TYPES:
-        yield ends
-        ends = ends + [budget.loc[kind, "share"] for budget in budgets.values()]

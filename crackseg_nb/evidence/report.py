@@ -34,10 +34,9 @@ def budgets_of(comparison: Comparison, data_dir: str = "") -> dict[str, pd.DataF
     for name, system in comparison.systems.items():
         try:
             predictions = open_predictions(str(system.entries[0].folder.path), data_dir=data_dir)
+            budgets[name] = error_budget(predictions, predictions.threshold)
         except CrackSegError as error:
             print(f"no types of errors for {name}: {error}")
-        else:
-            budgets[name] = error_budget(predictions, predictions.threshold)
     return budgets
 
 
