@@ -719,10 +719,6 @@ d = {
             ),
         },
         "crackseg_nb.evidence.error_types": {
-            "crackseg_nb.evidence.error_types._starts": (
-                "evidence/error_types.html#_starts",
-                "crackseg_nb/evidence/error_types.py",
-            ),
             "crackseg_nb.evidence.error_types.draw_errors": (
                 "evidence/error_types.html#draw_errors",
                 "crackseg_nb/evidence/error_types.py",
@@ -1805,6 +1801,10 @@ d = {
             ),
             "crackseg_nb.measure.command.measure_parser": (
                 "measure/command.html#measure_parser",
+                "crackseg_nb/measure/command.py",
+            ),
+            "crackseg_nb.measure.command.report_parameters": (
+                "measure/command.html#report_parameters",
                 "crackseg_nb/measure/command.py",
             ),
         },
@@ -3516,6 +3516,7 @@ d = {
             "crackseg_nb.runs.config.differences": ("runs/config.html#differences", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.find_run": ("runs/config.html#find_run", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.flatten": ("runs/config.html#flatten", "crackseg_nb/runs/config.py"),
+            "crackseg_nb.runs.config.idle_settings": ("runs/config.html#idle_settings", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.inherit": ("runs/config.html#inherit", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.is_labelled": ("runs/config.html#is_labelled", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.known_parameters": (

@@ -22,7 +22,6 @@ __all__ = [
     "SETTLED",
     "NOT_THE_RESULT",
     "CARRIED",
-    "WORKS_WITH",
     "DataConfig",
     "check_place",
     "check_reader_options",
@@ -50,6 +49,7 @@ __all__ = [
     "inherit",
     "sort_settings",
     "build_config",
+    "idle_settings",
     "check_effect",
     "config_to_dict",
     "read_config",
@@ -725,31 +725,31 @@ def build_config(base: dict[str, Any], given: dict[str, Any]) -> ExperimentConfi
 
 
 # %% ../../nbs/runs/02_config.ipynb #5a1c0e02
-WORKS_WITH = {  # a parameter: the one that it depends on, and the values of that one with which it has an effect
-    "patience": ("train_set", ("train",)),  # without validation there is no better or worse epoch
-    "threshold_criterion": ("train_set", ("train",)),
-    "warmup_fraction": ("scheduler", ("cosine", "warmup_cosine", "onecycle")),
-    "warmup_start": ("scheduler", ("cosine", "warmup_cosine")),
-    "min_lr_fraction": ("scheduler", ("cosine", "warmup_cosine")),
-    "eps": ("optimizer", ("adamw",)),
-    "effective_beta": ("class_weights", ("effective",)),
-}
+def idle_settings(config: ExperimentConfig) -> dict[str, str]:
+    "Return the parameters that change nothing in `config`, and beside what."
+    scheduler, idle = f"scheduler {config.optim.scheduler}", {}
+    if config.data.train_set == "trainval":  # no epoch is better or worse, and no threshold is chosen
+        idle |= dict.fromkeys(("patience", "threshold_criterion", "val_scales"), "train_set trainval")
+    if not config.data.classes.binary:
+        idle["threshold_criterion"] = f"{len(config.data.classes)} classes"
+    if config.optim.scheduler == "constant":
+        idle["warmup_fraction"] = scheduler
+    if config.optim.scheduler in ("constant", "onecycle"):
+        idle |= dict.fromkeys(("warmup_start", "min_lr_fraction"), scheduler)
+    elif not config.optim.warmup:
+        idle["warmup_start"] = "no warm-up (warmup_fraction 0)"
+    if config.optim.optimizer != "adamw":
+        idle["eps"] = f"optimizer {config.optim.optimizer}"
+    if config.class_weights != "effective":
+        idle["effective_beta"] = f"class_weights {config.class_weights}"
+    return idle
 
 
 def check_effect(config: ExperimentConfig, given: dict[str, Any]) -> None:
-    "Raise CrackSegError for a setting in `given` that has no effect beside the others of `config`."
-    settings = vars(config) | vars(config.data) | vars(config.optim)
-    for name, (other, values) in WORKS_WITH.items():
-        if given.get(name) and settings[other] not in values:
-            raise CrackSegError(
-                f"{name}: found {given[name]} with {other} {settings[other]}, where it changes nothing; "
-                f"expected none, or {other} {' or '.join(values)}"
-            )
-    if given.get("threshold_criterion") and not config.data.classes.binary:
-        raise CrackSegError(
-            f"threshold_criterion: found {given['threshold_criterion']} with {len(config.data.classes)} classes, "
-            "which need no threshold; expected none"
-        )
+    "Raise CrackSegError for a setting in `given` that changes nothing beside the others of `config`."
+    for name, beside in idle_settings(config).items():
+        if given.get(name) not in (None, 0, (1.0,)):
+            raise CrackSegError(f"{name}: found {given[name]} with {beside}, where it changes nothing; expected none")
 
 
 # %% ../../nbs/runs/02_config.ipynb #0fdc2aea
