@@ -3480,6 +3480,10 @@ d = {
                 "runs/config.html#check_eval_size",
                 "crackseg_nb/runs/config.py",
             ),
+            "crackseg_nb.runs.config.check_given_files": (
+                "runs/config.html#check_given_files",
+                "crackseg_nb/runs/config.py",
+            ),
             "crackseg_nb.runs.config.check_model_of": ("runs/config.html#check_model_of", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_place": ("runs/config.html#check_place", "crackseg_nb/runs/config.py"),
             "crackseg_nb.runs.config.check_reader_options": (

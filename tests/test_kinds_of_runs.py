@@ -10,6 +10,7 @@ import resume_jobs
 import torch
 from messages import one_line
 from PIL import Image
+from safetensors.torch import save_file
 
 from crackseg_nb.core import files as files_module
 from crackseg_nb.core.checks import Stopped
@@ -17,6 +18,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder
 from crackseg_nb.evidence.scores import open_predictions
 from crackseg_nb.models import registry
+from crackseg_nb.models.encoders import create_encoder
 from crackseg_nb.models.settings import MODEL_SETTINGS
 from crackseg_nb.runs import experiment as experiment_module
 from crackseg_nb.runs.config import configure
@@ -138,6 +140,29 @@ def test_the_history_shows_the_rate_that_was_used(tmp_path, monkeypatch, stopped
     resumed.folder.mark("stopped")
     assert [row["train_learning_rate"] for row in rows] == [shown[row["epoch"]] for row in rows]  # TensorBoard
     assert set(used) == {3} and (shown[3] == pytest.approx(used[3])) == (step == 0 or lr == 1e-4)
+
+
+def test_a_resumed_run_does_not_need_the_files_that_it_began_with(tmp_path):
+    "Those of its first weights and of its class weights; a new run is told of a lost file before it reads its data."
+    network = create_encoder("test_resnet", 32)
+    files = {"pretrained": tmp_path / "first.safetensors", "class_weights": tmp_path / "weights.json"}
+    save_file(network.body.state_dict(), files["pretrained"])
+    own = settings(tmp_path, "run", model="unet", encoder="test_resnet", loss="focal", epochs=2)
+    weighted = run(configure(**own | dict(class_weights="inverse", epochs=1, run_name="weighted")))
+    shutil.copy(weighted.folder / "class_weights.json", files["class_weights"])
+    own |= {name: str(path) for name, path in files.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "pause_if_asked", stopping(1, 0))
+        with pytest.raises(Stopped):
+            run(configure(**own))
+    whole = run(configure(**own | {"run_name": "whole"}))
+    for path in files.values():
+        path.unlink()
+    resumed = run(configure(resume=str(tmp_path / "run")))
+    assert (resumed.folder / "history.csv").read_bytes() == (whole.folder / "history.csv").read_bytes()
+    for name in files:
+        one_line(lambda name=name: configure(**own | {name: own[name]}), f"{name}: found no file {own[name]}")
+        files[name].touch()
 
 
 # ---- what would fail after training

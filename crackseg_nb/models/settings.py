@@ -6,6 +6,7 @@
 __all__ = [
     "SWINV2_ENCODERS",
     "ENCODERS",
+    "WEIGHT_FILES",
     "POSES",
     "MIN_SIDE",
     "SWIN_ENCODERS",
@@ -101,12 +102,15 @@ def check_encoder(name: str) -> str:
 
 
 # %% ../../nbs/models/01_settings.ipynb #eff5ac2b
+WEIGHT_FILES = (".safetensors", ".pt", ".pth")
+
+
 def check_pretrained(pretrained: str | bool) -> str:
-    "Return the choice as text; raise CrackSegError unless it is auto, true, false or an existing file."
+    "Return the choice as text; raise CrackSegError unless it is auto, true, false or a file, which may be gone by now."
     choice = str(pretrained).strip()
     if choice.lower() in ("auto", "true", "false"):
         return choice.lower()
-    if not os.path.isfile(os.path.expanduser(choice)):
+    if not choice.endswith(WEIGHT_FILES) and not os.path.isfile(os.path.expanduser(choice)):
         raise CrackSegError(f"pretrained: found no file {choice}, expected auto, true, false or a safetensors file")
     return choice
 

@@ -41,6 +41,7 @@ __all__ = [
     "coerce_tuple",
     "coerce",
     "flatten",
+    "check_given_files",
     "configure",
     "differences",
     "find_run",
@@ -98,6 +99,7 @@ from crackseg_nb.models.settings import (
     MODEL_SETTINGS,
     POSES,
     SWINV2_ENCODERS,
+    WEIGHT_FILES,
     check_scales,
     describe_views,
     scales_at,
@@ -402,10 +404,8 @@ def check_first_weights(self: ExperimentConfig) -> None:
 
 # %% ../../nbs/runs/02_config.ipynb #8e3e74d6
 def check_class_weights(weights: str, classes: Classes, beta: float) -> None:
-    "Raise CrackSegError unless `weights` is a rule, a number for each class, or the path of a file."
+    "Raise CrackSegError unless `weights` is a rule, a number for each class, or the name of a JSON file."
     if weights.endswith(".json"):
-        if not os.path.isfile(os.path.expanduser(weights)):
-            raise CrackSegError(f"class_weights: found no file {weights}, expected the class_weights.json of a run")
         return
     counts = np.ones(len(classes), np.int64)
     resolve_class_weights(weights, counts, counts, classes.names, "", beta)
@@ -544,6 +544,20 @@ def flatten(
 
 
 # %% ../../nbs/runs/02_config.ipynb #d90e03b1
+def check_given_files(config: ExperimentConfig, given: dict[str, Any]) -> None:
+    "Raise CrackSegError if a file is given that is not there; those of an earlier configuration may be gone."
+    for name in FIRST_WEIGHTS:
+        if name in given and getattr(config, name):
+            locate_weights(name, getattr(config, name), config.run.outputs)
+    for name, endings, expected in (
+        ("pretrained", WEIGHT_FILES, "auto, true, false or a safetensors file"),
+        ("class_weights", (".json",), "the class_weights.json of a run"),
+    ):
+        file = str(given.get(name, ""))
+        if file.endswith(endings) and not os.path.isfile(os.path.expanduser(file)):
+            raise CrackSegError(f"{name}: found no file {file}, expected {expected}")
+
+
 def configure(
     **parameters,  # of `known_parameters()`, `config` (a config.yaml), `resume` (a run); None: as the recipe says
 ) -> ExperimentConfig:
@@ -572,10 +586,7 @@ def configure(
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
     config = build_config({**base, "recipe": recipe}, given)
     check_effect(config, given)
-    # The weights of an earlier configuration may be gone, and a resumed run does not need them any more.
-    for name in FIRST_WEIGHTS:
-        if name in given and getattr(config, name):
-            locate_weights(name, getattr(config, name), config.run.outputs)
+    check_given_files(config, given)
     return config
 
 

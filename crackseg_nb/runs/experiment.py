@@ -535,10 +535,11 @@ def make_loaders(
 def weigh_classes(config: ExperimentConfig, report: Audit, classes: Classes) -> ClassWeights | None:
     "Return `class_weights` as numbers, from the training images where they are counted; None without."
     learned = ("train", "val") if config.data.train_set == "trainval" else ("train",)
+    choice, copy = config.class_weights, Path(config.resume) / "class_weights.json"
+    if config.resume and choice.endswith(".json") and copy.is_file():  # the file that was given may be gone by now
+        choice = str(copy)
     pixels, images = (sum(counts[split] for split in learned) for counts in (report.pixels, report.images))
-    found = resolve_class_weights(
-        config.class_weights, pixels, images, classes.names, report.fingerprint, config.effective_beta
-    )
+    found = resolve_class_weights(choice, pixels, images, classes.names, report.fingerprint, config.effective_beta)
     for line in found.describe().splitlines() if found else ():
         logger.info("class weights: %s", line)
     return found
