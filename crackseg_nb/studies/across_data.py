@@ -18,9 +18,9 @@ __all__ = [
     "leave_out",
     "score_on",
     "score_across",
-    "details_table",
     "line_interval",
     "across_table",
+    "details_table",
     "show_across",
     "matrix",
     "show_matrix",
@@ -123,6 +123,7 @@ def open_set(dataset: DataSet) -> OpenedSet:
     return OpenedSet(dataset.name, config, Splits([], [], images, *about))
 
 
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d21
 @dataclass(frozen=True)
 class Contestant:
     "Hold what is scored under one name: a trained model, or several whose probabilities are averaged."
@@ -165,6 +166,7 @@ def open_contestant(models: str, outputs: str = "") -> Contestant:
     return Contestant(tuple(members))
 
 
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d24
 def listed_images(folder: Path) -> set[str] | None:
     "Return SHA-256 digests of the image files that a run learned or was chosen by; None where it cannot be told."
     if (folder / "images.csv").is_file():
@@ -206,6 +208,7 @@ def all_learned(contestant: Contestant, outputs: str = "") -> set[str] | None:
     return None if None in found else set.union(*found)
 
 
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d25
 def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> OpenedSet | None:
     "Return a data set without the images that `model` has learned; None if those of one photo at most are left."
     splits = opened.splits
@@ -223,6 +226,7 @@ def leave_out(opened: OpenedSet, learned: set[str] | None, model: str) -> Opened
     return replace(opened, splits=replace(splits, test=test))
 
 
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d29
 def score_on(
     contestant: Contestant,
     opened: OpenedSet,
@@ -286,19 +290,7 @@ def score_across(
     return pd.concat(tables, ignore_index=True)
 
 
-def details_table(
-    details: dict,  # as `score_across` fills it: Calibration and GeometryScores by (data set, model)
-) -> pd.DataFrame:
-    "Return a row for each data set and model: errors of calibration, and recall by width in pixels."
-    rows = {}
-    for key, (calibration, geometry) in details.items():
-        widths = geometry.width_table().set_index("width")["recall"]
-        errors = calibration.compute()
-        rows[key] = {"ece": errors["ece"], "near_ece": errors["near_ece"]}
-        rows[key] |= {f"recall {width} px": recall for width, recall in widths.items()}
-    return pd.DataFrame(rows).T.rename_axis(["set", "model"])
-
-
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d2c
 def line_interval(images: pd.DataFrame) -> dict[str, float]:
     "Return the mean over images of the centre line's F1, and its 95 % interval; nothing for fewer than two photos."
     if "centreline_f1" not in images:
@@ -337,6 +329,21 @@ def across_table(
     return pd.DataFrame(rows).set_index(["set", "model"])
 
 
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d2f
+def details_table(
+    details: dict,  # as `score_across` fills it: Calibration and GeometryScores by (data set, model)
+) -> pd.DataFrame:
+    "Return a row for each data set and model: errors of calibration, and recall by width in pixels."
+    rows = {}
+    for key, (calibration, geometry) in details.items():
+        widths = geometry.width_table().set_index("width")["recall"]
+        errors = calibration.compute()
+        rows[key] = {"ece": errors["ece"], "near_ece": errors["near_ece"]}
+        rows[key] |= {f"recall {width} px": recall for width, recall in widths.items()}
+    return pd.DataFrame(rows).T.rename_axis(["set", "model"])
+
+
+# %% ../../nbs/studies/09_across_data.ipynb #a9c05d31
 def show_across(
     table: pd.DataFrame,  # as `across_table` returns it
 ) -> Figure:
