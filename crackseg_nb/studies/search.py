@@ -12,10 +12,10 @@ __all__ = [
     "value_of",
     "ends_of",
     "Goal",
-    "begin_optuna",
-    "Search",
     "check_space",
     "create_search",
+    "begin_optuna",
+    "Search",
     "open_study",
     "is_gone",
     "set_aside",
@@ -146,6 +146,48 @@ class Goal:
         return self.prune and not self.has_cost
 
 
+# %% ../../nbs/studies/10_search.ipynb #5ea2c052
+def check_space(
+    space: dict[str, str],
+    fixed: dict,
+    outputs: str,  # folder of all runs, one of which may lend its weights
+) -> dict:
+    "Return `fixed`, its paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
+    check_grid({name: [text] for name, text in space.items()}, fixed)
+    if not space:
+        raise CrackSegError("space: found nothing that varies, expected a range, such as lr=1e-4..1e-2:log")
+    ends = {name: ends_of(read_range(name, text)) for name, text in space.items()}
+    first = {name: [value_of(name, values[0])] for name, values in ends.items()}
+    for name, values in ends.items():
+        runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed, outputs)
+    if runs[0].get("train_set") == "trainval":
+        raise CrackSegError("train_set: found trainval in a search, expected train: validation images decide")
+    if 0 in [run.get("epochs") for run in runs]:
+        raise CrackSegError("epochs: found 0 in a search, expected 1 or more: a trial's score is that of an epoch")
+    return {name: value for name, value in runs[0].items() if name in fixed}
+
+
+def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str) -> None:
+    "Write search.yaml, or make sure that it says the same already."
+    fixed = check_space(space, fixed, outputs)
+    given = to_plain({"space": space, "fixed": fixed, "goal": vars(goal)})
+    if not path.is_file():
+        if path.parent.exists():
+            raise CrackSegError(
+                f"name: found {path.parent.name!r} in {path.parent.parent}, which is no search; expected another name"
+            )
+        path.parent.mkdir(parents=True)
+        return write_yaml(path, {"created": now(), **given})
+    found = read_yaml(path)
+    for key, value in given.items():
+        if found[key] != value:
+            raise CrackSegError(
+                f"{key}: found a search {path.parent.name!r} with another {key} ({found[key]}), "
+                "expected the same or another name"
+            )
+
+
+# %% ../../nbs/studies/10_search.ipynb #5ea2c053
 def begin_optuna() -> None:
     "Let Optuna report warnings alone; raise CrackSegError where it is not installed."
     try:
@@ -187,46 +229,6 @@ class Search(Batch):
                 f"goal: found a search {name!r} with another goal ({found['goal']}), expected the same or another name"
             )
         self.distributions = {name: read_range(name, text) for name, text in self.space.items()}
-
-
-def check_space(
-    space: dict[str, str],
-    fixed: dict,
-    outputs: str,  # folder of all runs, one of which may lend its weights
-) -> dict:
-    "Return `fixed`, its paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
-    check_grid({name: [text] for name, text in space.items()}, fixed)
-    if not space:
-        raise CrackSegError("space: found nothing that varies, expected a range, such as lr=1e-4..1e-2:log")
-    ends = {name: ends_of(read_range(name, text)) for name, text in space.items()}
-    first = {name: [value_of(name, values[0])] for name, values in ends.items()}
-    for name, values in ends.items():
-        runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed, outputs)
-    if runs[0].get("train_set") == "trainval":
-        raise CrackSegError("train_set: found trainval in a search, expected train: validation images decide")
-    if 0 in [run.get("epochs") for run in runs]:
-        raise CrackSegError("epochs: found 0 in a search, expected 1 or more: a trial's score is that of an epoch")
-    return {name: value for name, value in runs[0].items() if name in fixed}
-
-
-def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str) -> None:
-    "Write search.yaml, or make sure that it says the same already."
-    fixed = check_space(space, fixed, outputs)
-    given = to_plain({"space": space, "fixed": fixed, "goal": vars(goal)})
-    if not path.is_file():
-        if path.parent.exists():
-            raise CrackSegError(
-                f"name: found {path.parent.name!r} in {path.parent.parent}, which is no search; expected another name"
-            )
-        path.parent.mkdir(parents=True)
-        return write_yaml(path, {"created": now(), **given})
-    found = read_yaml(path)
-    for key, value in given.items():
-        if found[key] != value:
-            raise CrackSegError(
-                f"{key}: found a search {path.parent.name!r} with another {key} ({found[key]}), "
-                "expected the same or another name"
-            )
 
 
 # %% ../../nbs/studies/10_search.ipynb #5ea2c014
@@ -301,6 +303,7 @@ def report_epochs(trial: "optuna.Trial", prune: bool) -> Callable:
     return report
 
 
+# %% ../../nbs/studies/10_search.ipynb #5ea2c054
 def cost_of(experiment, against: str) -> float:
     "Return the parameters of a trained model, or the median milliseconds of one image on one thread of this machine."
     from crackseg_nb.studies.efficiency import compare_latency, median_latency
@@ -335,6 +338,7 @@ def train_trial(search: Search, trial: "optuna.Trial", folder: Path):
     return experiment, values
 
 
+# %% ../../nbs/studies/10_search.ipynb #5ea2c056
 def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
     "Train a trial and tell the study how it ended; return one line. Raise Stopped if this process was asked to stop."
     from crackseg_nb.training.checkpoint import prune_checkpoints
@@ -366,6 +370,7 @@ def carry(search: Search, study: "optuna.Study", trial: "optuna.Trial") -> str:
     return f"{folder.name}: {score} {values[0]:.4f} in epoch {experiment.trained.epoch}"
 
 
+# %% ../../nbs/studies/10_search.ipynb #5ea2c057
 FAILURES = 3  # as many trials that fail before any succeeds end a search
 
 
