@@ -166,7 +166,7 @@ def test_without_any_run_there_are_still_tables_and_figures(create):
 def test_one_seed_and_one_encoder(create):
     benchmark = create(scores_of(mobilenet=(0.5,), swin=(0.9,)), seeds=(1,))
     assert benchmark.differences()["result"].tolist() == ["can't tell"] and np.isnan(benchmark.table()["spread"]).all()
-    assert strength_of(1, 1).startswith("One seed tells nothing about the scatter")
+    assert strength_of(pd.DataFrame({"seeds": [1]})).startswith("One seed tells nothing about the scatter")
     alone = create(scores_of(swin=(0.5, 0.6)), encoders=("swin",), name="alone")
     assert len(alone.differences()) == 0 and alone.table().loc["swin", "rank"] == 1
     alone.finish()
@@ -290,7 +290,9 @@ def test_only_seeds_of_both_encoders_are_compared():
 
 
 def test_two_seeds_are_weaker_than_three():
-    needed = [float(strength_of(seeds, 3).split("from ")[1].split()[0]) for seeds in (2, 3, 4, 10)]
+    needed = [
+        float(strength_of(pd.DataFrame({"seeds": [seeds] * 3})).split("from ")[1].split()[0]) for seeds in (2, 3, 4, 10)
+    ]
     assert needed == sorted(needed, reverse=True) and needed[0] > 20 and needed[3] < 1
 
 

@@ -293,16 +293,22 @@ def compare_pairs(
 
 
 # %% ../../nbs/studies/03_encoder_benchmark.ipynb #e6eea3a1
-def strength_of(seeds: int, pairs: int) -> str:
-    "Return in words how much `seeds` seeds are worth for `pairs` pairs of encoders."
+def strength_of(
+    pairs: pd.DataFrame,  # as `compare_pairs` returns them
+) -> str:
+    "Return in words how much the seeds are worth that were done with both encoders of a pair: of the pair with fewest."
+    compared = pairs[pairs["seeds"] > 0] if len(pairs) else pairs
+    if not len(compared):
+        return "No two encoders have a seed in common, so none is compared."
+    seeds = int(compared["seeds"].min())
     if seeds < 2:
         return (
             "One seed tells nothing about the scatter: "
             "a second run of the same encoder may differ by more than two encoders do."
         )
     return (
-        f"With {seeds} seeds and {pairs} pairs, the clearest difference counts from "
-        f"{least_effect(seeds, pairs):.2g} standard deviations of the differences between seeds."
+        f"With {seeds} seeds and {len(compared)} pairs, the clearest difference counts from "
+        f"{least_effect(seeds, len(compared)):.2g} standard deviations of the differences between seeds."
     )
 
 
