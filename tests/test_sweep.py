@@ -17,7 +17,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.core.run_folder import RunFolder, create_run_folder
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.jobs import attempts_of
-from crackseg_nb.runs.sweep import Sweep, notes_on
+from crackseg_nb.runs.sweep import Sweep, expand, notes_on
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -295,3 +295,15 @@ def test_another_grid_under_the_same_name_is_refused(sweep):
             sweep(grid, fixed)
     done = subprocess.run([BIN / "crackseg_sweep", "demo", "-g", "sed=1"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "did you mean 'seed'?" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_file_of_weights_is_found_from_another_folder(tmp_path, monkeypatch):
+    "A job may be started anywhere; other values of the same parameter stay as they are."
+    monkeypatch.chdir(tmp_path)
+    Path("first.safetensors").touch()
+    runs = expand({"pretrained": ["first.safetensors", "auto"]}, dict(recipe="crack_unet"))
+    assert [run["pretrained"] for run in runs] == [str(tmp_path / "first.safetensors"), "auto"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for run in runs:
+        configure(**run)

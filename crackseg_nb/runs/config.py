@@ -17,6 +17,7 @@ __all__ = [
     "DERIVED",
     "WEIGHTING",
     "LEFT_OPEN",
+    "GIVEN_FILES",
     "SAME_NUMBERS",
     "OTHER_NUMBERS",
     "SETTLED",
@@ -544,15 +545,19 @@ def flatten(
 
 
 # %% ../../nbs/runs/02_config.ipynb #d90e03b1
+# Parameters that may name a file: by which endings one is told from other values, and what is expected.
+GIVEN_FILES = {
+    "pretrained": (WEIGHT_FILES, "auto, true, false or a safetensors file"),
+    "class_weights": ((".json",), "the class_weights.json of a run"),
+}
+
+
 def check_given_files(config: ExperimentConfig, given: dict[str, Any]) -> None:
     "Raise CrackSegError if a file is given that is not there; those of an earlier configuration may be gone."
     for name in FIRST_WEIGHTS:
         if name in given and getattr(config, name):
             locate_weights(name, getattr(config, name), config.run.outputs)
-    for name, endings, expected in (
-        ("pretrained", WEIGHT_FILES, "auto, true, false or a safetensors file"),
-        ("class_weights", (".json",), "the class_weights.json of a run"),
-    ):
+    for name, (endings, expected) in GIVEN_FILES.items():
         file = str(given.get(name, ""))
         if file.endswith(endings) and not os.path.isfile(os.path.expanduser(file)):
             raise CrackSegError(f"{name}: found no file {file}, expected {expected}")

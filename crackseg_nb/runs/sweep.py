@@ -145,6 +145,7 @@ def expand(
     "Return the parameters of each run, the last name varying fastest; raise CrackSegError if one of them is wrong."
     from crackseg_nb.runs.config import (  # imports every model; a job that only carries runs does without
         FIRST_WEIGHTS,
+        GIVEN_FILES,
         configure,
     )
 
@@ -152,7 +153,11 @@ def expand(
     check_grid(grid, fixed)
     found = [fixed | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for parameters in found:
-        for name in ("data_dir", "config", *FIRST_WEIGHTS):  # a job may be resumed from another folder
+        # A job may be resumed from another folder.
+        for name, (endings, _) in GIVEN_FILES.items():
+            if str(parameters.get(name, "")).endswith(endings):
+                parameters[name] = os.path.abspath(os.path.expanduser(parameters[name]))
+        for name in ("data_dir", "config", *FIRST_WEIGHTS):
             if not (place := parameters.get(name)):
                 continue
             if name in FIRST_WEIGHTS and not find_path(place).exists():  # the name of a run, none, or ready

@@ -151,8 +151,10 @@ def check_space(
     space: dict[str, str],
     fixed: dict,
     outputs: str,  # folder of all runs, one of which may lend its weights
-) -> dict:
-    "Return `fixed`, its paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
+) -> tuple[dict, dict]:
+    "Return both, their paths found from anywhere; raise CrackSegError for a space with a value that no run takes."
+    from crackseg_nb.runs.config import FIRST_WEIGHTS, GIVEN_FILES
+
     check_grid({name: [text] for name, text in space.items()}, fixed)
     if not space:
         raise CrackSegError("space: found nothing that varies, expected a range, such as lr=1e-4..1e-2:log")
@@ -160,16 +162,19 @@ def check_space(
     first = {name: [value_of(name, values[0])] for name, values in ends.items()}
     for name, values in ends.items():
         runs = expand(first | {name: [value_of(name, value) for value in values]}, fixed, outputs)
+        if name in ("data_dir", *FIRST_WEIGHTS, *GIVEN_FILES):
+            placed = [str(run[name]) for run in runs]
+            space = space | {name: (";" if any("," in place for place in placed) else ",").join(placed)}
     if runs[0].get("train_set") == "trainval":
         raise CrackSegError("train_set: found trainval in a search, expected train: validation images decide")
     if 0 in [run.get("epochs") for run in runs]:
         raise CrackSegError("epochs: found 0 in a search, expected 1 or more: a trial's score is that of an epoch")
-    return {name: value for name, value in runs[0].items() if name in fixed}
+    return space, {name: value for name, value in runs[0].items() if name in fixed}
 
 
 def create_search(path: Path, space: dict[str, str], fixed: dict, goal: Goal, outputs: str) -> None:
     "Write search.yaml, or make sure that it says the same already."
-    fixed = check_space(space, fixed, outputs)
+    space, fixed = check_space(space, fixed, outputs)
     given = to_plain({"space": space, "fixed": fixed, "goal": vars(goal)})
     if not path.is_file():
         if path.parent.exists():
