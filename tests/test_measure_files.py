@@ -22,6 +22,7 @@ from crackseg_nb.core.machine import this_process
 from crackseg_nb.measure.cracks import measure_cracks, show_rose
 from crackseg_nb.measure.files import FORMATS, Frame, Measured, crack_outlines, write_coco, write_files
 from crackseg_nb.measure.photos import (
+    begin_report,
     find_predictions,
     measure_folder,
     measure_photo,
@@ -288,6 +289,37 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(tmp_path):
     assert [found.name for found in find_predictions(tmp_path)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("photos", [["empty"], ["crack", "empty"]])
+def test_a_photo_without_a_crack_takes_every_setting(tmp_path, photos):
+    "Its tables have no row, and the columns and types of any other."
+    for name in photos:
+        line = 255 * (drawn_line() >= 0.5).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / f"{name}_mask.png"), line if name == "crack" else 0 * line)
+    settings = dict(mm_per_pixel=0.1, classes="BRE 251", width_error=0.3, min_length_px=5, formats=",".join(FORMATS))
+    result = measure_folder(tmp_path, **settings, progress=False)
+    assert list(result.photos["cracks"]) == [int(name == "crack") for name in photos]
+    assert len(result.cracks) == len(photos) - 1
+    assert result.cracks["width_class"].tolist() == ["1 very slight"] * (len(photos) - 1)
+    for table in (result.cracks, result.branches, result.points):
+        assert (table.filter(regex="_(px|mm)$").dtypes == float).all()
+    for show in (show_widths, show_overview, show_worst):
+        show(*((result, tmp_path) if show is not show_widths else (result, "BRE 251")))
+
+
+@pytest.mark.parametrize("digits", [0, 1])
+def test_a_crack_of_one_width_can_be_drawn(tmp_path, digits):
+    "Its widths may differ in their last digit, or not at all."
+    mask = np.zeros((80, 80), np.uint8)
+    mask[40:44] = 255
+    cv2.imwrite(str(tmp_path / "a_mask.png"), mask)
+    result = measure_folder(tmp_path, out=False)
+    noise = digits * np.spacing(4.0) * (np.arange(len(result.points)) % 2)
+    even = result._replace(points=result.points.assign(width_px=4 + noise))
+    bars = [bar for bar in show_widths(even).axes[0].patches if bar.get_height()]
+    assert all(3.9 < bar.get_x() < 4.1 for bar in bars)
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(result.photos["length_px"].item(), rel=0.1)
+
+
 def test_each_photo_is_drawn_with_its_own_scale(tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     for name in "abc":
@@ -404,6 +436,15 @@ def test_what_a_killed_call_left_is_removed_by_the_next(tmp_path):
     write_yaml(tmp_path / ".measure-another" / "writer.yaml", this_process())  # at work
     measure_folder(tmp_path, progress=False)
     assert [path.name for path in tmp_path.glob(".measure-*")] == [".measure-another"]
+
+
+def test_the_command_shows_the_warnings_of_its_notebook(tmp_path):
+    "What the notebook prints is what the command shows."
+    write_geotiff(tmp_path / "a_mask.tif", (255 * (drawn_line() >= 0.5)).astype(np.uint8), nodata=255)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        begin_report({"masks": str(tmp_path)})
+    assert "a_mask.tif: found 0 and 255 alone, and 255 is declared as no data" in shown.getvalue()
+    assert not logging.getLogger("crackseg_nb").handlers
 
 
 def test_a_mask_whose_cracks_are_declared_as_no_data_is_told(tmp_path, caplog, monkeypatch):

@@ -447,9 +447,12 @@ def _as_tables(cracks, branches, points):
     names += ["width_p95_row", "width_p95_column", "orientation_deg", "tortuosity"]
     places = ["crack", "branch", "row", "column", "width_px", "low_px", "high_px"]
     points = pd.DataFrame(np.vstack(points) if points else np.zeros((0, 7)), columns=places)
+    cracks = pd.DataFrame(cracks, columns=["crack", "branches", *names, "area_px2"])
+    branches = pd.DataFrame(branches, columns=["crack", "branch", *names])
+    numbers = dict.fromkeys(names, float)  # a table without a row has them too
     return Tables(
-        pd.DataFrame(cracks, columns=["crack", "branches", *names, "area_px2"]),
-        pd.DataFrame(branches, columns=["crack", "branch", *names]),
+        cracks.astype(dict(crack=int, branches=int, area_px2=int) | numbers),
+        branches.astype(dict(crack=int, branch=int) | numbers),
         points.astype(dict(crack=int, branch=int)),
     )
 

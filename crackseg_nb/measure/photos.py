@@ -27,9 +27,11 @@ __all__ = [
 
 # %% ../../nbs/measure/06_photos.ipynb #3e6c90fd
 import json
+import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from contextlib import suppress
@@ -535,7 +537,11 @@ def show_widths(
     known = result.points[f"width_{unit}"].notna()
     figure, axis = plt.subplots(figsize=(6, 2.8))
     widths = result.points[f"width_{unit}"][known]
-    axis.hist(widths, bins=40, weights=lengths[known], color="0.6", edgecolor="white", linewidth=0.3)
+    # Between widths that differ in their last digit alone there is no room for bars.
+    low, high = (widths.min(), widths.max()) if len(widths) else (0, 1)
+    margin = max(0, high / 100 - (high - low)) / 2
+    ends = (low - margin, high + margin)
+    axis.hist(widths, bins=40, range=ends, weights=lengths[known], color="0.6", edgecolor="white", linewidth=0.3)
     axis.set(xlabel=f"width [{unit}]", ylabel=f"length [{unit}]")
     if classes is not None and unit == "mm" and len(widths):
         for limit in width_limits(classes).limits:
@@ -559,7 +565,12 @@ def begin_report(variables: dict) -> tuple[Folder, dict]:  # the notebook's `glo
     if isinstance(classes, (str, int, float)) and re.fullmatch(r"[\d., ]+", str(classes)):
         settings["classes"] = list(width_limits(str(classes).split(",")).limits)
     settings = {name: value for name, value in settings.items() if value is not None}
-    return measure_folder(masks, **settings), settings
+    screen = logging.StreamHandler(sys.stdout)  # a command shows what its notebook prints there, and nothing else
+    logger.addHandler(screen)
+    try:
+        return measure_folder(masks, **settings), settings
+    finally:
+        logger.removeHandler(screen)
 
 
 _HEADS = {
