@@ -50,7 +50,7 @@ import yaml
 from tqdm.auto import tqdm
 
 # %% ../../nbs/core/02_files.ipynb #a11695f4
-from .checks import CrackSegError, choose
+from .checks import CrackSegError, choose, how_many
 
 # %% ../../nbs/core/02_files.ipynb #7803094f
 UNFINISHED = ".part"  # ending of a file that is being written
@@ -306,7 +306,8 @@ def in_threads(
 def raise_first(results: list) -> None:
     "Raise the first CrackSegError among `results`, saying how many more there are."
     errors = [result for result in results if isinstance(result, CrackSegError)]
-    more = f" (and {len(errors) - 1} more files with errors)" if len(errors) > 1 else ""
+    others = how_many(len(errors) - 1, "more file")
+    more = f" (and {others} with errors)" if len(errors) > 1 else ""
     if errors:
         raise CrackSegError(f"{errors[0]}{more}") from errors[0]
 
