@@ -39,11 +39,11 @@ def test_it_is_small_and_every_tensor_is_learned():
 
 
 def test_its_results_are_those_of_the_run_that_tested_its_weights():
-    tested = project_root() / "outputs" / "ready-research-tested"
+    tested = project_root() / "outputs" / "ready-research_long-tested"
     assert (ready_folder() / "final_results.yaml").read_bytes() == (tested / "final_results.yaml").read_bytes()
     (weights,) = (ready_folder() / "checkpoints").glob("*.safetensors")
     assert sha256_file(weights) == read_yaml(tested / "environment.yaml")["weights"]["sha256"]
-    trained = read_yaml(project_root() / "outputs" / "ready-research" / "final_results.yaml")
+    trained = read_yaml(project_root() / "outputs" / "ready-research_long" / "final_results.yaml")
     stored = read_yaml(ready_folder() / "final_results.yaml")
     assert stored["test"]["threshold"] == trained["test"]["threshold"]
     assert stored["test"]["pooled"] == pytest.approx(trained["test"]["pooled"], abs=2e-3)  # half precision
@@ -57,7 +57,7 @@ def test_it_says_what_it_has_learned(caplog):
     learned = {name.split("/")[0] for name in read_yaml(ready_folder() / "splits.yaml")["train"]}
     names = {"uav": "UAVCrack", "tile": "CrackTile", "crack500": "Crack500", "synth": "drawn cracks"}
     assert learned == set(names) and all(name in line for name in names.values())
-    images = pd.read_csv(project_root() / "outputs" / "ready-research" / "images.csv").set_index("image")
+    images = pd.read_csv(project_root() / "outputs" / "ready-research_long" / "images.csv").set_index("image")
     assert images.loc[sha256_file(project_root() / "nbs" / "images" / "wall.jpg"), "split"] == "test"
 
 
