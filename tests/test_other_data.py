@@ -9,6 +9,7 @@ from crackseg_nb.core.files import read_yaml
 from crackseg_nb.runs.config import configure
 from crackseg_nb.runs.experiment import run
 from crackseg_nb.runs.trained_model import open_model
+from crackseg_nb.runs.verify import verify
 from crackseg_nb.studies.across_data import DataSet, score_across
 from crackseg_nb.studies.scales import ScalesConfig, count_scales
 from crackseg_nb.synthetic.cracks import write_synthetic
@@ -40,6 +41,8 @@ def count(done, **settings):
 def test_a_photo_is_one_image_in_however_many_sizes_it_is_shown(plain):
     results = read_yaml(plain.folder / "final_results.yaml")
     assert results["val"]["num_images"] == results["protocol"]["split"]["val"] == 2
+    verified = verify(plain.folder.path)
+    assert verified.code == 0, str(verified)
 
 
 def test_scales_are_not_chosen_by_images_that_were_learned(walls, tmp_path):

@@ -142,6 +142,7 @@ def scores_of(metrics: ImageCounts, threshold: float | None) -> dict:
 def split_scores(
     tested: Tested,
     overlapping: list[str],  # names of the test images that share a photo with others, or nearly repeat one
+    sizes: int = 1,  # in how many each validation image was shown, and counted
 ) -> dict[str, dict]:
     "Return the scores on test and validation images, and on the test images without overlap where some overlap."
     test, threshold, names = tested.metrics, tested.threshold, tested.per_image["name"]
@@ -155,6 +156,7 @@ def split_scores(
         scores["overlapping_test_images"] = overlapping
     if tested.val_metrics:
         scores["val"] = scores_of(tested.val_metrics, threshold)
+        scores["val"]["num_images"] //= sizes
     return scores
 
 
@@ -252,11 +254,8 @@ def collect_results(
 ) -> dict:
     "Return what goes to final_results.yaml."
     weights: dict = built.model.weights
-    scores = split_scores(tested, prepared.audit.overlapping_test_names)
-    if "val" in scores:
-        scores["val"]["num_images"] //= len(config.run.val_scales)  # each was counted once in every size
     return {
-        **scores,
+        **split_scores(tested, prepared.audit.overlapping_test_names, len(config.run.val_scales)),
         "protocol": protocol_of(config, trained, tested, prepared.splits.lengths),
         "model": {"parameters": built.parameters["total"], "weights": weights["loaded"]},
         "data_fingerprint": prepared.audit.fingerprint,

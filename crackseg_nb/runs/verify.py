@@ -467,7 +467,8 @@ def evaluate_again(
     model = accelerator.prepare_model(model.to(device, memory_format=layout), evaluation_mode=True)
     loaders = make_loaders(config, make_datasets(config, replace(splits, train=[])))
     tested = score_model(model, config, splits, loaders, accelerator)
-    return split_scores(tested, run.results.get("overlapping_test_images", [])), tested.per_image
+    overlapping = run.results.get("overlapping_test_images", [])
+    return split_scores(tested, overlapping, len(config.run.val_scales)), tested.per_image
 
 
 # %% ../../nbs/runs/12_verify.ipynb #1e6017ae
