@@ -4072,10 +4072,6 @@ d = {
             "crackseg_nb.runs.verify.read_splits": ("runs/verify.html#read_splits", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.repeat": ("runs/verify.html#repeat", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.settled": ("runs/verify.html#settled", "crackseg_nb/runs/verify.py"),
-            "crackseg_nb.runs.verify.settled_for_evaluation": (
-                "runs/verify.html#settled_for_evaluation",
-                "crackseg_nb/runs/verify.py",
-            ),
             "crackseg_nb.runs.verify.shown": ("runs/verify.html#shown", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.threads_of": ("runs/verify.html#threads_of", "crackseg_nb/runs/verify.py"),
             "crackseg_nb.runs.verify.trained": ("runs/verify.html#trained", "crackseg_nb/runs/verify.py"),

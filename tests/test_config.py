@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
+from messages import one_line
 
 from crackseg_nb.core.checks import CrackSegError
 from crackseg_nb.core.files import project_root, write_yaml
@@ -48,6 +49,18 @@ def test_data_that_makes_no_sense_is_refused(settings, message):
     with pytest.raises(CrackSegError) as error:
         DataConfig(**settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, file", [("pretrained", "lost.safetensors"), ("class_weights", "lost.json"), ("fine_tune", "lost")]
+)
+def test_a_lost_file_is_told_at_once_but_where_a_run_has_used_it(name, file, tmp_path):
+    "Also one that a configuration written by hand names."
+    section = dict(loss=dict(loss="focal_dice", class_weights=file)) if name == "class_weights" else {}
+    write_yaml(tmp_path / "config.yaml", section or dict(model=dict(model="unet") | {name: file}))
+    one_line(lambda: configure(config=str(tmp_path / "config.yaml")), f"{name}: found no")
+    (tmp_path / "status.yaml").touch()
+    configure(config=str(tmp_path / "config.yaml"))
 
 
 def test_class_names_give_the_number_of_channels():

@@ -302,8 +302,9 @@ def test_a_photo_without_a_crack_takes_every_setting(tmp_path, photos):
     assert result.cracks["width_class"].tolist() == ["1 very slight"] * (len(photos) - 1)
     for table in (result.cracks, result.branches, result.points):
         assert {str(kind) for kind in table.filter(regex="_(px|mm)$").dtypes} == {"float64"}
-    for show in (show_widths, show_overview, show_worst):
-        show(*((result, tmp_path) if show is not show_widths else (result, "BRE 251")))
+    show_widths(result, "BRE 251")
+    for show in (show_overview, show_worst):
+        show(result, tmp_path)
 
 
 @pytest.mark.parametrize("digits", [0, 1])

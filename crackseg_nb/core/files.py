@@ -306,8 +306,7 @@ def in_threads(
 def raise_first(results: list) -> None:
     "Raise the first CrackSegError among `results`, saying how many more there are."
     errors = [result for result in results if isinstance(result, CrackSegError)]
-    others = how_many(len(errors) - 1, "more file")
-    more = f" (and {others} with errors)" if len(errors) > 1 else ""
+    more = f" (and {how_many(len(errors) - 1, 'more file')} with errors)" if len(errors) > 1 else ""
     if errors:
         raise CrackSegError(f"{errors[0]}{more}") from errors[0]
 

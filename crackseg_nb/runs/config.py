@@ -553,7 +553,7 @@ GIVEN_FILES = {
 
 
 def check_given_files(config: ExperimentConfig, given: dict[str, Any]) -> None:
-    "Raise CrackSegError if a file is given that is not there; those of an earlier configuration may be gone."
+    "Raise CrackSegError if a file is given that is not there."
     for name in FIRST_WEIGHTS:
         if name in given and getattr(config, name):
             locate_weights(name, getattr(config, name), config.run.outputs)
@@ -586,12 +586,13 @@ def configure(
     for name in RECIPES[recipe].needs:
         if not (given.get(name) or base.get(name)):
             raise CrackSegError(f"{name}: found none, expected it with recipe {recipe}: {RECIPES[recipe].purpose}")
-    if not (path and (find_path(path).parent / "status.yaml").is_file()):  # what a run wrote is whole
+    of_run = path and (find_path(path).parent / "status.yaml").is_file()
+    if not of_run:  # what a run wrote is whole
         base = inherit(dict(RECIPES[recipe].settings), base) | base
     given = {name: coerce(name, value, known[name][1]) for name, value in given.items()}
     config = build_config({**base, "recipe": recipe}, given)
     check_effect(config, given)
-    check_given_files(config, given)
+    check_given_files(config, given if of_run else base | given)  # those of a run may be gone
     return config
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "check_means",
     "check_world",
     "settled",
-    "settled_for_evaluation",
     "threads_of",
     "look_for_changes",
     "check_images",
@@ -397,15 +396,6 @@ def settled(
     return configure(config=str(path), **changes, **({"data_dir": data_dir} if data_dir else {}))
 
 
-def settled_for_evaluation(run: KeptRun, data_dir: str = "") -> ExperimentConfig:
-    "Return the configuration of a run without what only training needs."
-    own = read_config(run.folder / "config.yaml")
-    unneeded = {"class_weights": "none"} if str(own.get("class_weights")).endswith(".json") else {}
-    if "pretrained" in own:
-        unneeded["pretrained"] = "false"  # the checkpoint has every weight; the file of the first ones may be gone
-    return settled(run, data_dir, **unneeded)
-
-
 @contextlib.contextmanager
 def threads_of(run: KeptRun) -> Iterator[None]:
     "Compute with as many threads as the run: they decide in which order sums are added."
@@ -618,7 +608,7 @@ def read_splits(config: ExperimentConfig) -> Splits | Check:
 def repeat(run: KeptRun, train: bool, data_dir: str) -> list[Check]:
     "Compare code, versions, machine and images, evaluate a run again, and train it again if wanted."
     try:
-        config = settled_for_evaluation(run, data_dir)
+        config = settled(run, data_dir)
     except CrackSegError as error:
         return [Check("evaluated scores", "not checked", [str(error)])]
     checks = check_world(run, get_device(config.run.device))
